@@ -1,0 +1,1 @@
+"""What every Wherry process knows: contracts, values, errors and the bus."""

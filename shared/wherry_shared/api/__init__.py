@@ -1,0 +1,24 @@
+"""One contract and its models per service; docs/wire.txt is generated from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def contracts() -> list[Any]:
+    """Every contract of the house, in alphabetical order of their services."""
+    from .container import Containers
+    from .content import Content
+    from .diff import Diff
+    from .events import Events
+    from .image import Images
+    from .introspection import Introspection
+    from .lease import Leases
+    from .namespace import Namespaces
+    from .snapshot import Snapshots
+    from .task import Tasks
+
+    found: list[Any] = [
+        Containers, Content, Diff, Events, Images, Introspection, Leases, Namespaces, Snapshots, Tasks,
+    ]  # fmt: skip
+    return found

@@ -1,0 +1,146 @@
+"""The content service: the committed blobs of one namespace, and the ingests on their way (containerd §1.1)."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Protocol
+
+from ..contract import Contract, endpoint
+from ..errors import (
+    AlreadyExists,
+    DataLoss,
+    FailedPrecondition,
+    NotFound,
+    OutOfRange,
+    ResourceExhausted,
+    Unavailable,
+)  # fmt: skip
+from ..values import Digest, Labels, Model, Name, Page
+
+CHUNK = 512 * 1024
+"""The most bytes of one read's answer and of one write."""
+
+
+class Info(Model):
+    """What is known of a committed blob."""
+
+    digest: Digest
+    size: int
+    labels: dict[str, str] = {}
+    created_at: datetime
+    updated_at: datetime
+
+
+class Ingest(Model):
+    """A blob on its way. `offset` is how many bytes are there; `total` and `expected` what was announced (0, "")."""
+
+    ref: str
+    offset: int
+    total: int = 0
+    expected: str = ""
+    started_at: datetime
+    updated_at: datetime
+
+
+class Opened(Model):
+    """An ingest held open for its writer.
+
+    instance: the replica that holds it; writes and the commit go to that one.
+    path, device, inode: the file of the bytes. A caller who sees that very file (same device and inode) may append
+    to it instead of calling `write`; the service verifies it at commit all the same.
+    """
+
+    ref: str
+    offset: int
+    instance: str
+    path: str
+    device: int
+    inode: int
+
+
+class Located(Model):
+    """Where a blob's bytes lie on the node's disk. Whoever sees that very file (device and inode) may read it."""
+
+    path: str
+    size: int
+    device: int
+    inode: int
+
+
+class Content(Contract, Protocol, service="content", version="1.0.0"):
+    """The committed blobs of one namespace, addressed by digest, and the ingests on their way."""
+
+    @endpoint(NotFound)
+    async def info(self, digest: Digest) -> Info:
+        """Tell what is known of one blob."""
+        ...
+
+    @endpoint(NotFound, mutates=True)
+    async def update(self, digest: Digest, labels: Labels, mask: list[str] = []) -> Info:
+        """Change a blob's labels. `mask`: `labels` or `labels.<key>`; empty replaces all."""
+        ...
+
+    @endpoint()
+    async def walk(self, filters: list[str] = [], after: str = "", limit: int = 1000) -> Page[Info]:
+        """A window of the blobs that any filter matches, in digest order."""
+        ...
+
+    @endpoint(NotFound, mutates=True)
+    async def delete(self, digest: Digest) -> None:
+        """Forget a blob in this namespace; its bytes go when no namespace knows it."""
+        ...
+
+    @endpoint(NotFound, OutOfRange, DataLoss)
+    async def read(self, digest: Digest, offset: int = 0, size: int = CHUNK) -> bytes:
+        """Up to `size` (at most 512 KiB) bytes from `offset`; empty at the end. Readers keep several in flight."""
+        ...
+
+    @endpoint(NotFound)
+    async def locate(self, digest: Digest) -> Located:
+        """Where the bytes lie, for readers on the same host."""
+        ...
+
+    @endpoint(AlreadyExists, Unavailable, ResourceExhausted, mutates=True)
+    async def open(self, ref: Name, total: int = 0, expected: str = "", truncate: bool = False) -> Opened:
+        """Open or resume the ingest `ref` and lock it for this writer.
+
+        AlreadyExists: the expected blob is in this namespace. Unavailable: another writer holds the ref.
+        """
+        ...
+
+    @endpoint(NotFound, OutOfRange, ResourceExhausted, mutates=True)
+    async def write(self, ref: Name, offset: int, data: bytes) -> int:
+        """Append `data` (at most 512 KiB) at `offset`, which must be the current end; offset 0 starts over.
+
+        Answers the new end. Goes to the instance that opened the ingest.
+        """
+        ...
+
+    @endpoint(AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted, mutates=True, timeout=120.0)
+    async def commit(self, ref: Name, size: int = 0, expected: str = "", labels: Labels = {}) -> Info:
+        """Verify the ingest and make it a blob, durably.
+
+        FailedPrecondition: size or digest differ; the ingest stays with its bytes. AlreadyExists: the blob was
+        there, and the ingest is gone. Goes to the instance that opened the ingest.
+        """
+        ...
+
+    @endpoint(NotFound, mutates=True)
+    async def close(self, ref: Name) -> None:
+        """Let go of an ingest and keep its bytes for a later `open`. Goes to the instance that opened it."""
+        ...
+
+    @endpoint(NotFound)
+    async def status(self, ref: Name) -> Ingest:
+        """How far an ingest is."""
+        ...
+
+    @endpoint()
+    async def statuses(self, filters: list[str] = []) -> list[Ingest]:
+        """Every ingest of the namespace that any filter on `ref` matches."""
+        ...
+
+    @endpoint(NotFound, mutates=True)
+    async def abort(self, ref: Name) -> None:
+        """Remove an ingest and its bytes."""
+        ...

@@ -1,0 +1,67 @@
+"""The lease service: what is kept while work is under way (containerd §1.10)."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Protocol
+
+from ..contract import Contract, endpoint
+from ..errors import AlreadyExists, NotFound, Unimplemented
+from ..values import Labels, Model, Page
+
+EXPIRE_LABEL = "containerd.io/gc.expire"
+
+
+class Lease(Model):
+    """A lease. The label `containerd.io/gc.expire` (RFC 3339) says when it is void."""
+
+    id: str
+    labels: Labels = {}
+    created_at: datetime
+
+
+class Resource(Model):
+    """What a lease keeps. type: `content` (id: digest), `ingests` (ref), `images` (name), `snapshots/<snapshotter>`
+    (key)."""
+
+    type: str
+    id: str
+
+
+class Leases(Contract, Protocol, service="lease", version="1.0.0"):
+    """The leases of one namespace."""
+
+    @endpoint(AlreadyExists, mutates=True)
+    async def create(self, id: str = "", labels: Labels = {}) -> Lease:
+        """Make a lease; without an id the service makes one."""
+        ...
+
+    @endpoint(NotFound, mutates=True)
+    async def delete(self, id: str) -> None:
+        """End a lease."""
+        ...
+
+    @endpoint(NotFound)
+    async def get(self, id: str) -> Lease:
+        """One lease that has not expired."""
+        ...
+
+    @endpoint()
+    async def walk(self, filters: list[str] = [], after: str = "", limit: int = 1000) -> Page[Lease]:
+        """A window of the leases that any filter (id, labels.*) matches, in order of their ids."""
+        ...
+
+    @endpoint(NotFound, Unimplemented, mutates=True)
+    async def add_resource(self, id: str, resource: Resource) -> None:
+        """Keep a thing, whether it exists yet or not; keeping it twice is keeping it once."""
+        ...
+
+    @endpoint(NotFound, Unimplemented, mutates=True)
+    async def delete_resource(self, id: str, resource: Resource) -> None:
+        """Keep a thing no longer."""
+        ...
+
+    @endpoint(NotFound)
+    async def resources(self, id: str) -> list[Resource]:
+        """Everything that a lease keeps."""
+        ...

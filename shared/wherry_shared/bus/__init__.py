@@ -1,0 +1,90 @@
+"""The bus: the only package of the house that speaks NATS.
+
+`connect()` gives a Bus; `bus.serve(implementation)` serves a contract on it and `bus.proxy(Contract)` calls one.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TypeVar
+
+from typing_extensions import TypeForm
+
+from ..context import Identity
+from ..contract import Contract
+from . import discovery, events
+from .events import Subscriber
+from .proxy import Caller, make_proxy
+from .serve import IdentityOf, Server
+from .transport import Transport
+
+C = TypeVar("C")
+
+__all__ = ["Bus", "Subscriber", "connect", "discovery", "events"]
+
+ADMIN = Identity("admin", "admin")
+
+
+def _admin_only(reply: str) -> Identity | None:
+    return ADMIN
+
+
+class Bus:
+    """One process's place on the bus."""
+
+    def __init__(self, transport: Transport, *, node: str, identity_of: IdentityOf = _admin_only) -> None:
+        self.transport = transport
+        self.node = node
+        self._identity_of = identity_of
+        self._servers: list[Server] = []
+
+    async def serve(
+        self, implementation: Contract, *, node: str = "", instance: str = "", metadata: dict[str, str] | None = None
+    ) -> Server:
+        """Serve a contract's implementation: its operations are answered when this returns."""
+        server = Server(
+            self.transport, implementation, node=node or self.node, instance=instance or secrets.token_hex(8),
+            identity_of=self._identity_of, metadata=metadata or {},
+        )  # fmt: skip
+        await server.start()
+        await self.transport.flush()
+        self._servers.append(server)
+        return server
+
+    def proxy(self, contract: TypeForm[C], *, node: str = "", namespace: str = "", instance: str = "") -> C:
+        """An object whose methods are the contract's operations over the bus.
+
+        namespace: of every call; the context's where it is "". instance: one replica instead of any.
+        """
+        caller = Caller(self, node=node or self.node, namespace=namespace, instance=instance)
+        made: C = make_proxy(contract, caller)  # type: ignore[arg-type]
+        return made
+
+    async def subscribe(
+        self, *, node: str = "*", namespace: str = "*", topic: str = "", limit: int = 65536
+    ) -> Subscriber:
+        """Events from now on; `topic` (`/tasks/exit`) or "" for all."""
+        subscriber = Subscriber(limit)
+        await subscriber.start(self.transport, events.pattern(node, namespace, topic))
+        return subscriber
+
+    async def drain(self, timeout: float = 10.0) -> None:
+        """End every service that this process serves, in good order."""
+        for server in self._servers:
+            await server.drain(timeout)
+        self._servers = []
+
+    async def close(self) -> None:
+        """Drain and disconnect."""
+        await self.drain()
+        await self.transport.close()
+
+
+async def connect(
+    servers: list[str], *, node: str, name: str, seed: bytes, inbox_prefix: str, identity_of: IdentityOf = _admin_only
+) -> Bus:
+    """Connect to NATS with an nkey seed. Unavailable, Unauthenticated or FailedPrecondition (server too old)."""
+    from .connection import Connection
+
+    transport = await Connection.connect(servers, name=name, seed=seed, inbox_prefix=inbox_prefix)
+    return Bus(transport, node=node, identity_of=identity_of)

@@ -1,0 +1,62 @@
+"""The subjects: four disjoint roots, and the codec of their tokens.
+
+`wherry.rpc.v1.<node>.<ns>.<service>.<method>[.<instance>]` carries requests, `wherry.ev.v1.<node>.<ns>.<topic...>`
+events, `wherry.io.v1...` live stdio, `wherry.audit.v1...` the audit. A dot would split a token, so that of an
+identifier travels as `~`, which no identifier contains. Tokens that do not validate are refused, never repaired.
+"""
+
+from __future__ import annotations
+
+from ..context import NO_NAMESPACE
+from ..errors import InvalidArgument
+from ..values import check_identifier
+
+RPC = "wherry.rpc.v1"
+EV = "wherry.ev.v1"
+IO = "wherry.io.v1"
+AUDIT = "wherry.audit.v1"
+
+
+def encode_token(identifier: str, what: str = "identifier") -> str:
+    """The token of an identifier. InvalidArgument when it is none."""
+    return check_identifier(identifier, what).replace(".", "~")
+
+
+def decode_token(token: str, what: str = "token") -> str:
+    """The identifier of a token. InvalidArgument when it stands for none (a literal `*`, say)."""
+    return check_identifier(token.replace("~", "."), what)
+
+
+def namespace_token(namespace: str) -> str:
+    """The token of a namespace, or `_` for calls that belong to none."""
+    return namespace if namespace == NO_NAMESPACE else encode_token(namespace, "namespace")
+
+
+def rpc(node: str, namespace: str, service: str, method: str, instance: str = "") -> str:
+    """The subject of one operation. `instance` names one replica instead of the service's queue group."""
+    subject = f"{RPC}.{encode_token(node, 'node')}.{namespace_token(namespace)}.{service}.{method}"
+    return f"{subject}.{instance}" if instance else subject
+
+
+def check_topic(topic: str) -> list[str]:
+    """The components of a containerd topic (`/tasks/exit`). InvalidArgument when it is none."""
+    if not topic.startswith("/") or len(topic) < 2:
+        raise InvalidArgument(f"topic {topic[:80]!r} must start with '/' and have a component")
+    return [check_identifier(part, "topic component") for part in topic[1:].split("/")]
+
+
+def event(node: str, namespace: str, topic: str) -> str:
+    """The subject of an event: topic `/tasks/exit` ends in `tasks.exit`."""
+    tokens = ".".join(part.replace(".", "~") for part in check_topic(topic))
+    return f"{EV}.{encode_token(node, 'node')}.{encode_token(namespace, 'namespace')}.{tokens}"
+
+
+def matches(pattern: str, subject: str) -> bool:
+    """Whether a NATS subscription pattern (`*`, `>`) takes a subject."""
+    want, have = pattern.split("."), subject.split(".")
+    for i, part in enumerate(want):
+        if part == ">":
+            return len(have) > i
+        if i >= len(have) or part not in ("*", have[i]):
+            return False
+    return len(want) == len(have)

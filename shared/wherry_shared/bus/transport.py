@@ -1,0 +1,112 @@
+"""The port under the bus: what a connection to it, or one in memory, has to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+from ..errors import Unavailable
+
+
+class NoResponders(Unavailable):
+    """Nobody serves that subject right now: the service is down or starting."""
+
+
+class Message(Protocol):
+    """One received message; `reply` is "" when none is wanted."""
+
+    @property
+    def subject(self) -> str: ...
+    @property
+    def reply(self) -> str: ...
+    @property
+    def headers(self) -> Mapping[str, str] | None: ...
+    @property
+    def data(self) -> bytes: ...
+
+
+Callback = Callable[[Message], None]
+"""Called synchronously for each message, in order; it must neither block nor raise."""
+
+
+class Subscription(Protocol):
+    """An interest in a subject."""
+
+    async def unsubscribe(self) -> None: ...
+
+
+class Transport(Protocol):
+    """Publishes, subscribes and asks. Nothing is ever buffered while it is not connected."""
+
+    @property
+    def connected(self) -> bool: ...
+    @property
+    def max_payload(self) -> int: ...
+    @property
+    def inbox_prefix(self) -> str: ...
+
+    async def subscribe(self, subject: str, callback: Callback, *, queue: str = "") -> Subscription:
+        """Interest in a subject; one of a `queue` group gets each message. PermissionDenied when refused."""
+        ...
+
+    def publish(self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
+        """Send, and forget. Unavailable when not connected, InvalidArgument over `max_payload`."""
+        ...
+
+    async def request(
+        self, subject: str, data: bytes, *, headers: Mapping[str, str] | None = None, timeout: float
+    ) -> Message:
+        """Ask, and wait up to `timeout` seconds for one answer.
+
+        NoResponders at once when nobody listens, Unavailable when the connection is or gets lost, PermissionDenied
+        when the bus refuses the subject, DeadlineExceeded at the timeout.
+        """
+        ...
+
+    async def flush(self, timeout: float = 5.0) -> None:
+        """Return when the bus has taken all that was published."""
+        ...
+
+    async def close(self) -> None:
+        """Disconnect."""
+        ...
+
+    def event_log(self, name: str, subject: str) -> EventLog:
+        """The durable stream `name` over `subject`; for its owner, the events service."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One event of the stream: its number there, and its body."""
+
+    sequence: int
+    subject: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LogState:
+    """The stream's bounds; `epoch` changes when it is made anew."""
+
+    epoch: str
+    first: int
+    last: int
+
+
+class EventLog(Protocol):
+    """The durable stream of events: what is published on its subjects is kept, once per `Nats-Msg-Id`."""
+
+    async def ensure(self, *, max_age: float, max_bytes: int) -> None:
+        """Make the stream, or change its bounds (seconds, bytes)."""
+        ...
+
+    async def state(self) -> LogState: ...
+
+    async def read(
+        self, *, after: int = 0, since: datetime | None = None, limit: int = 500, subjects: Sequence[str] = ()
+    ) -> list[Stored]:
+        """Up to `limit` events after a sequence number, or since a time, whose subject matches any of `subjects`."""
+        ...

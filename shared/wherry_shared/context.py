@@ -1,0 +1,111 @@
+"""What is known of the request in hand: its namespace, who asks, until when, under which lease and key.
+
+A service reads `current()`; a client, or a service that calls another, narrows it with `use(...)`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .errors import FailedPrecondition
+
+NO_NAMESPACE = "_"
+"""Stands in the subject where a call belongs to no namespace; it is no valid identifier."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who is on the other end: the user's name on the bus and the role it was made for."""
+
+    name: str
+    role: str
+    namespace: str = ""
+
+    @property
+    def is_admin(self) -> bool:
+        return self.role == "admin"
+
+
+ANYONE = Identity("", "")
+
+
+class Replayed(Exception):
+    """Raised out of a mutation whose key has taken effect before; carries the encoded answer of then."""
+
+    def __init__(self, reply: bytes) -> None:
+        super().__init__("replayed")
+        self.reply = reply
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One request's context.
+
+    deadline: unix time in seconds, 0 for none. key: the idempotency key, "" for none; encode: how the request's
+    answer is encoded, for whoever records it durably under that key.
+    """
+
+    namespace: str = ""
+    lease: str = ""
+    deadline: float = 0.0
+    identity: Identity = ANYONE
+    key: str = ""
+    trace: str = ""
+    encode: Callable[[Any], bytes] | None = None
+
+    def remaining(self, default: float) -> float:
+        """Seconds until the deadline, never below zero; `default` when there is none."""
+        return max(0.0, self.deadline - time.time()) if self.deadline else default
+
+
+_current: ContextVar[Context] = ContextVar("wherry_context", default=Context())  # noqa: B039 - frozen
+
+
+def current() -> Context:
+    """The context of the request in hand; an empty one outside of any."""
+    return _current.get()
+
+
+def namespace() -> str:
+    """The namespace of the request in hand. FailedPrecondition when there is none."""
+    ns = _current.get().namespace
+    if not ns or ns == NO_NAMESPACE:
+        raise FailedPrecondition("namespace is required")
+    return ns
+
+
+def enter(context: Context) -> None:
+    """Make `context` current in this task (the server's edge: each request is a task of its own)."""
+    _current.set(context)
+
+
+@contextmanager
+def use(
+    *, namespace: str | None = None, lease: str | None = None, timeout: float | None = None, key: str | None = None
+) -> Iterator[Context]:
+    """Narrow the context for the calls inside: another namespace or lease, a nearer deadline (seconds from now).
+
+    A deadline is never moved outwards. The idempotency key of the request in hand is not handed on: it names that
+    request's own effect.
+    """
+    old = _current.get()
+    deadline = old.deadline
+    if timeout is not None:
+        deadline = min(deadline, time.time() + timeout) if deadline else time.time() + timeout
+    new = replace(
+        old,
+        namespace=old.namespace if namespace is None else namespace,
+        lease=old.lease if lease is None else lease,
+        deadline=deadline,
+        key=old.key if key is None else key,
+    )
+    token = _current.set(new)
+    try:
+        yield new
+    finally:
+        _current.reset(token)

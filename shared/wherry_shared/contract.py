@@ -1,0 +1,167 @@
+"""One declaration per operation: a contract gives the subject, the models, the errors, the docs, server and client.
+
+    class Content(Contract, Protocol, service="content", version="1.0.0"):
+        '''The committed blobs of one namespace.'''
+
+        @endpoint(NotFound)
+        async def info(self, digest: Digest) -> Info:
+            '''Tell what is known of one blob.'''
+            ...
+
+A service inherits the contract and implements it; `bus.serve` serves it and `bus.proxy(Content)` calls it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import msgpack
+from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
+
+from .errors import DataLoss, InvalidArgument, WherryError
+from .values import Model, explain
+
+F = TypeVar("F", bound=Callable[..., Any])
+_DECLARED = "__wherry_endpoint__"
+# Bounds of a decoded body: a body is under 1 MiB, so no element count or length can be larger.
+_LIMIT = 1 << 20
+
+
+def endpoint(
+    *errors: type[WherryError], mutates: bool = False, waits: bool = False, timeout: float = 10.0
+) -> Callable[[F], F]:
+    """Declare a contract's method as an operation on the wire.
+
+    errors: the classes a caller has to expect, besides InvalidArgument, Unavailable and DeadlineExceeded.
+    mutates: the call carries an idempotency key, and the same key has one effect and one answer.
+    waits: the call mostly sleeps (it does not count against the service's bound of running requests).
+    timeout: seconds until the deadline where the caller sets none.
+    """
+
+    def mark(function: F) -> F:
+        setattr(function, _DECLARED, (errors, mutates, waits, timeout))
+        return function
+
+    return mark
+
+
+def pack(value: Any) -> bytes:
+    """msgpack, with aware datetimes as its timestamp extension."""
+    data: bytes = msgpack.packb(value, datetime=True)
+    return data
+
+
+def unpack(data: bytes) -> Any:
+    """The value of one msgpack document. DataLoss when it is malformed, nested too deep, or of foreign types."""
+    try:
+        return msgpack.unpackb(
+            data, timestamp=3, strict_map_key=True, ext_hook=_no_extension, max_str_len=_LIMIT, max_bin_len=_LIMIT,
+            max_array_len=_LIMIT, max_map_len=_LIMIT, max_ext_len=16,
+        )  # fmt: skip
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as e:
+        raise DataLoss(f"message body is not a valid msgpack document: {type(e).__name__}") from None
+
+
+def _no_extension(code: int, data: bytes) -> Any:
+    raise ValueError(f"extension type {code}")
+
+
+class Endpoint:
+    """One operation of a contract: its name, bounds and errors, and the codecs of its request and reply."""
+
+    def __init__(self, contract: type[Any], function: Callable[..., Any]) -> None:
+        errors, mutates, waits, timeout = getattr(function, _DECLARED)
+        self.contract = contract
+        self.function = function
+        self.name: str = function.__name__
+        self.errors: tuple[type[WherryError], ...] = errors
+        self.mutates: bool = mutates
+        self.waits: bool = waits
+        self.timeout: float = timeout
+        self.doc = inspect.cleandoc(function.__doc__ or "")
+
+    @cached_property
+    def _hints(self) -> dict[str, Any]:
+        return typing.get_type_hints(self.function, include_extras=True)
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(inspect.signature(self.function).parameters)[1:]
+
+    @cached_property
+    def request(self) -> type[BaseModel]:
+        """The request as a pydantic model: one field a parameter."""
+        fields: dict[str, Any] = {}
+        for name, parameter in list(inspect.signature(self.function).parameters.items())[1:]:
+            default = ... if parameter.default is parameter.empty else parameter.default
+            fields[name] = (self._hints[name], default)
+        return create_model(f"{self.contract.__name__}_{self.name}", __base__=Model, **fields)
+
+    @cached_property
+    def reply(self) -> TypeAdapter[Any]:
+        return TypeAdapter(self._hints["return"])
+
+    @cached_property
+    def _opaque(self) -> bool:
+        return self._hints["return"] is bytes
+
+    def encode_request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+        """The request's body. InvalidArgument when an argument does not validate: nothing is sent then."""
+        if args:
+            kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        try:
+            return pack(self.request(**kwargs).model_dump(exclude_defaults=True))
+        except ValidationError as e:
+            raise InvalidArgument(f"{self.contract.service}.{self.name}: {explain(e)}") from None
+
+    def decode_request(self, data: bytes) -> dict[str, Any]:
+        """The arguments of a request. InvalidArgument when they do not validate."""
+        try:
+            body = unpack(data) if data else {}
+            if not isinstance(body, dict):
+                raise InvalidArgument(f"{self.contract.service}.{self.name}: the body is not a map")
+            model = self.request(**body)
+        except ValidationError as e:
+            raise InvalidArgument(f"{self.contract.service}.{self.name}: {explain(e)}") from None
+        except (DataLoss, TypeError) as e:
+            raise InvalidArgument(f"{self.contract.service}.{self.name}: {e}") from None
+        return {name: getattr(model, name) for name in self.parameters}
+
+    def encode_reply(self, value: Any) -> bytes:
+        return value if self._opaque else pack(self.reply.dump_python(value))
+
+    def decode_reply(self, data: bytes) -> Any:
+        """The reply's value. DataLoss when the service sent what its contract does not promise."""
+        if self._opaque:
+            return data
+        try:
+            return self.reply.validate_python(unpack(data))
+        except ValidationError as e:
+            raise DataLoss(f"reply of {self.contract.service}.{self.name}: {explain(e)}") from None
+
+
+class Contract(Protocol):
+    """Base of all contracts. `service` and `version` come from the class statement, `endpoints` from the methods.
+
+    namespaced: False for contracts that belong to no namespace (`_` stands in their subjects), None for either.
+    """
+
+    service: ClassVar[str]
+    version: ClassVar[str]
+    namespaced: ClassVar[bool | None]
+    endpoints: ClassVar[dict[str, Endpoint]]
+
+    def __init_subclass__(
+        cls, *, service: str = "", version: str = "", namespaced: bool | None = True, **kwargs: Any
+    ) -> None:
+        super().__init_subclass__(**kwargs)
+        if not service:
+            return
+        cls.service, cls.version, cls.namespaced = service, version, namespaced
+        cls.endpoints = {
+            name: Endpoint(cls, function) for name, function in vars(cls).items() if hasattr(function, _DECLARED)
+        }

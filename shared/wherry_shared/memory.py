@@ -1,0 +1,176 @@
+"""The same bus in memory, for tests and for embedding: NATS's matching, queue groups and no-responders, one process."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from .bus.events import MESSAGE_ID
+from .bus.subjects import matches
+from .bus.transport import Callback, EventLog, LogState, NoResponders, Stored, Subscription
+from .errors import DeadlineExceeded, InvalidArgument, Unavailable
+
+MAX_PAYLOAD = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryMessage:
+    subject: str
+    reply: str
+    headers: Mapping[str, str] | None
+    data: bytes
+
+
+@dataclass(eq=False)
+class _Interest:
+    broker: Broker
+    pattern: str
+    queue: str
+    callback: Callback
+
+    async def unsubscribe(self) -> None:
+        if self in self.broker.interests:
+            self.broker.interests.remove(self)
+
+
+@dataclass
+class Broker:
+    """What nats-server is to the others: give one to each MemoryTransport that is to share a bus."""
+
+    interests: list[_Interest] = field(default_factory=list)
+    logs: dict[str, MemoryLog] = field(default_factory=dict)
+
+    def deliver(self, message: MemoryMessage) -> int:
+        """Hand a message to everyone interested; answers how many took it."""
+        taken = 0
+        queues: dict[tuple[str, str], list[_Interest]] = {}
+        for interest in self.interests:
+            if not matches(interest.pattern, message.subject):
+                continue
+            if interest.queue:
+                queues.setdefault((interest.pattern, interest.queue), []).append(interest)
+            else:
+                self._hand(interest, message)
+                taken += 1
+        for members in queues.values():
+            self._hand(random.choice(members), message)  # noqa: S311 - load sharing
+            taken += 1
+        for log in self.logs.values():
+            if matches(log.subject, message.subject):
+                self._keep(log, message)
+                taken += 1
+        return taken
+
+    @staticmethod
+    def _hand(interest: _Interest, message: MemoryMessage) -> None:
+        asyncio.get_running_loop().call_soon(interest.callback, message)
+
+    def _keep(self, log: MemoryLog, message: MemoryMessage) -> None:
+        sequence = log.append(message)
+        if message.reply:
+            ack = json.dumps({"stream": log.name, "seq": sequence}).encode()
+            self.deliver(MemoryMessage(message.reply, "", None, ack))
+
+
+class MemoryTransport:
+    """A connection to a Broker."""
+
+    def __init__(self, broker: Broker | None = None, *, name: str = "memory") -> None:
+        self.broker = broker or Broker()
+        self.inbox_prefix = f"_INBOX_{name}"
+        self.max_payload = MAX_PAYLOAD
+        self.connected = True
+        self._tokens = itertools.count(1)
+
+    def _check(self, data: bytes) -> None:
+        if not self.connected:
+            raise Unavailable("not connected")
+        if len(data) > self.max_payload:
+            raise InvalidArgument(f"message of {len(data)} bytes is larger than {self.max_payload}")
+
+    async def subscribe(self, subject: str, callback: Callback, *, queue: str = "") -> Subscription:
+        if not self.connected:
+            raise Unavailable("not connected")
+        interest = _Interest(self.broker, subject, queue, callback)
+        self.broker.interests.append(interest)
+        return interest
+
+    def publish(self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
+        self._check(data)
+        self.broker.deliver(MemoryMessage(subject, reply, headers, data))
+
+    async def request(
+        self, subject: str, data: bytes, *, headers: Mapping[str, str] | None = None, timeout: float
+    ) -> MemoryMessage:
+        self._check(data)
+        answer: asyncio.Future[MemoryMessage] = asyncio.get_running_loop().create_future()
+
+        def on_answer(message: object) -> None:
+            if isinstance(message, MemoryMessage) and not answer.done():
+                answer.set_result(message)
+
+        inbox = f"{self.inbox_prefix}.{id(self):x}.{next(self._tokens)}"
+        interest = await self.subscribe(inbox, on_answer)
+        try:
+            if not self.broker.deliver(MemoryMessage(subject, inbox, headers, data)):
+                raise NoResponders(f"nobody answers on {subject}")
+            async with asyncio.timeout(timeout):
+                return await answer
+        except TimeoutError:
+            raise DeadlineExceeded(f"no answer on {subject} within {timeout:.3f} s") from None
+        finally:
+            await interest.unsubscribe()
+
+    async def flush(self, timeout: float = 5.0) -> None:
+        await asyncio.sleep(0)
+
+    async def close(self) -> None:
+        self.connected = False
+
+    def event_log(self, name: str, subject: str) -> EventLog:
+        return self.broker.logs.setdefault(name, MemoryLog(name, subject))
+
+
+class MemoryLog:
+    """The durable stream's stand-in: kept as long as the Broker."""
+
+    def __init__(self, name: str, subject: str) -> None:
+        self.name = name
+        self.subject = subject
+        self._epoch = f"{random.SystemRandom().getrandbits(64):016x}"
+        self._stored: list[tuple[datetime, Stored]] = []
+        self._ids: dict[str, int] = {}
+
+    def append(self, message: MemoryMessage) -> int:
+        event_id = (message.headers or {}).get(MESSAGE_ID, "")
+        if event_id and event_id in self._ids:
+            return self._ids[event_id]
+        sequence = len(self._stored) + 1
+        self._stored.append((datetime.now(UTC), Stored(sequence, message.subject, message.data)))
+        self._ids[event_id] = sequence
+        return sequence
+
+    async def ensure(self, *, max_age: float, max_bytes: int) -> None:
+        return None
+
+    async def state(self) -> LogState:
+        return LogState(self._epoch, 1 if self._stored else 0, len(self._stored))
+
+    async def read(
+        self, *, after: int = 0, since: datetime | None = None, limit: int = 500, subjects: Sequence[str] = ()
+    ) -> list[Stored]:
+        found: list[Stored] = []
+        for at, stored in self._stored:
+            if stored.sequence <= after or (since is not None and at < since):
+                continue
+            if subjects and not any(matches(s, stored.subject) for s in subjects):
+                continue
+            found.append(stored)
+            if len(found) == limit:
+                break
+        return found

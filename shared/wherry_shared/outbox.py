@@ -1,0 +1,98 @@
+"""The relay of a service's outbox: what its transactions said happened, published until the stream has it.
+
+Events leave in the order of their transactions; one is removed only after the stream's ack, and carries its id as
+`Nats-Msg-Id`, so none is lost and none is stored twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from datetime import datetime
+from typing import Any
+
+from .api.events import Envelope
+from .bus import Bus, events, subjects
+from .errors import WherryError
+from .sqlite import Database
+
+log = logging.getLogger("wherry.outbox")
+
+BATCH = 128
+
+
+class Outbox:
+    """Relays one database's outbox to the bus."""
+
+    def __init__(self, database: Database, bus: Bus) -> None:
+        self._database = database
+        self._bus = bus
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._sent = 0
+
+    def start(self) -> None:
+        """Begin with what an earlier process left."""
+        self._database.on_events = self._wake.set
+        self._wake.set()
+        self._task = asyncio.get_running_loop().create_task(self._relay())
+
+    async def stop(self, patience: float = 2.0) -> None:
+        """Send what is left, for `patience` seconds; the rest stays in the outbox for the next start."""
+        if self._task is None:
+            return
+        with contextlib.suppress(WherryError, TimeoutError):
+            async with asyncio.timeout(patience):
+                while await self._send_batch():
+                    pass
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        self._task = None
+
+    async def _relay(self) -> None:
+        pause = 0.05
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                while await self._send_batch():
+                    pause = 0.05
+            except WherryError as e:
+                log.info("events wait in the outbox: %s", e)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 2.0)
+                self._wake.set()
+
+    async def _send_batch(self) -> int:
+        """Publish the oldest events, forget those that the stream has. Raises when one was not taken."""
+        rows = self._database.all(
+            "SELECT seq, id, namespace, topic, at, event FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?",
+            (self._sent, BATCH),
+        )
+        if not rows:
+            return 0
+        results = await asyncio.gather(*(self._publish(row) for row in rows), return_exceptions=True)
+        error = next((r for r in results if isinstance(r, BaseException)), None)
+        # Only an unbroken prefix is forgotten: what comes after a failure is sent again, and known by its id.
+        taken = next((i for i, r in enumerate(results) if isinstance(r, BaseException)), len(rows))
+        if taken:
+            self._sent = rows[taken - 1][0]
+            await self._forget(self._sent)
+        if error is not None:
+            raise error
+        return len(rows)
+
+    async def _publish(self, row: Any) -> int:
+        _, event_id, namespace, topic, at, event = row
+        envelope = Envelope(
+            id=event_id, timestamp=datetime.fromisoformat(at), namespace=namespace, topic=topic, node=self._bus.node,
+            event=json.loads(event),
+        )  # fmt: skip
+        subject = subjects.event(self._bus.node, namespace, topic)
+        return await events.publish(self._bus.transport, subject, events.encode(envelope), event_id)
+
+    async def _forget(self, upto: int) -> None:
+        await self._database.write(lambda tx: tx.execute("DELETE FROM outbox WHERE seq <= ?", (upto,)).rowcount)

@@ -1,0 +1,220 @@
+"""What every service process does: settings, logging, signals, the bus, its databases, drain.
+
+async def build(host: Host) -> Contract:
+    database = await host.database(metadata.MIGRATIONS)
+    return ImageService(Catalog(database))
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run("image", build, arguments)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .bus import Bus, connect
+from .contract import Contract
+from .errors import FailedPrecondition, Unavailable, WherryError
+from .outbox import Outbox
+from .sqlite import Database
+from .values import check_identifier
+
+log = logging.getLogger("wherry.runtime")
+
+NODE_FILE = "node.json"
+DRAIN_SECONDS = 10.0
+
+
+def default_node() -> str:
+    """The host's name as an identifier: what does not fit becomes a dash."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname()).strip("-")[:76].strip("-")
+    return name or "node"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where a service lives. Flags win over the environment (`WHERRY_ROOT` and so on), that over the defaults.
+
+    root: what must survive a reboot. state: what must not; credentials lie in `creds` (default `<state>/creds`).
+    nats: URLs, comma-separated. instance: distinguishes replicas on one root.
+    """
+
+    service: str
+    node: str
+    root: Path
+    state: Path
+    nats: str
+    creds: Path
+    instance: str = ""
+    log_level: str = "INFO"
+    options: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def own_root(self) -> Path:
+        return self.root / self.service
+
+    @property
+    def own_state(self) -> Path:
+        return self.state / self.service
+
+    @classmethod
+    def parse(cls, service: str, arguments: Sequence[str] | None = None) -> Settings:
+        """From a command line and the environment; exits with a usage message on nonsense."""
+        env = os.environ.get
+        parser = argparse.ArgumentParser(prog=f"wherry-{service}", description=f"Wherry's {service} service.")
+        parser.add_argument("--node", default=env("WHERRY_NODE", default_node()))
+        parser.add_argument("--root", type=Path, default=Path(env("WHERRY_ROOT", "/var/lib/wherry")))
+        parser.add_argument("--state", type=Path, default=Path(env("WHERRY_STATE", "/run/wherry")))
+        parser.add_argument("--nats", default=env("WHERRY_NATS", ""))
+        parser.add_argument("--creds", type=Path, default=Path(env("WHERRY_CREDS", "")))
+        parser.add_argument("--instance", default=env("WHERRY_INSTANCE", ""))
+        parser.add_argument("--log-level", default=env("WHERRY_LOG_LEVEL", "INFO"))
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of this service (its README)"
+        )
+        a = parser.parse_args(arguments)
+        node = check_identifier(a.node, "node")
+        prefix = f"WHERRY_{service.upper()}_"
+        options = {k.removeprefix(prefix).lower(): v for k, v in os.environ.items() if k.startswith(prefix)}
+        options |= dict(item.partition("=")[::2] for item in a.set)
+        return cls(
+            service, node, a.root.absolute(), a.state.absolute(), a.nats or _nats_of(a.state),
+            (a.creds if a.creds != Path() else a.state / "creds").absolute(), a.instance, a.log_level.upper(), options,
+        )  # fmt: skip
+
+
+def _nats_of(state: Path) -> str:
+    """The URL that the node's supervisor wrote down, or NATS's own default."""
+    try:
+        return str(json.loads((state / NODE_FILE).read_text())["nats"])
+    except (OSError, ValueError, KeyError):
+        return "nats://127.0.0.1:4222"
+
+
+class Host:
+    """What `build` builds on: the settings, the bus, databases, and what has to be undone at the end."""
+
+    def __init__(self, settings: Settings, bus: Bus, stack: AsyncExitStack) -> None:
+        self.settings = settings
+        self.bus = bus
+        self.metadata: dict[str, str] = {}
+        self.immediate_stop = False
+        self._stack = stack
+        self._after_serving: list[Callable[[], Awaitable[None]]] = []
+
+    async def database(self, migrations: Sequence[str], *, shared: bool = False) -> Database:
+        """The service's database, with its outbox relayed. `shared`: replicas on the same root may have it open too.
+
+        FailedPrecondition: another process of this service has the root.
+        """
+        root = self.settings.own_root
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not shared:
+            self.lock(root / "lock")
+        database = await Database.open(root / "metadata.db", migrations)
+        self._stack.push_async_callback(database.close)
+        outbox = Outbox(database, self.bus)
+        outbox.start()
+        self._stack.push_async_callback(outbox.stop)
+        return database
+
+    def lock(self, path: Path) -> None:
+        """Hold `path` locked until this process ends. FailedPrecondition when another process holds it."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._stack.callback(os.close, fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FailedPrecondition(f"{path.parent} is in use by another {self.settings.service} service") from None
+
+    def on_stop(self, undo: Callable[[], Awaitable[None]]) -> None:
+        """Run `undo` at the end, after the last request and in reverse order."""
+        self._stack.push_async_callback(undo)
+
+    def plugin(self, **plugin: Any) -> None:
+        """Tell introspection of a backend (fields of api.introspection.Plugin)."""
+        plugins = json.loads(self.metadata.get("plugins", "[]"))
+        self.metadata["plugins"] = json.dumps([*plugins, plugin])
+
+
+Build = Callable[[Host], Awaitable[Contract]]
+
+
+def run(service: str, build: Build, arguments: Sequence[str] | None = None) -> None:
+    """Run a service until SIGTERM or SIGINT, then drain it. Exits 1 with one line when it cannot start."""
+    import uvloop
+
+    try:
+        settings = Settings.parse(service, arguments)
+        logging.basicConfig(
+            level=settings.log_level, stream=sys.stderr, format=f"%(asctime)s {service} %(levelname)s %(message)s"
+        )
+        uvloop.run(_serve(settings, build))
+    except WherryError as e:
+        print(f"wherry-{service}: {e}", file=sys.stderr)  # noqa: T201 - the process's last word
+        raise SystemExit(1) from None
+
+
+async def _serve(settings: Settings, build: Build) -> None:
+    stop: asyncio.Event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    os.umask(0o077)
+    async with AsyncExitStack() as stack:
+        bus = await _connect(settings)
+        stack.push_async_callback(bus.transport.close)
+        host = Host(settings, bus, stack)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, _stopping, host, stop, number)
+        implementation = await build(host)
+        server = await bus.serve(implementation, instance=settings.instance, metadata=host.metadata)
+        log.info("serving on node %s as %s", settings.node, server.instance)
+        await stop.wait()
+        log.info("stopping")
+        await bus.drain(DRAIN_SECONDS)
+
+
+def _stopping(host: Host, stop: asyncio.Event, number: int) -> None:
+    host.immediate_stop = host.immediate_stop or number == signal.SIGINT
+    stop.set()
+
+
+async def _connect(settings: Settings) -> Bus:
+    from .bus import credentials
+
+    own = credentials.find(settings.creds, settings.service)
+    identities = credentials.Identities(settings.creds)
+    servers = [u for u in settings.nats.split(",") if u]
+    loop = asyncio.get_running_loop()
+    give_up = loop.time() + 15.0
+    while True:
+        try:
+            return await connect(
+                servers, node=settings.node, name=f"{settings.service}@{settings.node}", seed=own.seed,
+                inbox_prefix=own.inbox_prefix, identity_of=identities,
+            )  # fmt: skip
+        except Unavailable:
+            if loop.time() > give_up:
+                raise
+            await asyncio.sleep(0.1)
+
+
+def package_version(distribution: str) -> str:
+    """The installed version of one of our distributions; "0" when run without being installed."""
+    with suppress(PackageNotFoundError):
+        return version(distribution)
+    return "0"

@@ -1,0 +1,140 @@
+"""The values that every service shares: identifiers, digests, descriptors, platforms, mounts, labels, pages.
+
+Rules come from containerd (identifiers, labels) and the OCI image specification (digests, descriptors). What does
+not validate is refused, never repaired.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from .errors import InvalidArgument
+
+T = TypeVar("T")
+
+IDENTIFIER_MAX = 76
+LABEL_MAX = 4096
+_IDENTIFIER = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*\Z")
+_DIGEST = re.compile(r"(?:sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128})\Z")
+
+
+class Model(BaseModel):
+    """Base of everything that crosses the wire: immutable; unknown fields are ignored so that versions can mix."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+def check_identifier(value: str, what: str = "identifier") -> str:
+    """`value` if it is an identifier by containerd's rule (1..76 characters), else InvalidArgument."""
+    if len(value) > IDENTIFIER_MAX:
+        raise InvalidArgument(f"{what} {value[:IDENTIFIER_MAX]!r}... is longer than {IDENTIFIER_MAX} characters")
+    if not _IDENTIFIER.match(value):
+        raise InvalidArgument(
+            f"{what} {value!r} is not valid: alphanumeric groups joined by a single '.', '_' or '-' are"
+        )
+    return value
+
+
+def check_digest(value: str) -> str:
+    """`value` if it is `sha256:` or `sha512:` with exact lower-case hex, else InvalidArgument."""
+    if not _DIGEST.match(value):
+        raise InvalidArgument(f"digest {value[:160]!r} is not valid: sha256 or sha512 with lower-case hex is")
+    return value
+
+
+def check_labels(labels: dict[str, str]) -> dict[str, str]:
+    """`labels` if each key and value together stay within 4096 bytes, else InvalidArgument."""
+    for key, value in labels.items():
+        if len(key.encode()) + len(value.encode()) > LABEL_MAX:
+            raise InvalidArgument(f"label {key[:64]!r}: key and value are longer than {LABEL_MAX} bytes together")
+        if not key:
+            raise InvalidArgument("a label's key is empty")
+    return labels
+
+
+def _as_value_error(check: Any) -> Any:
+    def validate(value: Any) -> Any:
+        try:
+            return check(value)
+        except InvalidArgument as e:
+            raise ValueError(e.message) from None
+
+    return validate
+
+
+Identifier = Annotated[str, AfterValidator(_as_value_error(check_identifier))]
+Digest = Annotated[str, AfterValidator(_as_value_error(check_digest))]
+Labels = Annotated[dict[str, str], AfterValidator(_as_value_error(check_labels))]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+"""A key, ref, image name: any non-empty text up to 4096 characters; never part of a subject."""
+
+
+class Platform(Model):
+    """An OCI platform."""
+
+    os: str
+    architecture: str
+    variant: str = ""
+    os_version: str = ""
+    os_features: list[str] = []
+
+
+class Descriptor(Model):
+    """An OCI descriptor: what a blob is, which one, how many bytes."""
+
+    media_type: str
+    digest: Digest
+    size: int
+    annotations: dict[str, str] = {}
+    platform: Platform | None = None
+    urls: list[str] = []
+
+
+class Mount(Model):
+    """A mount for mount(2), as a snapshotter returns it; nobody has mounted it yet."""
+
+    type: str
+    source: str
+    target: str = ""
+    options: list[str] = []
+
+
+class Page(Model, Generic[T]):
+    """A window of a walk. `next` continues it (opaque; give it back as `after`), "" says that it is the last."""
+
+    items: list[T]
+    next: str = ""
+
+
+def now() -> datetime:
+    """The time, UTC."""
+    return datetime.now(UTC)
+
+
+def stored_labels(labels: dict[str, str]) -> dict[str, str]:
+    """Labels as they are kept: an empty value means that the label is not there (containerd's rule)."""
+    return {k: v for k, v in labels.items() if v}
+
+
+def update_labels(old: dict[str, str], new: dict[str, str], paths: Iterable[str]) -> dict[str, str]:
+    """The labels after an update with a mask: `labels` replaces all, `labels.<key>` one; dots in the key are kept."""
+    result = dict(old)
+    for path in paths:
+        if path == "labels":
+            result = dict(new)
+        elif path.startswith("labels."):
+            key = path.removeprefix("labels.")
+            result[key] = new.get(key, "")
+    return check_labels(stored_labels(result))
+
+
+def explain(e: ValidationError) -> str:
+    """A validation error in one line that names the field and the reason, without the value's class names."""
+    first = e.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(p) for p in first["loc"])
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}" if where else str(first["msg"])
