@@ -40,6 +40,11 @@ as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
 }
 
+# apt's many lines matter only where it fails.
+quietly() {
+    "$@" >.cache/apt.log 2>&1 </dev/null || { cat .cache/apt.log >&2; die "failed: $*"; }
+}
+
 restore_policy() {
     if [ -e "$policy.wherry-saved" ]; then
         as_root mv "$policy.wherry-saved" "$policy"
@@ -58,9 +63,9 @@ install_packages() {
     trap 'exit 130' INT TERM
     printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
     as_root chmod 755 "$policy"
-    as_root apt-get -q -o DPkg::Lock::Timeout=300 update >&2
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300 \
-        install --no-install-recommends "$@" >&2
+    quietly as_root apt-get -q -o DPkg::Lock::Timeout=300 update
+    quietly as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300 \
+        install --no-install-recommends "$@"
     restore_policy
     trap - EXIT INT TERM
     stay_off "$@"
@@ -85,10 +90,9 @@ ensure_packages() {
     esac
     # shellcheck disable=SC2086  # a list of words
     missing=$(missing_of $wanted | sort -u)
-    [ -n "$missing" ] || return 0
     # shellcheck disable=SC2086
-    install_packages $missing
-    python=$(find_python)
+    [ -z "$missing" ] || install_packages $missing
+    [ -n "$python" ] || python=$(find_python)
     [ -n "$python" ] || die "Python 3.11 or later is needed, and this system's packages have none"
 }
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from images import Registry, redis
+from images import AptError, Registry, RegistryError, redis
 from leftovers import Watch
 
 HERE = Path(__file__).resolve().parent
@@ -144,7 +144,8 @@ def play(place: Path) -> None:
         stack.enter_context(node(place, environment))
         say("watching its events, with rights to nothing else")
         observer = [sys.executable, str(HERE / "watch_events.py")]
-        events = stack.enter_context(running("event", observer, {**environment, "WHERRY_ROLE": "observer"}))
+        rights = {"WHERRY_CREDS": str(place / "state" / "creds" / "observer.nk")}
+        events = stack.enter_context(running("event", observer, {**environment, **rights}))
         events.says("watching", READY)
         say(f"running redis.py {reference}")
         example = [sys.executable, str(HERE / "redis.py"), reference]
@@ -162,8 +163,8 @@ def perform() -> bool:
     with Watch(place) as watch:
         try:
             play(place)
-        except (DemoError, KeyboardInterrupt) as error:
-            say(f"failed: {error or 'interrupted'}")
+        except (DemoError, AptError, RegistryError, KeyboardInterrupt) as error:
+            say(f"failed: {str(error) or 'interrupted'}")
             well = False
     left = watch.leftovers()
     for line in left:

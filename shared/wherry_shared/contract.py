@@ -150,10 +150,10 @@ class Contract(Protocol):
     namespaced: False for contracts that belong to no namespace (`_` stands in their subjects), None for either.
     """
 
-    service: ClassVar[str]
-    version: ClassVar[str]
-    namespaced: ClassVar[bool | None]
-    endpoints: ClassVar[dict[str, Endpoint]]
+    service: ClassVar[str] = ""
+    version: ClassVar[str] = ""
+    namespaced: ClassVar[bool | None] = True
+    endpoints: ClassVar[dict[str, Endpoint]] = {}
 
     def __init_subclass__(
         cls, *, service: str = "", version: str = "", namespaced: bool | None = True, **kwargs: Any

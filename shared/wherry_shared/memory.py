@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -162,13 +162,13 @@ class MemoryLog:
         return LogState(self._epoch, 1 if self._stored else 0, len(self._stored))
 
     async def read(
-        self, *, after: int = 0, since: datetime | None = None, limit: int = 500, subjects: Sequence[str] = ()
+        self, *, after: int = 0, since: datetime | None = None, limit: int = 500, subject: str = ""
     ) -> list[Stored]:
         found: list[Stored] = []
         for at, stored in self._stored:
             if stored.sequence <= after or (since is not None and at < since):
                 continue
-            if subjects and not any(matches(s, stored.subject) for s in subjects):
+            if subject and not matches(subject, stored.subject):
                 continue
             found.append(stored)
             if len(found) == limit:

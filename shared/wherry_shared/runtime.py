@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
@@ -112,6 +113,7 @@ class Host:
     def __init__(self, settings: Settings, bus: Bus, stack: AsyncExitStack) -> None:
         self.settings = settings
         self.bus = bus
+        self.instance = settings.instance or secrets.token_hex(8)
         self.metadata: dict[str, str] = {}
         self.immediate_stop = False
         self._stack = stack
@@ -181,7 +183,7 @@ async def _serve(settings: Settings, build: Build) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, _stopping, host, stop, number)
         implementation = await build(host)
-        server = await bus.serve(implementation, instance=settings.instance, metadata=host.metadata)
+        server = await bus.serve(implementation, instance=host.instance, metadata=host.metadata)
         log.info("serving on node %s as %s", settings.node, server.instance)
         await stop.wait()
         log.info("stopping")

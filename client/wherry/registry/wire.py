@@ -60,7 +60,7 @@ class Limits:
     """Bytes that count as progress, so that a drip of one byte for each connection does not go on for ever."""
 
 
-class Transient(Exception):  # noqa: N818 - a signal inside this package, it never leaves it
+class Transient(Exception):
     """`error` may go away by itself: worth another try, after `delay` seconds if the host said so."""
 
     def __init__(self, error: WherryError, delay: float | None = None) -> None:
@@ -164,16 +164,23 @@ class Wire:
                 self._resolver.unpin(origin.host)
             raise failure(origin.authority, e) from None
 
-    async def read(self, response: aiohttp.ClientResponse, host: str, bound: int, what: str) -> bytes:
-        """The whole body, at most `bound` bytes; ResourceExhausted beyond (read stops there)."""
+    async def read(
+        self,
+        response: aiohttp.ClientResponse,
+        host: str,
+        bound: int,
+        what: str,
+        excess: type[WherryError] = ResourceExhausted,
+    ) -> bytes:
+        """The whole body, at most `bound` bytes; beyond, reading stops and `excess` is raised."""
         if response.content_length is not None and response.content_length > bound:
-            raise ResourceExhausted(f"{what} from {host} is longer than {bound} bytes")
+            raise excess(f"{what} from {host} is longer than {bound} bytes")
         parts, total = [], 0
         try:
             while chunk := await response.content.readany():
                 total += len(chunk)
                 if total > bound:
-                    raise ResourceExhausted(f"{what} from {host} is longer than {bound} bytes")
+                    raise excess(f"{what} from {host} is longer than {bound} bytes")
                 parts.append(chunk)
         except (TimeoutError, aiohttp.ClientError, OSError) as e:
             raise failure(host, e) from None

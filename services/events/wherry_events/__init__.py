@@ -1,1 +1,1 @@
-
+"""Wherry's events service: the durable stream of what happened."""

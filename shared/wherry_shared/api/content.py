@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import datetime
 from typing import Protocol
 
@@ -42,12 +43,24 @@ class Ingest(Model):
     updated_at: datetime
 
 
+def ingest_file(namespace: str, ref: str) -> str:
+    """How the path of an ingest's file ends; a caller opens no other file for writing, whatever it is told."""
+    return f"/ingest/{hashlib.sha256(f'{namespace}/{ref}'.encode()).hexdigest()}/data"
+
+
+def blob_file(digest: str) -> str:
+    """How the path of a blob's file ends."""
+    algorithm, _, encoded = digest.partition(":")
+    return f"/blobs/{algorithm}/{encoded}"
+
+
 class Opened(Model):
     """An ingest held open for its writer.
 
-    instance: the replica that holds it; writes and the commit go to that one.
-    path, device, inode: the file of the bytes. A caller who sees that very file (same device and inode) may append
-    to it instead of calling `write`; the service verifies it at commit all the same.
+    instance: the replica that holds it; writes, close and the commit go to that one.
+    path, device, inode: the file of the bytes, "" where it is none. A caller who sees that very file (same device
+    and inode, path as `ingest_file` says) may append to it instead of calling `write`; the service verifies it at
+    commit all the same. It may only append, since bytes are hashed as they come: `write(ref, 0, b"")` starts over.
     """
 
     ref: str
@@ -59,7 +72,10 @@ class Opened(Model):
 
 
 class Located(Model):
-    """Where a blob's bytes lie on the node's disk. Whoever sees that very file (device and inode) may read it."""
+    """Where a blob's bytes lie on the node's disk, "" where they are no file of their own.
+
+    Whoever sees that very file (device and inode, path as `blob_file` says) may read it.
+    """
 
     path: str
     size: int
@@ -100,11 +116,22 @@ class Content(Contract, Protocol, service="content", version="1.0.0"):
         """Where the bytes lie, for readers on the same host."""
         ...
 
-    @endpoint(AlreadyExists, Unavailable, ResourceExhausted, mutates=True)
+    @endpoint(NotFound, DataLoss, waits=True, timeout=600.0)
+    async def verify(self, digest: Digest) -> None:
+        """Read all of a blob again and compare.
+
+        DataLoss: the bytes are not what they were. They are put aside then: reads fail, and the next upload of
+        the digest, which `open` lets through, heals it in every namespace.
+        """
+        ...
+
+    @endpoint(AlreadyExists, NotFound, Unavailable, ResourceExhausted, mutates=True)
     async def open(self, ref: Name, total: int = 0, expected: str = "", truncate: bool = False) -> Opened:
         """Open or resume the ingest `ref` and lock it for this writer.
 
-        AlreadyExists: the expected blob is in this namespace. Unavailable: another writer holds the ref.
+        The lock ends with close, commit or abort, with its instance, and after 60 s without a write or a `status`.
+        AlreadyExists: the expected blob is in this namespace, and the ingest is gone. Unavailable: another writer
+        holds the ref. NotFound: there is no such lease.
         """
         ...
 
@@ -112,7 +139,8 @@ class Content(Contract, Protocol, service="content", version="1.0.0"):
     async def write(self, ref: Name, offset: int, data: bytes) -> int:
         """Append `data` (at most 512 KiB) at `offset`, which must be the current end; offset 0 starts over.
 
-        Answers the new end. Goes to the instance that opened the ingest.
+        Answers the new end. Goes to the instance that opened the ingest; NotFound when that does not hold it (any
+        more), and then a new `open` tells how much is there.
         """
         ...
 

@@ -70,7 +70,7 @@ class Credentials:
     @property
     def inbox_prefix(self) -> str:
         digest = hmac.new(self.seed, b"wherry inbox", hashlib.sha256).hexdigest()[:32]
-        return f"_INBOX_{subjects.encode_token(self.name)}_{digest}"
+        return f"_INBOX_{digest}"
 
 
 def load(path: Path) -> Credentials:

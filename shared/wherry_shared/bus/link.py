@@ -14,6 +14,7 @@ subscriptions, JetStream. What is replaced, and why:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import random
@@ -21,10 +22,11 @@ import re
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from nats.aio.client import Client, Srv
 from nats.aio.transport import TcpTransport
+from nats.errors import ConnectionReconnectingError
 from nats.errors import Error as NatsError
 
 from ..errors import FailedPrecondition, ResourceExhausted, Unauthenticated, WherryError
@@ -38,7 +40,6 @@ HARD_LIMIT: Final = 64 << 20  # bytes in the write buffer at which a publisher t
 LARGE: Final = 64 << 10  # a write of more bytes is handed over piece by piece instead of being copied together
 PENDING_LIMIT: Final = 1 << 20  # bytes after which a write does not wait for the end of the loop iteration
 BACKOFF: Final = (0.05, 1.0)  # seconds: first wait and longest
-PING_SECONDS: Final = 10  # a third ping without an answer to the two before it is an outage
 STABLE_SECONDS: Final = 1.0  # a connection that lived shorter does not reset the back-off
 
 _VERSION = re.compile(r"v?(\d+)\.(\d+)\.(\d+)(-[0-9A-Za-z.-]+)?(\+.*)?")
@@ -55,9 +56,20 @@ def check_version(version: str) -> None:
         found = (int(match[1]), int(match[2]), int(match[3]), -1 if match[4] else 0)
         if found >= (2, 14, 0, 0) or (2, 12, 7, 0) <= found < (2, 13, 0, -1):
             return
+    found_version = version or "of unknown version"
     raise FailedPrecondition(
-        f"nats-server {version or 'of unknown version'} is too old: needed is 2.12.7 or later of 2.12, or 2.14.0 or later"
+        f"nats-server {found_version} is too old: needed is 2.12 from 2.12.7 on, or 2.14.0 or later"
     )
+
+
+def sendable(subject: str) -> bool:
+    """Whether it can stand in a protocol line: no blanks, no control characters, not empty."""
+    return bool(subject) and subject.isprintable() and " " not in subject
+
+
+def _abort(stream: asyncio.WriteTransport) -> None:
+    with contextlib.suppress(AttributeError):  # CPython's TLS transport, once closed twice, has lost its protocol
+        stream.abort()
 
 
 class Link(Client):
@@ -72,12 +84,11 @@ class Link(Client):
         self.room = asyncio.Event()  # cleared while the write buffer is above its high-water mark
         self.room.set()
         self.established = False  # the first handshake succeeded: from then on every failure is retried
-        self.last_error: Exception | None = None
         self._loop = loop
         self._must_encrypt = must_encrypt
         self._pieces: list[bytes] = []
         self._pieces_size = 0
-        self._lost: asyncio.Future[Exception | None] | None = None
+        self._lost: asyncio.Future[Exception | None] = loop.create_future()
         self._failures = 0
         self._attached_at = 0.0
         self._lane: deque[tuple[Callable[..., Awaitable[None]], tuple[Any, ...]]] = deque()
@@ -101,7 +112,7 @@ class Link(Client):
         """Hand what was written to the transport; during an outage, forget it."""
         pieces, size, out = self._pieces, self._pieces_size, self.out
         self._pieces, self._pieces_size = [], 0
-        if out is None or not size:
+        if out is None or not size or out.is_closing():
             return
         if size > LARGE:
             out.writelines(pieces)
@@ -127,7 +138,8 @@ class Link(Client):
             log.exception("the callback for a message on %s failed", subject)
 
     def on_ping(self) -> None:
-        self.write(b"PONG\r\n", size=6)
+        if self.out is not None:
+            self.write(b"PONG\r\n", size=6)
 
     def on_pong(self) -> None:
         self._pings_outstanding = 0
@@ -147,7 +159,7 @@ class Link(Client):
 
     def on_error(self, text: str) -> None:
         # Errors that end the connection are followed by its end; the others leave it as it is.
-        self.last_error = NatsError(f"nats: {text}")
+        self._err = NatsError(f"nats: {text}")
         self.refused(text)
 
     def on_broken(self, reason: str) -> None:
@@ -155,7 +167,7 @@ class Link(Client):
         self.abort()
 
     def on_lost(self, error: Exception | None) -> None:
-        if self._lost is not None and not self._lost.done():
+        if not self._lost.done():
             self._lost.set_result(error)
         self._detach()
 
@@ -189,7 +201,13 @@ class Link(Client):
         out = self.out
         self._detach()
         if out is not None:
-            out.abort()
+            _abort(out)
+
+    def drop(self) -> None:
+        """Abort also a socket whose handshake is not done."""
+        self.abort()
+        if isinstance(self._transport, TcpTransport) and self._transport._io_writer is not None:
+            _abort(self._transport._io_writer.transport)
 
     def _detach(self) -> None:
         if self.out is None:
@@ -198,21 +216,25 @@ class Link(Client):
         self.room.set()
         if self._loop.time() - self._attached_at > STABLE_SECONDS:
             self._failures = 0
+        for waiting in list(self._resp_map.values()):  # JetStream's requests, which nats-py would let time out
+            if not waiting.done():
+                waiting.set_exception(ConnectionReconnectingError())
         self.state_changed(False)
+
+    def _streams(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        opened = cast(TcpTransport, self._transport)
+        if opened._io_reader is None or opened._io_writer is None:
+            raise ConnectionResetError("there is no connection to nats-server")
+        return opened._io_reader, opened._io_writer
 
     def _attach(self) -> None:
         """Take the socket over from nats-py's reader, with the bytes that it has read ahead."""
-        assert isinstance(self._transport, TcpTransport)
-        reader, writer = self._transport._io_reader, self._transport._io_writer
-        assert reader is not None and writer is not None
-        stream = writer.transport
+        reader, writer = self._streams()
+        stream = cast(asyncio.Transport, writer.transport)
         if reader.at_eof() or reader.exception() is not None or stream.is_closing():
             raise ConnectionResetError("nats-server closed the connection during the handshake")
-        assert isinstance(stream, asyncio.Transport)
         stream.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        original = stream.get_protocol()
-        assert isinstance(original, asyncio.Protocol)
-        receiver = Receiver(self, original)
+        receiver = Receiver(self, cast(asyncio.Protocol, stream.get_protocol()))
         stream.pause_reading()  # uvloop chooses between its two ways of reading when it starts to read
         stream.set_protocol(receiver)
         stream.set_write_buffer_limits(high=HIGH_WATER)
@@ -227,26 +249,36 @@ class Link(Client):
     # ---- nats-py's methods that are replaced
 
     async def _process_connect_init(self) -> None:
+        self._cancel_tasks()
         try:
             await super()._process_connect_init()
             if not self.is_connected:
                 raise NatsError("nats: the server did not answer the handshake's PING")
             self._attach()
-        except (OSError, NatsError, TimeoutError) as error:
-            for task in (self._reading_task, self._ping_interval_task, self._flusher_task):
-                if task is not None:
-                    task.cancel()
+        except WherryError:
+            raise
+        except Exception as error:
+            self._cancel_tasks()
             if not self.established and any(word in str(error).lower() for word in _REJECTED):
                 raise Unauthenticated(f"nats-server does not accept these credentials: {error}") from error
-            raise
+            if isinstance(error, (OSError, NatsError)):
+                raise
+            # nats-py retries those two; anything else, from a peer that is no nats-server say, would end its loop
+            raise NatsError(f"nats: the handshake failed: {error!r}") from error
         self.established = True
+
+    def _cancel_tasks(self) -> None:
+        """nats-py forgets the tasks of a handshake or replay that fails half-way."""
+        for task in (self._reading_task, self._ping_interval_task, self._flusher_task):
+            if task is not None:
+                task.cancel()
 
     def _connect_command(self) -> bytes:
         """Called between the server's INFO and our CONNECT: the last moment before credentials leave the process."""
-        assert isinstance(self._transport, TcpTransport) and self._transport._io_writer is not None
+        _, writer = self._streams()
         try:
             check_version(str(self._server_info.get("version", "")))
-            if self._must_encrypt and self._transport._io_writer.get_extra_info("sslcontext") is None:
+            if self._must_encrypt and writer.get_extra_info("sslcontext") is None:
                 raise FailedPrecondition("TLS is asked for, and nats-server does not offer it")
         except WherryError as error:
             if not self.established:
@@ -255,8 +287,7 @@ class Link(Client):
         return super()._connect_command()
 
     async def _connect_to_server(self, s: Srv) -> None:
-        if isinstance(self._transport, TcpTransport) and self._transport._io_writer is not None:
-            self._transport._io_writer.transport.abort()  # of an attempt that failed in the handshake
+        self.drop()  # what an attempt that failed half-way has left
         if self._failures:
             wait = min(BACKOFF[0] * 2 ** min(self._failures - 1, 10), BACKOFF[1])
             await asyncio.sleep(wait * random.uniform(0.8, 1.2))  # noqa: S311
@@ -264,19 +295,20 @@ class Link(Client):
         await super()._connect_to_server(s)
 
     async def _read_loop(self) -> None:
-        assert self._lost is not None
         error = await self._lost
         await self._process_op_err(error or ConnectionResetError("nats-server closed the connection"))
 
     async def _process_op_err(self, e: Exception) -> None:
-        self.last_error = e
+        self._err = e
         self.abort()
         await super()._process_op_err(e)
 
     async def _send_command(self, cmd: bytes, priority: bool = False) -> None:
-        # During an outage it is forgotten: subscriptions are replayed from the table, the rest must not be sent.
         if self.out is not None:
             self.write(cmd, size=len(cmd))
+        elif cmd.startswith((b"PUB", b"HPUB")):
+            raise ConnectionReconnectingError
+        # The rest is forgotten during an outage: subscriptions are replayed from the table.
 
     async def _flush_pending(self, force_flush: bool = False) -> None:
         return None

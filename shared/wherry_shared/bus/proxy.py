@@ -6,7 +6,8 @@ import asyncio
 import random
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from copy import copy
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import context
 from ..contract import Endpoint
@@ -16,6 +17,8 @@ from .transport import Message, NoResponders, Transport
 
 if TYPE_CHECKING:
     from . import Bus
+
+P = TypeVar("P")
 
 DEADLINE, KEY, LEASE, TRACE = "Wherry-Deadline", "Wherry-Key", "Wherry-Lease", "traceparent"
 RETRY = "Wherry-Retry"
@@ -34,6 +37,17 @@ class Caller:
         self._node = node
         self._namespace = namespace
         self._instance = instance
+
+    def at(self, instance: str) -> Caller:
+        """The same caller, bound to one replica."""
+        bound = copy(self)
+        bound._instance = instance
+        return bound
+
+    @property
+    def namespace(self) -> str:
+        """The namespace that its calls are made in."""
+        return self._namespace or context.namespace()
 
     async def call(self, endpoint: Endpoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One operation, until its deadline."""
@@ -110,6 +124,16 @@ def make_proxy(contract: type[Any], caller: Caller) -> Any:
     proxy = _proxy_class(contract)()
     proxy._caller = caller
     return proxy
+
+
+def at_instance(proxy: P, instance: str) -> P:
+    """The same proxy, bound to one replica. What is no proxy is the service itself, and its own only instance."""
+    caller = getattr(proxy, "_caller", None)
+    if not isinstance(caller, Caller):
+        return proxy
+    made: P = type(proxy)()
+    made._caller = caller.at(instance)  # type: ignore[attr-defined]
+    return made
 
 
 _classes: dict[type[Any], type[Any]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -106,7 +106,7 @@ class EventLog(Protocol):
     async def state(self) -> LogState: ...
 
     async def read(
-        self, *, after: int = 0, since: datetime | None = None, limit: int = 500, subjects: Sequence[str] = ()
+        self, *, after: int = 0, since: datetime | None = None, limit: int = 500, subject: str = ""
     ) -> list[Stored]:
-        """Up to `limit` events after a sequence number, or since a time, whose subject matches any of `subjects`."""
+        """Up to `limit` events after a sequence number, or since a time, on `subject` (a pattern; "" for all)."""
         ...

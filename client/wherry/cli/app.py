@@ -1,0 +1,74 @@
+"""Builds the command line around the one verb that was typed, and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from . import VERBS, load
+
+
+class Verbs(TyperGroup):
+    """Loads a verb's file when the verb is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in VERBS:
+            return None
+        module = load(cmd_name)
+        if hasattr(module, "app"):
+            made = get_command(module.app)
+        else:
+            settings = getattr(module, "SETTINGS", {})
+            single = typer.Typer(add_completion=False)
+            single.command(cmd_name, help=VERBS[cmd_name], context_settings=settings)(module.command)
+            made = get_command(single)
+        made.name = cmd_name
+        made.help = VERBS[cmd_name]
+        return made
+
+
+def make() -> Any:
+    """The whole `wherry` command."""
+    app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+    @app.callback(help="A container runtime of services on a NATS bus.")
+    def wherry() -> None: ...
+
+    command = get_command(app)
+    command.name = "wherry"
+    return command
+
+
+def run(arguments: list[str]) -> None:
+    """Run a command line; never returns."""
+    from wherry_shared.errors import WherryError
+
+    try:
+        code = make()(arguments, prog_name="wherry", standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as e:
+        e.show()
+        code = e.exit_code
+    except WherryError as e:
+        print(f"wherry: {_name(e)}: {e}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 141
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _name(e: Exception) -> str:
+    """`NotFound` reads as `not found`."""
+    return "".join(f" {c.lower()}" if c.isupper() else c for c in type(e).__name__).strip()

@@ -1,0 +1,45 @@
+"""`wherry auth`: credentials for the bus."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+StateOption = Annotated[Path, typer.Option(envvar="WHERRY_STATE", help="The node's state directory.")]
+
+
+@app.command("tenant")
+def tenant(namespace: str, state: StateOption = Path("/run/wherry")) -> None:
+    """Make credentials that can do everything in one namespace and nothing outside it; print their file."""
+    from wherry_shared.bus import credentials
+    from wherry_shared.errors import Unavailable
+    from wherry_shared.runtime import NODE_FILE
+
+    try:
+        node = json.loads((state / NODE_FILE).read_text())
+    except (OSError, ValueError):
+        raise Unavailable(f"no node runs on {state}") from None
+    credentials.issue(state / "creds", node["node"], [namespace])
+    if "nats_pid" in node:
+        os.kill(node["nats_pid"], signal.SIGHUP)
+    print(state / "creds" / f"{credentials.tenant(namespace)}.nk")
+
+
+@app.command("init")
+def init(
+    directory: Annotated[Path, typer.Argument(help="Where the seeds and the server's user table go.")],
+    node: Annotated[str, typer.Option(envvar="WHERRY_NODE", help="The node's name.")] = "",
+    tenants: Annotated[list[str], typer.Option("--tenant", help="A namespace that gets a tenant.")] = [],  # noqa: B006
+) -> None:
+    """Make every user of a node whose services are started one by one; running it again adds what is missing."""
+    from wherry_shared.bus import credentials
+    from wherry_shared.runtime import default_node
+
+    credentials.issue(directory, node or default_node(), tenants)
+    print(directory / credentials.NATS_USERS)

@@ -1,0 +1,105 @@
+"""What the verbs share: the options that every one has, one event loop, tables and JSON."""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from wherry import Client
+
+T = TypeVar("T")
+
+
+class Format(enum.StrEnum):
+    """How a verb prints."""
+
+    table = "table"
+    json = "json"
+
+
+NamespaceOption = Annotated[
+    str, typer.Option("--namespace", "-n", envvar="WHERRY_NAMESPACE", help="The namespace to act in.")
+]
+FormatOption = Annotated[Format, typer.Option("--format", help="Print a table or JSON.")]
+
+
+def with_client(namespace: str, work: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
+    """Connect, do the work, disconnect."""
+    import uvloop
+
+    import wherry
+
+    async def main() -> T:
+        async with wherry.connect(namespace=namespace) as client:
+            return await work(client)
+
+    return uvloop.run(main())
+
+
+def show(rows: Sequence[dict[str, Any]], columns: Sequence[str], how: Format) -> None:
+    """Print rows: the named columns as an aligned table, or everything as JSON."""
+    if how is Format.json:
+        print(json.dumps(rows, indent=2, default=_plain))
+        return
+    cells = [[column.upper() for column in columns]]
+    cells += [[clean(str(row.get(column, ""))) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def show_one(value: dict[str, Any], how: Format) -> None:
+    """Print one thing: a line a field, or JSON."""
+    if how is Format.json:
+        print(json.dumps(value, indent=2, default=_plain))
+        return
+    width = max((len(key) for key in value), default=0)
+    for key, item in value.items():
+        print(f"{key.ljust(width)}  {clean(str(item))}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    raise TypeError(f"{type(value).__name__} cannot be printed as JSON")
+
+
+def clean(text: str) -> str:
+    """Text of foreign origin without the control characters that would steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def size(count: int) -> str:
+    """A number of bytes for people: 1.2 MiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{int(value)} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def age(at: datetime | None) -> str:
+    """How long ago, for people."""
+    if at is None:
+        return ""
+    seconds = max(0, int((datetime.now(UTC) - at).total_seconds()))
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds // length}{unit}"
+    return f"{seconds}s"
+
+
+def fail(message: str, code: int) -> typer.Exit:
+    """Say why on stderr; raise what this answers."""
+    print(f"wherry: {message}", file=sys.stderr)
+    return typer.Exit(code)

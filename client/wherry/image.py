@@ -1,0 +1,84 @@
+"""An image: a name, and what it points at in content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wherry_shared.api.image import Image as Record
+from wherry_shared.errors import InvalidArgument
+from wherry_shared.streams import read_blob
+from wherry_shared.values import Descriptor, Platform
+
+from .registry import documents, platforms
+
+if TYPE_CHECKING:
+    from .client import Client
+
+# An index may hold indexes; nobody nests deeper than this.
+NESTING_MAX = 4
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """One platform's image: its manifest's descriptor, the manifest, and its parsed config."""
+
+    descriptor: Descriptor
+    manifest: documents.Manifest
+    config: documents.ImageConfig
+
+
+class Image:
+    """An image in the client's namespace. Make one with `client.pull` or `client.image`."""
+
+    def __init__(self, client: Client, record: Record) -> None:
+        self.client = client
+        self.record = record
+
+    def __repr__(self) -> str:
+        return f"<Image {self.name} {self.target.digest}>"
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def target(self) -> Descriptor:
+        return self.record.target
+
+    async def resolve(self, platform: Platform | None = None) -> Resolved:
+        """The image for a platform (this host's unless given). NotFound when it has none, or not all of it is here."""
+        descriptor = self.target
+        for _ in range(NESTING_MAX):
+            data = await read_document(self.client, descriptor)
+            if descriptor.media_type not in documents.INDEX_TYPES:
+                manifest = documents.parse_manifest(data, descriptor.media_type)
+                config = documents.parse_config(await read_document(self.client, manifest.config))
+                return Resolved(descriptor, manifest, config)
+            descriptor = platforms.pick(documents.parse_index(data, descriptor.media_type).manifests, platform)
+        raise InvalidArgument(f"image {self.name}: indexes are nested deeper than {NESTING_MAX}")
+
+    async def unpack(self, snapshotter: str = "", platform: Platform | None = None) -> str:
+        """Make the image's snapshots where they are missing; answers the chain id of the topmost."""
+        from .unpack import Unpack
+
+        resolved = await self.resolve(platform)
+        chosen = snapshotter or await self.client.default_snapshotter()
+        async with self.client.lease():
+            return await Unpack(self.client, resolved, chosen).run()
+
+    async def delete(self) -> None:
+        """Forget the name; what only it held is collected later. NotFound when it is gone already."""
+        await self.client.images.delete(self.name)
+
+
+async def read_document(client: Client, descriptor: Descriptor) -> bytes:
+    """A small document out of content. InvalidArgument when it is larger than a document may be."""
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in read_blob(client.content, descriptor.digest):
+        size += len(chunk)
+        if size > documents.DOCUMENT_MAX:
+            raise InvalidArgument(f"{descriptor.digest} is larger than a document of {documents.DOCUMENT_MAX} bytes")
+        chunks.append(bytes(chunk))
+    return b"".join(chunks)

@@ -1,0 +1,41 @@
+"""Waits until every service of a node answers on the bus."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from wherry_shared.bus import connect, discovery
+from wherry_shared.bus.credentials import ADMIN, find
+from wherry_shared.errors import Unavailable, WherryError
+
+READY_SECONDS = 60.0
+
+
+def wait_until_ready(url: str, node: str, creds: Path, services: int) -> None:
+    """Return when `services` processes answer to discovery. Exits 1 after a minute."""
+    import uvloop
+
+    uvloop.run(_wait(url, node, creds, services))
+
+
+async def _wait(url: str, node: str, creds: Path, services: int) -> None:
+    own = find(creds, ADMIN)
+    give_up = time.monotonic() + READY_SECONDS
+    bus = await connect(url.split(","), node=node, name="probe", seed=own.seed, inbox_prefix=own.inbox_prefix)
+    try:
+        while time.monotonic() < give_up:
+            try:
+                answers = await discovery.ask_all(bus.transport, "PING", wait=0.25, expect=services)
+            except Unavailable:
+                answers = []
+            mine = [a for a in answers if a.get("metadata", {}).get("node") == node]
+            if len(mine) >= services:
+                return
+            await asyncio.sleep(0.05)
+    except WherryError as e:
+        raise SystemExit(str(e)) from None
+    finally:
+        await bus.close()
+    raise SystemExit(1)

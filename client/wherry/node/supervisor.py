@@ -1,0 +1,365 @@
+"""The supervisor: one process that loads the services' code once, forks them all, and starts again what dies.
+
+It runs no event loop and no threads, so that forking it is safe at any time, and the services share its memory.
+SIGINT takes the node down with everything that runs on it; SIGTERM stops the services and lets containers live.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import gc
+import importlib
+import json
+import os
+import pwd
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from wherry_shared.bus import credentials
+from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
+from wherry_shared.runtime import NODE_FILE
+
+from .server import NatsServer, find_binary, free_port
+
+BACKOFF_FIRST, BACKOFF_MAX, STEADY_SECONDS = 0.1, 5.0, 10.0
+STOP_SECONDS = 20.0
+# Only these need root: they make and remove what belongs to any user, mount, and run.
+PRIVILEGED = frozenset({"snapshot", "diff", "task"})
+SCALABLE = frozenset({"content"})
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `wherry up` was asked for. port 0: any free one. user: who runs what needs no root ("": this user)."""
+
+    root: Path
+    state: Path
+    node: str
+    port: int = 0
+    nats: str = ""
+    scale: dict[str, int] = field(default_factory=dict)
+    user: str = ""
+    log_level: str = "WARNING"
+
+
+@dataclass
+class Child:
+    """A process to be kept alive."""
+
+    name: str
+    start: Callable[[], int]
+    pid: int = 0
+    started: float = 0.0
+    backoff: float = BACKOFF_FIRST
+    due: float = 0.0
+
+
+class Supervisor:
+    """Brings a node up and keeps it up: `Supervisor(plan).run()`."""
+
+    def __init__(self, plan: Plan, say: Callable[[str], None] = print) -> None:
+        self._plan = plan
+        self._say = say
+        self._children: dict[str, Child] = {}
+        self._server: NatsServer | None = None
+        self._nats: subprocess.Popen[bytes] | None = None
+        self._locks: list[int] = []
+        self._wake_read, self._wake_write = -1, -1
+        self._stopping = 0
+        self._probe = 0
+        self._url = ""
+
+    def run(self) -> int:
+        """Until SIGINT or SIGTERM. Answers the exit code. FailedPrecondition: another node has the directories."""
+        services = self._services()
+        self._prepare(list(services))
+        self._watch_signals()
+        try:
+            self._start_nats()
+            self._preload(services)
+            for name, entry in services.items():
+                for number in range(self._plan.scale.get(name, 1)):
+                    self._add(name, number, entry)
+            self._add_probe(sum(1 for _ in self._children))
+            self._loop()
+        finally:
+            self._stop_all()
+        return 0
+
+    # ---- before anything runs
+
+    def _services(self) -> dict[str, str]:
+        """The services installed here, `name -> module:function`."""
+        found = {e.name: e.value for e in entry_points(group="wherry.services")}
+        missing = set(credentials.CALLS) - set(found)
+        if missing:
+            raise NotFound(
+                f"these services are not installed: {', '.join(sorted(missing))} (pip install 'wherry[node]')"
+            )
+        unknown = set(self._plan.scale) - SCALABLE
+        if unknown:
+            raise InvalidArgument(f"only {', '.join(sorted(SCALABLE))} can be scaled, not {', '.join(sorted(unknown))}")
+        # task first: it re-adopts what runs before anybody asks for it.
+        return dict(sorted(found.items(), key=lambda item: (item[0] != "events", item[0] != "task", item[0])))
+
+    def _prepare(self, services: Sequence[str]) -> None:
+        os.umask(0o077)
+        shared_mode = 0o711 if self._plan.user else 0o700
+        for directory in (self._plan.root, self._plan.state):
+            directory.mkdir(parents=True, exist_ok=True)
+            directory.chmod(shared_mode)
+            self._lock(directory)
+        creds = self._plan.state / "creds"
+        credentials.issue(creds, self._plan.node)
+        if self._plan.user:
+            self._hand_over(creds, services)
+
+    def _lock(self, directory: Path) -> None:
+        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise FailedPrecondition(f"a node already runs on {directory}") from None
+        self._locks.append(fd)
+
+    def _hand_over(self, creds: Path, services: Sequence[str]) -> None:
+        """Give the unprivileged services' own files to their user, and nothing else."""
+        try:
+            user = pwd.getpwnam(self._plan.user)
+        except KeyError:
+            raise NotFound(f"no user {self._plan.user!r} on this host") from None
+        creds.chmod(0o711)
+        os.chown(creds / credentials.IDENTITIES, 0, user.pw_gid)
+        (creds / credentials.IDENTITIES).chmod(0o640)
+        for name in services:
+            if name in PRIVILEGED:
+                continue
+            os.chown(creds / f"{name}.nk", user.pw_uid, user.pw_gid)
+            for parent in (self._plan.root, self._plan.state):
+                (parent / name).mkdir(exist_ok=True)
+                os.chown(parent / name, user.pw_uid, user.pw_gid)
+
+    def _watch_signals(self) -> None:
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_stop)
+
+    def _on_stop(self, number: int, frame: object) -> None:
+        self._stopping = number
+
+    def _start_nats(self) -> None:
+        plan = self._plan
+        if not plan.nats:
+            self._server = NatsServer(
+                find_binary(), plan.port or free_port(), plan.node, plan.root / "nats", plan.state / "nats.conf",
+                plan.state / "creds" / credentials.NATS_USERS,
+            )  # fmt: skip
+            self._server.write_config()
+        self._run_nats()
+
+    def _run_nats(self) -> None:
+        """Start the embedded server, if it is ours to start, and write down where the node is."""
+        plan = self._plan
+        url = plan.nats
+        if self._server is not None:
+            self._nats = self._server.start(_detach_from_terminal)
+            url = self._server.url
+        known: dict[str, object] = {"nats": url, "node": plan.node, "root": str(plan.root), "pid": os.getpid()}
+        if self._nats is not None:
+            known["nats_pid"] = self._nats.pid
+        self._url = url
+        temporary = plan.state / f"{NODE_FILE}.new"
+        temporary.write_text(json.dumps(known))
+        os.replace(temporary, plan.state / NODE_FILE)
+
+    def _preload(self, services: dict[str, str]) -> None:
+        """Load once what every service needs; freeze it, so that no collection copies its pages."""
+        for module in ("uvloop", "wherry_shared.bus.connection", "wherry_shared.runtime", "wherry_shared.sqlite"):
+            importlib.import_module(module)
+        for entry in services.values():
+            importlib.import_module(entry.partition(":")[0])
+        gc.collect()
+        gc.freeze()
+
+    # ---- children
+
+    def _add(self, name: str, number: int, entry: str) -> None:
+        label = f"{name}-{number}" if self._plan.scale.get(name, 1) > 1 else name
+
+        def start() -> int:
+            return self._fork(name, lambda: self._serve(name, entry))
+
+        self._children[label] = Child(label, start)
+
+    def _serve(self, name: str, entry: str) -> None:
+        if self._plan.user and name not in PRIVILEGED:
+            user = pwd.getpwnam(self._plan.user)
+            os.setgroups([])
+            os.setgid(user.pw_gid)
+            os.setuid(user.pw_uid)
+            _die_with_parent()
+        module, _, function = entry.partition(":")
+        plan = self._plan
+        getattr(importlib.import_module(module), function)(
+            ["--node", plan.node, "--root", str(plan.root), "--state", str(plan.state),
+             "--log-level", plan.log_level]
+        )  # fmt: skip
+
+    def _fork(self, name: str, main: Callable[[], None]) -> int:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            _detach_from_terminal()
+            _set_name(f"wherry-{name}")
+            main()
+            code = 0
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stderr.flush()
+            os._exit(code)
+
+    def _add_probe(self, services: int) -> None:
+        """A child that ends once every service answers on the bus, and says so."""
+        from .ready import wait_until_ready
+
+        plan = self._plan
+        self._probe = self._fork(
+            "probe", lambda: wait_until_ready(self._url, plan.node, plan.state / "creds", services)
+        )
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            now = time.monotonic()
+            for child in self._children.values():
+                if not child.pid and child.due <= now:
+                    child.pid, child.started = child.start(), now
+            self._reap()
+            waiting = [c.due - now for c in self._children.values() if not c.pid]
+            select.select([self._wake_read], [], [], max(0.0, min([1.0, *waiting])))
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake_read, 4096)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._ended(pid, os.waitstatus_to_exitcode(status))
+
+    def _ended(self, pid: int, code: int) -> None:
+        if pid == self._probe:
+            self._say("ready" if code == 0 else "not every service answers yet; see the log")
+            return
+        if self._nats is not None and pid == self._nats.pid:
+            self._nats.returncode = code
+            if not self._stopping:
+                self._restart_nats(code)
+            return
+        for child in self._children.values():
+            if child.pid == pid:
+                self._schedule(child, code)
+
+    def _schedule(self, child: Child, code: int) -> None:
+        now = time.monotonic()
+        child.pid = 0
+        if now - child.started > STEADY_SECONDS:
+            child.backoff = BACKOFF_FIRST
+        child.due = now + child.backoff
+        child.backoff = min(child.backoff * 2, BACKOFF_MAX)
+        if not self._stopping:
+            _complain(f"{child.name} {_how(code)}; starting it again")
+
+    def _restart_nats(self, code: int) -> None:
+        _complain(f"nats-server {_how(code)}; starting it again")
+        try:
+            self._run_nats()
+        except WherryError as e:
+            _complain(str(e))
+            self._stopping = signal.SIGTERM
+
+    # ---- the end
+
+    def _stop_all(self) -> None:
+        """The task service first, while its events can still be stored; nats-server last."""
+        self._stopping = self._stopping or signal.SIGTERM
+        task = [c for c in self._children.values() if c.name == "task"]
+        self._stop(task, self._stopping)
+        rest = [c for c in self._children.values() if c.name not in ("task", "events")]
+        self._stop(rest, signal.SIGTERM)
+        self._stop([c for c in self._children.values() if c.name == "events"], signal.SIGTERM)
+        if self._nats is not None and self._nats.returncode is None:
+            self._nats.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._nats.wait(5.0)
+            if self._nats.returncode is None:
+                self._nats.kill()
+                self._nats.wait()
+        with contextlib.suppress(FileNotFoundError):
+            (self._plan.state / NODE_FILE).unlink()
+
+    def _stop(self, children: list[Child], number: int) -> None:
+        for child in children:
+            if child.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child.pid, number)
+        give_up = time.monotonic() + STOP_SECONDS
+        while any(c.pid for c in children) and time.monotonic() < give_up:
+            self._reap()
+            if any(c.pid for c in children):
+                time.sleep(0.01)
+        for child in children:
+            if child.pid:
+                os.kill(child.pid, signal.SIGKILL)
+                os.waitpid(child.pid, 0)
+                child.pid = 0
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _detach_from_terminal() -> None:
+    """Ctrl-C reaches the supervisor alone, and nobody outlives it."""
+    os.setsid()
+    _die_with_parent()
+
+
+def _set_name(name: str) -> None:
+    _libc.prctl(15, name.encode()[:15], 0, 0, 0)
+
+
+def _complain(text: str) -> None:
+    print(f"wherry: {text}", file=sys.stderr, flush=True)  # noqa: T201 - the supervisor's log is its stderr
+
+
+def _how(code: int) -> str:
+    return f"ended with {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"

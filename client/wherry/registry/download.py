@@ -1,0 +1,162 @@
+"""One blob as a stream that survives dropped connections and believes nothing it is told.
+
+Resumption by bounded Range requests (RFC 9110 §14). A download ends with exactly the descriptor's size, or raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Protocol
+
+import aiohttp
+from wherry_shared.errors import DataLoss, InvalidArgument, OutOfRange, Unavailable
+from wherry_shared.values import Descriptor
+
+from .wire import Pace, Transient, Wire, failure
+
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(?:(\d{1,19})|\*)")
+
+Open = Callable[[Mapping[str, str]], Awaitable[aiohttp.ClientResponse]]
+"""request headers -> an answer with status 200 or 206; raises Transient or a typed error."""
+
+
+class Hasher(Protocol):
+    """The part of hashlib's objects that is used."""
+
+    def update(self, data: bytes, /) -> None:
+        """Take in bytes."""
+        ...
+
+    def hexdigest(self) -> str:
+        """The digest of all bytes so far."""
+        ...
+
+
+def hasher_for(digest: str) -> Hasher:
+    """A fresh hash of the digest's own algorithm: never a header's."""
+    return hashlib.new(digest.partition(":")[0], usedforsecurity=True)
+
+
+def check_digest_of(hasher: Hasher, digest: str, host: str) -> None:
+    """DataLoss unless `hasher` saw the bytes that `digest` names."""
+    if hasher.hexdigest() != digest.partition(":")[2]:
+        raise DataLoss(f"{host} sent other bytes than {digest}")
+
+
+class Download:
+    """The state of one transfer: `position` counts bytes handed to the consumer, from the blob's start."""
+
+    def __init__(
+        self, wire: Wire, open_: Open, descriptor: Descriptor, host: str, offset: int, hasher: Hasher | None
+    ) -> None:
+        if not 0 <= offset <= descriptor.size:
+            raise OutOfRange(f"offset {offset} is outside of {descriptor.digest}, which has {descriptor.size} bytes")
+        self._wire = wire
+        self._open = open_
+        self._digest = descriptor.digest
+        self._size = descriptor.size
+        self._host = host
+        self._hasher = hasher
+        self._pace = Pace(wire.limits, host)
+        self._failures = 0
+        self._mark = self.position = offset
+        self._discarded = False
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The bytes from the offset to the end, in pieces as the network brought them (some 50 KiB to 2 MiB)."""
+        while self.position < self._size:
+            try:
+                async with await self._answer() as response, aclosing(self._body(response)) as body:
+                    async for chunk in body:
+                        yield chunk
+            except Transient as e:
+                if self.position < self._size:  # all bytes are there: how the connection ended does not matter
+                    await self._retry(e)
+        if self._hasher is not None:
+            check_digest_of(self._hasher, self._digest, self._host)
+
+    async def _body(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+        skip = self._to_skip(response)
+        while chunk := await self._read(response):
+            if skip:
+                chunk, skip = chunk[skip:], max(0, skip - len(chunk))
+                if not chunk:
+                    continue
+            if self.position + len(chunk) > self._size:
+                raise DataLoss(f"{self._host} sent more than the {self._size} bytes of {self._digest}")
+            if self._hasher is not None:
+                self._hasher.update(chunk)
+            self.position += len(chunk)
+            yield chunk
+        if self.position < self._size:
+            short = f"{self._host} sent {self.position} of the {self._size} bytes of {self._digest}"
+            raise Transient(DataLoss(short))
+
+    async def _answer(self) -> aiohttp.ClientResponse:
+        # The first request of a whole blob goes without Range: caches before registries like it better.
+        if self.position == 0:
+            return await self._open({})
+        try:
+            return await self._open({"Range": f"bytes={self.position}-{self._size - 1}"})
+        except OutOfRange:
+            raise DataLoss(f"{self._host} has fewer than the {self._size} bytes of {self._digest}") from None
+
+    def _to_skip(self, response: aiohttp.ClientResponse) -> int:
+        """Bytes of the answer to leave out; raises where the headers contradict the descriptor or the request."""
+        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise DataLoss(f"{self._host} sent {self._digest} in an encoding that was not asked for")
+        if response.status == 206:
+            expected, skip = self._range_length(response), 0
+        else:
+            expected, skip = self._size, self.position
+            if skip and self._discarded:
+                # Discarding again and again would make a bad connection cost the square of the size.
+                raise Unavailable(f"{self._host} does not serve ranges, and the connection does not last for the blob")
+            self._discarded = skip > 0
+        if response.content_length not in (None, expected):
+            raise DataLoss(
+                f"{self._host} announced {response.content_length} bytes of {self._digest} where {expected} are due"
+            )
+        return skip
+
+    def _range_length(self, response: aiohttp.ClientResponse) -> int:
+        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if match is None or self.position == 0:
+            raise DataLoss(f"{self._host} sent a part of {self._digest} that does not say which, or was not asked for")
+        first, last, total = int(match[1]), int(match[2]), int(match[3] or self._size)
+        if first != self.position or not first <= last < self._size or total != self._size:
+            raise DataLoss(f"{self._host} sent another part of {self._digest} than was asked for")
+        return last - first + 1
+
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        now = asyncio.get_running_loop().time
+        before = now()
+        try:
+            chunk = await response.content.readany()
+        except (TimeoutError, aiohttp.ClientError, OSError) as e:
+            raise failure(self._host, e) from None
+        if chunk:
+            self._pace.note(now() - before, len(chunk))
+        return chunk
+
+    async def _retry(self, reason: Transient) -> None:
+        if self.position - self._mark >= self._wire.limits.progress:
+            self._failures = 0
+        self._mark = self.position
+        self._failures += 1
+        await self._wire.back_off(reason, self._failures)
+
+
+def make_hasher(verify: bool | Hasher, digest: str, offset: int) -> Hasher | None:
+    """The hash that a download checks itself with, if any. InvalidArgument for True in the middle of a blob."""
+    if verify is False:
+        return None
+    if verify is not True:
+        return verify
+    if offset:
+        raise InvalidArgument(f"{digest} cannot be verified from offset {offset} without a hash of what precedes it")
+    return hasher_for(digest)

@@ -1,0 +1,208 @@
+"""A process's stdin, stdout and stderr over FIFOs on this host (containerd.md §4.1).
+
+The client makes the FIFOs and reads them without ever blocking; the monitor at the other end holds them open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from wherry_shared.api.task import Stdio as Paths
+
+Sink = Callable[[bytes], None]
+CHUNK = 64 << 10
+COLLECT_MAX = 16 << 20
+
+
+@dataclass(frozen=True)
+class Stdio:
+    """What a process reads and writes: file descriptors of this process, or callbacks for output; None is nothing.
+
+    terminal: one stream for all output, with a terminal at the process's end.
+    """
+
+    stdin: int | bytes | None = None
+    stdout: int | Sink | None = None
+    stderr: int | Sink | None = None
+    terminal: bool = False
+
+    @classmethod
+    def inherit(cls, *, terminal: bool = False) -> Stdio:
+        """The caller's own stdin, stdout and stderr."""
+        return cls(sys.stdin.fileno(), sys.stdout.fileno(), sys.stderr.fileno(), terminal)
+
+    @classmethod
+    def null(cls) -> Stdio:
+        """Nothing to read, and what is written is dropped."""
+        return cls()
+
+    @classmethod
+    def output(cls) -> Stdio:
+        """The caller's stdout and stderr, nothing to read."""
+        return cls(None, sys.stdout.fileno(), sys.stderr.fileno())
+
+
+@dataclass
+class Collected:
+    """Keeps what a stream gave, up to a bound; `truncated` says that there was more."""
+
+    limit: int = COLLECT_MAX
+    truncated: bool = False
+    data: bytearray = field(default_factory=bytearray)
+
+    def __call__(self, chunk: bytes) -> None:
+        room = self.limit - len(self.data)
+        self.truncated = self.truncated or len(chunk) > room
+        self.data += chunk[:room]
+
+
+class Pipes:
+    """The FIFOs of one process, and the pumps between them and a Stdio."""
+
+    def __init__(self, stdio: Stdio, state: Path, name: str) -> None:
+        self._stdio = stdio
+        self._directory: Path | None = None
+        self._readers: list[_Reader] = []
+        self._writer: _Writer | None = None
+        self.paths = Paths(terminal=stdio.terminal)
+        if stdio.stdin is not None or stdio.stdout is not None or stdio.stderr is not None:
+            self._make(state, name)
+
+    def _make(self, state: Path, name: str) -> None:
+        base = state / "fifo"
+        try:
+            base.mkdir(mode=0o700, exist_ok=True)
+            self._directory = base / f"{name}-{secrets.token_hex(4)}"
+            self._directory.mkdir(mode=0o700)
+        except OSError:
+            self._directory = Path(tempfile.mkdtemp(prefix="wherry-fifo-"))
+        made: dict[str, str] = {}
+        wanted = {"stdin": self._stdio.stdin, "stdout": self._stdio.stdout, "stderr": self._stdio.stderr}
+        if self._stdio.terminal:
+            del wanted["stderr"]
+        for stream, end in wanted.items():
+            if end is not None:
+                path = self._directory / stream
+                os.mkfifo(path, 0o600)
+                made[stream] = str(path)
+        self.paths = Paths(terminal=self._stdio.terminal, **made)
+
+    def start(self, on_stdin_end: Callable[[], None]) -> None:
+        """Open this side; `on_stdin_end` is called once when the caller's stdin has ended."""
+        for path, sink in ((self.paths.stdout, self._stdio.stdout), (self.paths.stderr, self._stdio.stderr)):
+            if path and sink is not None:
+                self._readers.append(_Reader(path, sink))
+        if self.paths.stdin and self._stdio.stdin is not None:
+            self._writer = _Writer(self.paths.stdin, self._stdio.stdin, on_stdin_end)
+
+    async def drained(self, patience: float = 10.0) -> None:
+        """Return when every output has ended, or after `patience` seconds (something else holds it open)."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                for reader in self._readers:
+                    await reader.ended.wait()
+
+    def close(self) -> None:
+        """Let go of the FIFOs and remove them."""
+        for reader in self._readers:
+            reader.close()
+        if self._writer is not None:
+            self._writer.close()
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class _Reader:
+    """FIFO -> descriptor or callback, whenever there is something."""
+
+    def __init__(self, path: str, sink: int | Sink) -> None:
+        # Without a writer yet, a FIFO opened like this gives no event and no end: it waits.
+        self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._sink = sink
+        self.ended = asyncio.Event()
+        asyncio.get_running_loop().add_reader(self._fd, self._ready)
+
+    def _ready(self) -> None:
+        try:
+            data = os.read(self._fd, CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+        elif callable(self._sink):
+            self._sink(data)
+        else:
+            write_all(self._sink, data)
+
+    def close(self) -> None:
+        if not self.ended.is_set():
+            asyncio.get_running_loop().remove_reader(self._fd)
+            os.close(self._fd)
+            self.ended.set()
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write to the caller's own descriptor; a closed one (a pipe to `head`) ends quietly."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            import select
+
+            select.select([], [fd], [])
+        except BrokenPipeError:
+            return
+
+
+class _Writer:
+    """Descriptor or bytes -> FIFO, in a thread of its own: the caller's stdin may be anything, also a slow file."""
+
+    def __init__(self, path: str, source: int | bytes, on_end: Callable[[], None]) -> None:
+        # O_RDWR never blocks and never fails for want of a reader; the end of input is told by close_stdin.
+        self._fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._source = source
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+        threading.Thread(target=self._pump, name="stdin", daemon=True).start()
+
+    def _pump(self) -> None:
+        try:
+            if isinstance(self._source, bytes):
+                self._write(self._source)
+            else:
+                while data := os.read(self._source, CHUNK):
+                    self._write(data)
+        except OSError:
+            pass
+        if not self._closed:
+            with contextlib.suppress(RuntimeError):  # the loop may be gone with the program
+                self._loop.call_soon_threadsafe(self._end)
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view and not self._closed:
+            view = view[os.write(self._fd, view) :]
+
+    def _end(self) -> None:
+        if not self._closed:
+            self.close()
+            self._on_end()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            os.close(self._fd)

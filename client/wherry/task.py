@@ -1,0 +1,214 @@
+"""A task, and the processes in it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import signal as signals
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wherry_shared.api.task import Exit, ProcessInfo
+from wherry_shared.api.task import Process as State
+from wherry_shared.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable, WherryError
+from wherry_shared.values import Mount
+
+from .stdio import Collected, Pipes, Stdio
+
+if TYPE_CHECKING:
+    from .client import Client
+    from .container import Container
+
+PATIENCE = 5.0
+
+
+@dataclass(frozen=True)
+class ExitStatus:
+    """How a process ended: its code, or 128+n after signal n, and when."""
+
+    code: int
+    exited_at: datetime
+
+    def __int__(self) -> int:
+        return self.code
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A process that ran to its end, and what it wrote (each stream up to 16 MiB; `truncated` when there was more)."""
+
+    code: int
+    stdout: bytes
+    stderr: bytes
+    truncated: bool = False
+
+
+class Process:
+    """A process in a container: a task's init (exec_id "") or one that `task.exec` started."""
+
+    def __init__(self, client: Client, container_id: str, exec_id: str, pipes: Pipes | None) -> None:
+        self.client = client
+        self.container_id = container_id
+        self.exec_id = exec_id
+        self.pid = 0
+        self._pipes = pipes
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> int:
+        """Let it run; answers its pid."""
+        self.pid = await self.client.tasks.start(self.container_id, self.exec_id)
+        return self.pid
+
+    async def wait(self) -> ExitStatus:
+        """Wait for its end, also after the fact, through restarts of services and bus. NotFound once deleted."""
+        exit = await self._exit()
+        if self._pipes is not None:
+            await self._pipes.drained()
+        return ExitStatus(exit.exit_status, exit.exited_at)
+
+    async def _exit(self) -> Exit:
+        pause = 0.05
+        while True:
+            try:
+                exit = await self.client.tasks.wait(self.container_id, self.exec_id, PATIENCE)
+            except (Unavailable, DeadlineExceeded):
+                # A restarted service or bus knows the answer again: the exit is on disk, not in the air.
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 1.0)
+                continue
+            if exit is not None:
+                return exit
+            pause = 0.05
+
+    async def state(self) -> State:
+        """Its state now."""
+        return await self.client.tasks.get(self.container_id, self.exec_id)
+
+    async def kill(self, signal: int = signals.SIGTERM, *, all: bool = False) -> None:
+        """Send a signal; `all`: to every process of the container. NotFound when it has ended."""
+        await self.client.tasks.kill(self.container_id, int(signal), self.exec_id, all)
+
+    async def resize(self, width: int, height: int) -> None:
+        """Set its terminal's size, in characters."""
+        await self.client.tasks.resize(self.container_id, width, height, self.exec_id)
+
+    async def delete(self, *, force: bool = False) -> ExitStatus:
+        """Remove it once it has ended (or with `force` whatever it does); answers how it ended."""
+        try:
+            exit = await self.client.tasks.delete(self.container_id, self.exec_id, force)
+        finally:
+            self.detach()
+        return ExitStatus(exit.exit_status, exit.exited_at)
+
+    def attach(self) -> None:
+        """Start carrying stdio."""
+        if self._pipes is not None:
+            self._pipes.start(self._close_stdin_soon)
+
+    def detach(self) -> None:
+        """Let go of stdio; the process goes on."""
+        if self._pipes is not None:
+            self._pipes.close()
+            self._pipes = None
+
+    def _close_stdin_soon(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._close_stdin())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _close_stdin(self) -> None:
+        with contextlib.suppress(WherryError):  # it has ended meanwhile
+            await self.client.tasks.close_stdin(self.container_id, self.exec_id)
+
+
+class Task(Process):
+    """The running thing of a container. `async with` kills and deletes it at the end."""
+
+    async def exec(
+        self, args: Sequence[str], *, stdio: Stdio | None = None, user: str = "", cwd: str = "", env: Sequence[str] = ()
+    ) -> Process:
+        """Add and start another process in the container; `wait` for it, then `delete` it."""
+        container = await self.client.container(self.container_id)
+        process = await container.process(args, user=user, cwd=cwd, env=env, terminal=bool(stdio and stdio.terminal))
+        exec_id = f"exec-{secrets.token_hex(6)}"
+        pipes = Pipes(stdio or Stdio.null(), self.client.address.state, f"{self.container_id[:40]}-{exec_id}")
+        added = Process(self.client, self.container_id, exec_id, pipes)
+        try:
+            added.attach()
+            await self.client.tasks.exec(self.container_id, exec_id, process, pipes.paths)
+            await added.start()
+        except BaseException:
+            added.detach()
+            with contextlib.suppress(WherryError):
+                await asyncio.shield(self.client.tasks.delete(self.container_id, exec_id, True))
+            raise
+        return added
+
+    async def run(self, args: Sequence[str], *, stdin: bytes | None = None, **options: Any) -> Completed:
+        """Run a command in the container to its end and answer what it wrote."""
+        out, err = Collected(), Collected()
+        process = await self.exec(args, stdio=Stdio(stdin, out, err), **options)
+        try:
+            status = await process.wait()
+        finally:
+            await process.delete(force=True)
+        return Completed(status.code, bytes(out.data), bytes(err.data), out.truncated or err.truncated)
+
+    async def pause(self) -> None:
+        """Freeze it."""
+        await self.client.tasks.pause(self.container_id)
+
+    async def resume(self) -> None:
+        """Thaw it."""
+        await self.client.tasks.resume(self.container_id)
+
+    async def pids(self) -> list[ProcessInfo]:
+        """Every pid inside, as the host numbers them."""
+        return await self.client.tasks.pids(self.container_id)
+
+    async def __aenter__(self) -> Task:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        with contextlib.suppress(NotFound):
+            await asyncio.shield(self.delete(force=True))
+
+
+class NewTask:
+    """What `container.new_task` answers: `await` it for a created Task, or enter it with `async with`."""
+
+    def __init__(self, container: Container, stdio: Stdio, mounts: list[Mount] | None, runtime: str) -> None:
+        self._container = container
+        self._stdio = stdio
+        self._mounts = mounts
+        self._runtime = runtime
+        self._task: Task | None = None
+
+    async def _create(self) -> Task:
+        container, client = self._container, self._container.client
+        mounts = self._mounts if self._mounts is not None else await container.mounts()
+        pipes = Pipes(self._stdio, Path(client.address.state), container.id[:60])
+        task = Task(client, container.id, "", pipes)
+        try:
+            task.attach()
+            task.pid = await client.tasks.create(container.id, mounts, pipes.paths, self._runtime)
+        except BaseException:
+            task.detach()
+            raise
+        return task
+
+    def __await__(self) -> Generator[Any, None, Task]:
+        return self._create().__await__()
+
+    async def __aenter__(self) -> Task:
+        self._task = await self._create()
+        return self._task
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._task is None:
+            raise FailedPrecondition("the task was never created")
+        await self._task.__aexit__(*exc)

@@ -1,0 +1,153 @@
+"""From layers in content to snapshots (containerd.md §6.6): each layer as soon as it is there.
+
+Layers are extracted side by side, each into a snapshot without parent, and put onto their parents in order at commit
+(the snapshotter's `rebase`). A layer that turns out to need what lies under it is extracted again on its parent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from wherry_shared.api.snapshot import REBASE_LABEL, REF_LABEL
+from wherry_shared.errors import AlreadyExists, DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from wherry_shared.values import Descriptor
+
+from .progress import OnProgress, Progress, silent
+
+if TYPE_CHECKING:
+    from .client import Client
+    from .image import Resolved
+
+UNCOMPRESSED_LABEL = "containerd.io/uncompressed"
+# So many layers are extracted at once: the work is the disk's and one core's each.
+PARALLEL = 2
+
+
+def chain_ids(diff_ids: Sequence[str]) -> list[str]:
+    """The chain id of each layer (OCI image specification, "Layer ChainID"): the snapshots' names."""
+    chain: list[str] = []
+    for diff_id in diff_ids:
+        joined = f"{chain[-1]} {diff_id}" if chain else ""
+        chain.append("sha256:" + hashlib.sha256(joined.encode()).hexdigest() if joined else diff_id)
+    return chain
+
+
+class Unpack:
+    """Unpacks one image with one snapshotter.
+
+    ready: per layer's digest, when its bytes are in content; layers that are not named are there.
+    """
+
+    def __init__(
+        self, client: Client, image: Resolved, snapshotter: str, *,
+        ready: Mapping[str, asyncio.Future[None]] | None = None, on_progress: OnProgress = silent,
+    ) -> None:  # fmt: skip
+        if len(image.config.diff_ids) != len(image.manifest.layers):
+            raise InvalidArgument(
+                f"image {image.descriptor.digest} has {len(image.manifest.layers)} layers"
+                f" and {len(image.config.diff_ids)} diff ids"
+            )
+        self._client = client
+        self._image = image
+        self._snapshotter = snapshotter
+        self._ready = ready or {}
+        self._on_progress = on_progress
+        self._slots = asyncio.Semaphore(PARALLEL)
+        self._chain = chain_ids(image.config.diff_ids)
+        self._committed: list[asyncio.Future[None]] = []
+
+    async def run(self) -> str:
+        """Unpack what is missing; answers the topmost chain id ("" for an image without layers).
+
+        DataLoss: a layer's content is not what the config says.
+        """
+        if not self._chain:
+            return ""
+        first = await self._first_missing()
+        loop = asyncio.get_running_loop()
+        self._committed = [loop.create_future() for _ in self._chain]
+        for done in self._committed[:first]:
+            done.set_result(None)
+        async with asyncio.TaskGroup() as group:
+            for index in range(first, len(self._chain)):
+                group.create_task(self._layer(index))
+        await self._label_config()
+        return self._chain[-1]
+
+    async def _first_missing(self) -> int:
+        """How many layers from the base up are there; asked from the top, since usually all or none are."""
+        for index in range(len(self._chain) - 1, -1, -1):
+            try:
+                await self._client.snapshots.stat(self._snapshotter, self._chain[index])
+            except NotFound:
+                continue
+            return index + 1
+        return 0
+
+    async def _layer(self, index: int) -> None:
+        layer = self._image.manifest.layers[index]
+        ready = self._ready.get(layer.digest)
+        if ready is not None:
+            await asyncio.shield(ready)
+        async with self._slots:
+            self._on_progress(Progress(layer.digest, "unpacking", "layer", 0, layer.size))
+            try:
+                key = await self._extract(index, layer, standalone=index > 0)
+            except FailedPrecondition:
+                key = ""
+        if index:
+            await asyncio.shield(self._committed[index - 1])
+        if not key:
+            key = await self._extract(index, layer, standalone=False)
+        await self._commit(index, key)
+        self._on_progress(Progress(layer.digest, "unpacked", "layer", layer.size, layer.size))
+        self._committed[index].set_result(None)
+
+    async def _extract(self, index: int, layer: Descriptor, *, standalone: bool) -> str:
+        """Extract one layer into a fresh active snapshot; answers its key."""
+        chain_id, diff_id = self._chain[index], self._image.config.diff_ids[index]
+        key = f"extract-{secrets.token_hex(8)} {chain_id}"
+        snapshots = self._client.snapshots
+        if standalone:
+            mounts = await snapshots.prepare(self._snapshotter, key, labels={REBASE_LABEL: "true"})
+        else:
+            mounts = await snapshots.prepare(self._snapshotter, key, self._chain[index - 1] if index else "")
+        try:
+            applied = await self._client.diff.apply(layer, mounts, standalone=standalone)
+            if applied.digest != diff_id:
+                raise DataLoss(f"layer {layer.digest} unpacks to {applied.digest}, and the config says {diff_id}")
+        except BaseException:
+            await asyncio.shield(self._discard(key))
+            raise
+        return key
+
+    async def _discard(self, key: str) -> None:
+        with contextlib.suppress(NotFound):
+            await self._client.snapshots.remove(self._snapshotter, key)
+
+    async def _commit(self, index: int, key: str) -> None:
+        chain_id = self._chain[index]
+        parent = self._chain[index - 1] if index else ""
+        try:
+            await self._client.snapshots.commit(
+                self._snapshotter, chain_id, key, parent=parent, labels={REF_LABEL: chain_id}
+            )
+        except AlreadyExists:  # somebody else unpacked the same layer meanwhile
+            await self._discard(key)
+        layer, diff_id = self._image.manifest.layers[index], self._image.config.diff_ids[index]
+        if diff_id != layer.digest:
+            await self._client.content.update(
+                layer.digest, {UNCOMPRESSED_LABEL: diff_id}, [f"labels.{UNCOMPRESSED_LABEL}"]
+            )
+
+    async def _label_config(self) -> None:
+        """The config keeps the topmost snapshot, and that its parents."""
+        label = f"containerd.io/gc.ref.snapshot.{self._snapshotter}"
+        await self._client.content.update(
+            self._image.manifest.config.digest, {label: self._chain[-1]}, [f"labels.{label}"]
+        )

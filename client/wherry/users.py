@@ -1,0 +1,145 @@
+"""Users by name: looked up in the image's own /etc/passwd and /etc/group, with bounds (GHSA-265r-hfxg-fhmg and kin).
+
+The files are read out of the snapshot's layer directories, topmost first, without mounting anything and without ever
+leaving a layer through a link.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+from collections.abc import Iterator, Sequence
+
+from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound
+from wherry_shared.values import Mount
+
+from .spec import User
+
+ID_MAX = (1 << 31) - 1
+FILE_MAX = 10 << 20
+_OPENAT2 = 437
+_RESOLVE_IN_ROOT, _RESOLVE_NO_MAGICLINKS = 0x10, 0x02
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def resolve(wish: str, mounts: Sequence[Mount]) -> User:
+    """The user that `name|uid[:group|gid]` means inside the filesystem of `mounts`.
+
+    InvalidArgument: a number over 2^31-1, or nonsense. NotFound: no such user or group in the image.
+    """
+    if not wish or wish in ("0", "root", "0:0"):
+        return User()
+    name, colon, group = wish.partition(":")
+    if not name or (colon and not group):
+        raise InvalidArgument(f"user {wish!r} is not name|uid[:group|gid]")
+    uid, gid, login = _user(name, mounts)
+    if group:
+        return User(uid, _number(group, "group") if group.isdigit() else _group(group, mounts))
+    return User(uid, gid, sorted({gid, *_memberships(login, mounts)}) if login else ())
+
+
+def _number(text: str, what: str) -> int:
+    if len(text) > 10 or int(text) > ID_MAX:
+        raise InvalidArgument(f"{what} {text[:20]} is larger than {ID_MAX}")
+    return int(text)
+
+
+def _user(name: str, mounts: Sequence[Mount]) -> tuple[int, int, str]:
+    """uid, primary gid and login name of a user given by name or number."""
+    numeric = name.isdigit() and name.isascii()
+    uid = _number(name, "user") if numeric else -1
+    for fields in _entries("etc/passwd", mounts, 4):
+        if fields[0] == name or (numeric and fields[2] == name):
+            return _number_in(fields[2], "passwd"), _number_in(fields[3], "passwd"), fields[0]
+    if numeric:
+        return uid, 0, ""
+    raise NotFound(f"no user {name!r} in the image's /etc/passwd")
+
+
+def _group(name: str, mounts: Sequence[Mount]) -> int:
+    for fields in _entries("etc/group", mounts, 3):
+        if fields[0] == name:
+            return _number_in(fields[2], "group")
+    raise NotFound(f"no group {name!r} in the image's /etc/group")
+
+
+def _memberships(login: str, mounts: Sequence[Mount]) -> set[int]:
+    return {
+        _number_in(fields[2], "group") for fields in _entries("etc/group", mounts, 4) if login in fields[3].split(",")
+    }
+
+
+def _number_in(text: str, file: str) -> int:
+    if not (text.isdigit() and text.isascii()):
+        raise InvalidArgument(f"the image's /etc/{file} has an id {text[:20]!r}")
+    return _number(text, f"the image's /etc/{file}: id")
+
+
+def _entries(path: str, mounts: Sequence[Mount], at_least: int) -> Iterator[list[str]]:
+    for line in _read(path, mounts).decode(errors="replace").splitlines():
+        fields = line.split(":")
+        if len(fields) >= at_least and not line.startswith("#"):
+            yield fields
+
+
+def layers(mounts: Sequence[Mount]) -> list[str]:
+    """The directories that a snapshot's mounts lay over each other, topmost first."""
+    if len(mounts) != 1:
+        raise FailedPrecondition(f"{len(mounts)} mounts: a user's name can only be looked up in one; give its number")
+    mount = mounts[0]
+    if mount.type != "overlay":
+        return [mount.source]
+    options = dict(o.partition("=")[::2] for o in mount.options)
+    upper = [options["upperdir"]] if "upperdir" in options else []
+    return upper + [d for d in options.get("lowerdir", "").split(":") if d]
+
+
+def _read(path: str, mounts: Sequence[Mount]) -> bytes:
+    """A regular file of at most 10 MiB; b"" when there is none."""
+    for layer in layers(mounts):
+        try:
+            found = _open_inside(layer, path)
+        except FileNotFoundError:
+            continue
+        except OSError as e:
+            raise FailedPrecondition(
+                f"/{path} of the image cannot be read here ({e.strerror}); give a number"
+            ) from None
+        try:
+            return _content(found, path)
+        finally:
+            os.close(found)
+    return b""
+
+
+def _content(found: int, path: str) -> bytes:
+    """The bytes of a file opened as a path only; no device of a hostile image is ever really opened."""
+    info = os.fstat(found)
+    if stat.S_ISCHR(info.st_mode) and info.st_rdev == 0:
+        return b""  # a whiteout: this layer deletes the file
+    if not stat.S_ISREG(info.st_mode):
+        raise InvalidArgument(f"/{path} of the image is no regular file")
+    with open(f"/proc/self/fd/{found}", "rb") as f:
+        data = f.read(FILE_MAX + 1)
+    if len(data) > FILE_MAX:
+        raise InvalidArgument(f"/{path} of the image is larger than {FILE_MAX} bytes")
+    return data
+
+
+def _open_inside(root: str, path: str) -> int:
+    """A descriptor (O_PATH) of `path` under `root`; links never lead out of it."""
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        how = _OpenHow(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+        fd: int = _libc.syscall(_OPENAT2, directory, path.encode(), ctypes.byref(how), ctypes.sizeof(how))
+        if fd < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), path)
+        return fd
+    finally:
+        os.close(directory)

@@ -1,0 +1,49 @@
+"""Wiring of the events service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from wherry_shared.api.events import Events
+from wherry_shared.bus import subjects
+from wherry_shared.bus.credentials import stream_name
+from wherry_shared.errors import Unavailable
+from wherry_shared.runtime import Host, run
+
+from .journal import Journal
+from .service import EventsService
+
+MAX_AGE_SECONDS = 7 * 24 * 3600
+MAX_BYTES = 256 << 20
+JETSTREAM_SECONDS = 15.0
+
+
+async def build(host: Host) -> Events:
+    """Settings: max_age (seconds), max_bytes."""
+    node = host.settings.node
+    log = host.bus.transport.event_log(stream_name(node), f"{subjects.EV}.{subjects.encode_token(node)}.>")
+    options = host.settings.options
+    give_up = asyncio.get_running_loop().time() + JETSTREAM_SECONDS
+    while True:
+        try:
+            await log.ensure(
+                max_age=float(options.get("max_age", MAX_AGE_SECONDS)),
+                max_bytes=int(options.get("max_bytes", MAX_BYTES)),
+            )
+            break
+        except Unavailable:  # JetStream recovers its streams after the server listens
+            if asyncio.get_running_loop().time() > give_up:
+                raise
+            await asyncio.sleep(0.1)
+    host.plugin(type="io.containerd.event.v1", id="stream")
+    return EventsService(Journal(log, host.bus))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the service until it is told to stop."""
+    run("events", build, arguments)
+
+
+if __name__ == "__main__":
+    main()

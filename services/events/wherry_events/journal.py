@@ -1,0 +1,106 @@
+"""The rules of the stream: what may be published, and how it is read again from a time or a token."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from wherry_shared.api.events import Envelope, Replay, Stream
+from wherry_shared.bus import Bus, events, subjects
+from wherry_shared.bus.transport import EventLog
+from wherry_shared.errors import InvalidArgument, OutOfRange
+from wherry_shared.filters import compile_filters
+from wherry_shared.values import now
+
+LIMIT_MAX = 1000
+EVENT_BYTES_MAX = 256 << 10
+WINDOW_BYTES = 512 << 10
+
+
+class Journal:
+    """The node's events, durable and replayable."""
+
+    def __init__(self, log: EventLog, bus: Bus) -> None:
+        self._log = log
+        self._bus = bus
+
+    async def publish(self, namespace: str, topic: str, event: dict[str, Any], *, key: str = "") -> Envelope:
+        """Publish a caller's own event. The same idempotency key is the same event."""
+        event_id = hashlib.sha256(key.encode()).hexdigest()[:24] if key else secrets.token_hex(12)
+        envelope = Envelope(
+            id=event_id, timestamp=now(), namespace=namespace, topic=topic, node=self._bus.node, event=event
+        )
+        await self.append(envelope)
+        return envelope
+
+    async def append(self, envelope: Envelope) -> None:
+        """Put an event into the stream as it is. InvalidArgument: topic, id or size are not allowed."""
+        if not 1 <= len(envelope.id) <= 128:
+            raise InvalidArgument("an event's id has 1 to 128 characters")
+        subject = subjects.event(self._bus.node, envelope.namespace, envelope.topic)
+        data = events.encode(envelope)
+        if len(data) > EVENT_BYTES_MAX:
+            raise InvalidArgument(f"event of {len(data)} bytes is larger than {EVENT_BYTES_MAX}")
+        await events.publish(self._bus.transport, subject, data, envelope.id)
+
+    async def bounds(self) -> Stream:
+        """The stream's epoch and its first and last number."""
+        state = await self._log.state()
+        return Stream(epoch=state.epoch, first=state.first, last=state.last)
+
+    async def replay(
+        self, namespace: str, *, since: datetime | None, token: str, filters: list[str], limit: int
+    ) -> Replay:
+        """A window of the stream. OutOfRange: what follows the token is gone, or it is of another stream."""
+        matches = compile_filters(filters)
+        limit = max(1, min(limit, LIMIT_MAX))
+        state = await self._log.state()
+        after = self._position(token, state.epoch, state.first) if token else 0
+        stored = await self._log.read(
+            after=after, since=None if token else since, limit=limit,
+            subject=events.pattern(self._bus.node, namespace, "") if namespace else "",
+        )  # fmt: skip
+        found: list[Envelope] = []
+        position, size = after, 0
+        for entry in stored:
+            if size > WINDOW_BYTES:
+                break
+            position, size = entry.sequence, size + len(entry.data)
+            envelope = events.decode(entry.data)
+            if envelope is not None and matches(field_of(envelope)):
+                found.append(envelope)
+        # An answer without an event still moves the token on, or a reader would never get past what is filtered out.
+        complete = len(stored) < limit and (not stored or position == stored[-1].sequence)
+        if complete:
+            position = max(position, state.last)
+        return Replay(events=found, token=f"{state.epoch}/{position}", more=not complete)
+
+    @staticmethod
+    def _position(token: str, epoch: str, first: int) -> int:
+        of, _, number = token.rpartition("/")
+        if not number.isdigit() or len(number) > 19:
+            raise InvalidArgument("the token is not one of this service's")
+        if of != epoch:
+            raise OutOfRange("the stream was made anew since this token was given: read the state again")
+        if int(number) + 1 < first:
+            raise OutOfRange(f"{first - int(number) - 1} events after this token are no longer kept")
+        return int(number)
+
+
+def field_of(envelope: Envelope) -> Callable[[tuple[str, ...]], str | None]:
+    """The fields that filters see: `namespace`, `topic`, `event.<field>` (containerd's event adaptor)."""
+
+    def field(path: tuple[str, ...]) -> str | None:
+        if path == ("namespace",):
+            return envelope.namespace
+        if path == ("topic",):
+            return envelope.topic
+        value: Any = envelope.event if path[:1] == ("event",) else None
+        for part in path[1:]:
+            value = value.get(part) if isinstance(value, dict) else None
+        return str(value) if isinstance(value, str | int) else None
+
+    return field

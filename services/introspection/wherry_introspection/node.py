@@ -1,0 +1,36 @@
+"""The node's identity: an id made once and kept, and the kernel's own of this boot."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from wherry_shared.errors import DataLoss
+from wherry_shared.files import write_atomic
+from wherry_shared.values import now
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True)
+class Node:
+    """Who this node is."""
+
+    id: str
+    name: str
+    boot_id: str
+    started_at: datetime
+
+    @classmethod
+    def open(cls, path: Path, name: str) -> Node:
+        """Read the id, or make it. DataLoss when the file holds none: a node does not change who it is by itself."""
+        if not path.exists():
+            write_atomic(path, f"{uuid.uuid4()}\n".encode())
+        text = path.read_text().strip()
+        try:
+            known = str(uuid.UUID(text))
+        except ValueError:
+            raise DataLoss(f"{path} holds no uuid: restore it, or remove it to make a new one") from None
+        return cls(known, name, BOOT_ID.read_text().strip(), now())

@@ -1,0 +1,79 @@
+"""The edge of the introspection service: the node, and what the others tell of themselves on the bus."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Any
+
+from pydantic import ValidationError
+from wherry_shared.api import contracts
+from wherry_shared.api.introspection import Introspection, Plugin, Server, ServiceStatus
+from wherry_shared.bus import Bus, discovery
+from wherry_shared.filters import compile_filters
+from wherry_shared.runtime import package_version
+
+from .node import Node
+
+# The services of a node answer within a few milliseconds; this long is waited for those that do not.
+PATIENCE = 0.5
+
+
+class IntrospectionService(Introspection):
+    """Asks the bus, keeps nothing: what does not answer is not there."""
+
+    def __init__(self, node: Node, bus: Bus, pid: int) -> None:
+        self._node = node
+        self._bus = bus
+        self._pid = pid
+
+    async def server(self) -> Server:
+        node = self._node
+        return Server(
+            id=node.id, node=node.name, version=package_version("wherry-introspection"), started_at=node.started_at,
+            boot_id=node.boot_id,
+        )  # fmt: skip
+
+    async def plugins(self, filters: list[str] = []) -> list[Plugin]:  # noqa: B006
+        matches = compile_filters(filters)
+        found: dict[tuple[str, str], Plugin] = {}
+        for answer in await self._ask("INFO"):
+            version = str(answer.get("version", ""))
+            own = Plugin(type="io.wherry.service.v1", id=str(answer["name"]), exports={"version": version})
+            for plugin in [own, *_plugins_of(answer)]:
+                found[plugin.type, plugin.id] = plugin
+        return [found[k] for k in sorted(found) if matches(partial(_field, found[k]))]
+
+    async def services(self) -> list[ServiceStatus]:
+        return [_status(answer) for answer in await self._ask("STATS")]
+
+    async def _ask(self, verb: str) -> list[dict[str, Any]]:
+        # With at least one process of each service, more than these answer only where some are scaled.
+        answers = await discovery.ask_all(self._bus.transport, verb, wait=PATIENCE, expect=len(contracts()))
+        return [a for a in answers if a.get("metadata", {}).get("node") == self._node.name]
+
+
+def _plugins_of(answer: dict[str, Any]) -> list[Plugin]:
+    try:
+        return [Plugin.model_validate(p) for p in json.loads(answer.get("metadata", {}).get("plugins", "[]"))]
+    except (ValueError, ValidationError):
+        return []
+
+
+def _field(plugin: Plugin, path: tuple[str, ...]) -> str | None:
+    return {"type": plugin.type, "id": plugin.id}.get(path[0]) if len(path) == 1 else None
+
+
+def _status(answer: dict[str, Any]) -> ServiceStatus:
+    endpoints = answer.get("endpoints", [])
+    requests = sum(int(e.get("num_requests", 0)) for e in endpoints)
+    return ServiceStatus(
+        name=str(answer["name"]),
+        id=str(answer.get("id", "")),
+        version=str(answer.get("version", "")),
+        started_at=str(answer.get("started", "")),
+        requests=requests,
+        errors=sum(int(e.get("num_errors", 0)) for e in endpoints),
+        average_ns=sum(int(e.get("processing_time", 0)) for e in endpoints) // max(1, requests),
+        pid=int(answer.get("metadata", {}).get("pid", 0)),
+    )

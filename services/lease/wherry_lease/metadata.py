@@ -1,0 +1,72 @@
+"""The rows of the lease service: leases, the times at which they are void, and what they keep."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from wherry_shared.api.lease import Lease, Resource
+from wherry_shared.catalog import SCHEMA, Table
+from wherry_shared.filters import fields
+from wherry_shared.sqlite import Database, Transaction
+
+MIGRATIONS = (
+    f"""{SCHEMA};
+CREATE TABLE expiries (
+    at REAL NOT NULL, namespace TEXT NOT NULL, lease TEXT NOT NULL, PRIMARY KEY (namespace, lease)) WITHOUT ROWID;
+CREATE INDEX expiries_at ON expiries (at);
+CREATE TABLE resources (
+    namespace TEXT NOT NULL, lease TEXT NOT NULL, type TEXT NOT NULL, id TEXT NOT NULL,
+    PRIMARY KEY (namespace, lease, type, id)) WITHOUT ROWID
+""",
+)
+
+
+class Rows:
+    """Leases by (namespace, id), each with its resources."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.leases = Table(
+            database,
+            Lease,
+            noun="lease",
+            key=lambda lease: lease.id,
+            adaptor=lambda lease: fields({"id": lease.id}, labels=lease.labels),
+        )
+
+    def insert(self, tx: Transaction, namespace: str, lease: Lease, expires: datetime | None) -> None:
+        """Add a lease. AlreadyExists when its id is taken."""
+        self.leases.insert(tx, namespace, lease)
+        if expires is not None:
+            tx.execute("INSERT INTO expiries VALUES (?, ?, ?)", (expires.timestamp(), namespace, lease.id))
+
+    def remove(self, tx: Transaction, namespace: str, id: str) -> None:
+        """Take a lease out with what it keeps. NotFound when it is not there."""
+        self.leases.remove(tx, namespace, id)
+        tx.execute("DELETE FROM expiries WHERE namespace = ? AND lease = ?", (namespace, id))
+        tx.execute("DELETE FROM resources WHERE namespace = ? AND lease = ?", (namespace, id))
+
+    def expired(self, at: datetime, limit: int) -> list[tuple[str, str]]:
+        """Namespace and id of up to `limit` leases that are void at that time."""
+        return self.database.all(
+            "SELECT namespace, lease FROM expiries WHERE at <= ? ORDER BY at LIMIT ?", (at.timestamp(), limit)
+        )
+
+    def add_resource(self, tx: Transaction, namespace: str, id: str, resource: Resource) -> None:
+        tx.execute(
+            "INSERT INTO resources VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            (namespace, id, resource.type, resource.id),
+        )
+
+    def delete_resource(self, tx: Transaction, namespace: str, id: str, resource: Resource) -> None:
+        tx.execute(
+            "DELETE FROM resources WHERE namespace = ? AND lease = ? AND type = ? AND id = ?",
+            (namespace, id, resource.type, resource.id),
+        )
+
+    def resources(self, namespace: str, id: str) -> list[Resource]:
+        """What a lease keeps, in order of type and id."""
+        rows = self.database.all(
+            "SELECT type, id FROM resources WHERE namespace = ? AND lease = ? ORDER BY type, id", (namespace, id)
+        )
+        return [Resource(type=type_, id=name) for type_, name in rows]

@@ -1,0 +1,60 @@
+"""What is left of a namespace in the services that keep something in it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from wherry_shared import context
+from wherry_shared.api.container import Containers
+from wherry_shared.api.content import Content
+from wherry_shared.api.image import Images
+from wherry_shared.api.snapshot import Snapshots
+from wherry_shared.bus import Bus
+from wherry_shared.errors import DeadlineExceeded, InvalidArgument, Unavailable
+
+SNAPSHOTTERS = ("overlay", "native")
+PATIENCE = 3.0
+"""Seconds within which every service has to answer."""
+
+Walk = Callable[[], Awaitable[Any]]
+
+
+class Probes:
+    """Asks every service at once. Leases and ingests do not count: they end by themselves."""
+
+    def __init__(self, bus: Bus, *, patience: float = PATIENCE) -> None:
+        self._bus = bus
+        self._patience = patience
+
+    async def __call__(self, namespace: str) -> list[str]:
+        """What is left, in containerd's order. Unavailable, naming the service, when one does not answer in time."""
+        images = self._bus.proxy(Images, namespace=namespace)
+        content = self._bus.proxy(Content, namespace=namespace)
+        containers = self._bus.proxy(Containers, namespace=namespace)
+        snapshots = self._bus.proxy(Snapshots, namespace=namespace)
+        found = await asyncio.gather(
+            self._holds("image", lambda: images.walk(limit=1)),
+            self._holds("content", lambda: content.walk(limit=1)),
+            self._holds("container", lambda: containers.walk(limit=1)),
+            *(self._holds("snapshot", _walk_of(snapshots, name), unknown_is_empty=True) for name in SNAPSHOTTERS),
+        )
+        kinds = ("images", "blobs", "containers", *("snapshots" for _ in SNAPSHOTTERS))
+        return list(dict.fromkeys(kind for kind, there in zip(kinds, found, strict=True) if there))
+
+    async def _holds(self, service: str, walk: Walk, *, unknown_is_empty: bool = False) -> bool:
+        try:
+            with context.use(timeout=self._patience, key=""):
+                page = await walk()
+        except (Unavailable, DeadlineExceeded) as e:
+            raise Unavailable(f"whether the namespace is empty is unknown: the {service} service: {e}") from None
+        except InvalidArgument:
+            if unknown_is_empty:
+                return False
+            raise
+        return bool(page.items or page.next)
+
+
+def _walk_of(snapshots: Snapshots, snapshotter: str) -> Walk:
+    return lambda: snapshots.walk(snapshotter, limit=1)

@@ -1,0 +1,67 @@
+"""Directories named by number: made aside, renamed when they are whole, renamed away before they are removed.
+
+`<root>/snapshots/<n>` is a snapshot, `new-<n>` one in the making, `rm-<n>` one on its way out; other names are not
+ours and are left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from wherry_shared.api.snapshot import Usage
+
+from . import Check, Entry, trees
+
+_ENTRY = re.compile(r"(?:new-|rm-)?([0-9]+)(?:-links)?\Z")
+
+
+def to_the_end() -> None:
+    """The check of what is not to be stopped."""
+
+
+class Directories:
+    """The half of a backend that is the same for all that keep a directory a snapshot."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.snapshots = root / "snapshots"
+        for path in (root, self.snapshots):
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.chmod(0o700)  # an unprivileged user must not reach setuid files in a layer (CVE-2021-41103)
+
+    def path(self, number: int) -> str:
+        return f"{self.snapshots}/{number}"
+
+    def tree(self, number: int) -> str:
+        """The directory that the container's files are in."""
+        return self.path(number)
+
+    def make(self, number: int, fill: Callable[[str], None]) -> None:
+        """Make a directory whole or not at all: `fill` gets an empty one of mode 0700."""
+        new = f"{self.snapshots}/new-{number}"
+        try:
+            os.mkdir(new, 0o700)
+            fill(new)
+            os.rename(new, self.path(number))
+        except BaseException:
+            self.delete(f"new-{number}", to_the_end)
+            raise
+
+    def usage(self, number: int, check: Check) -> Usage:
+        return trees.measure(self.tree(number), check)
+
+    def entries(self) -> list[Entry]:
+        found = ((name, _ENTRY.match(name)) for name in os.listdir(self.snapshots))
+        return [Entry(name, int(match[1])) for name, match in found if match]
+
+    def detach(self, number: int) -> None:
+        with suppress(FileNotFoundError):
+            os.rename(self.path(number), f"{self.snapshots}/rm-{number}")
+
+    def delete(self, name: str, check: Check) -> None:
+        with trees.trusted_directory(self.snapshots) as fd:
+            trees.remove(fd, name, check)

@@ -1,0 +1,177 @@
+"""The rows of the snapshot service: one per snapshot of any snapshotter, and the counter of directory numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+from wherry_shared.api.snapshot import Info, Kind, Usage
+from wherry_shared.sqlite import Database, Transaction
+
+MIGRATIONS = (
+    """
+    CREATE TABLE snapshots (
+        number INTEGER PRIMARY KEY, namespace TEXT NOT NULL, snapshotter TEXT NOT NULL, name TEXT NOT NULL,
+        kind TEXT NOT NULL, parent INTEGER REFERENCES snapshots (number), labels TEXT NOT NULL,
+        inherited TEXT NOT NULL, created_at TEXT NOT NULL, updated_at TEXT NOT NULL,
+        size INTEGER NOT NULL DEFAULT 0, inodes INTEGER NOT NULL DEFAULT 0, UNIQUE (snapshotter, namespace, name));
+    CREATE INDEX snapshots_parent ON snapshots (parent);
+    CREATE TABLE numbers (next INTEGER NOT NULL);
+    INSERT INTO numbers VALUES (1)
+    """,
+)
+
+# Numbers are taken from the counter this many at a time, so that a directory costs no transaction before its row's.
+BLOCK = 64
+
+_SELECT = """
+    SELECT s.number, s.namespace, s.snapshotter, s.name, s.kind, p.name, s.parent, s.labels, s.inherited,
+           s.created_at, s.updated_at, s.size, s.inodes
+    FROM snapshots s LEFT JOIN snapshots p ON p.number = s.parent
+"""
+_CHAIN = """
+    WITH RECURSIVE chain (number, depth) AS (
+        SELECT ?, 0 UNION ALL
+        SELECT s.parent, depth + 1 FROM snapshots s JOIN chain c ON s.number = c.number WHERE s.parent IS NOT NULL)
+    SELECT number FROM chain ORDER BY depth
+"""
+
+
+class Reader(Protocol):
+    """Where rows are read from: the database as it is now, or a transaction."""
+
+    def one(self, sql: str, parameters: Sequence[Any] = ...) -> Any: ...
+
+    def all(self, sql: str, parameters: Sequence[Any] = ...) -> list[Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The key space that a name is in."""
+
+    namespace: str
+    snapshotter: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One snapshot. `above` is its parent's number, None for a base."""
+
+    number: int
+    place: Place
+    name: str
+    kind: Kind
+    parent: str
+    above: int | None
+    labels: dict[str, str]
+    inherited: dict[str, str]
+    created_at: datetime
+    updated_at: datetime
+    usage: Usage
+    weight: int
+
+    @property
+    def info(self) -> Info:
+        return Info(
+            kind=self.kind, name=self.name, parent=self.parent, labels=self.labels, created_at=self.created_at,
+            updated_at=self.updated_at,
+        )  # fmt: skip
+
+
+class Rows:
+    """The snapshots in one database."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self._taking = asyncio.Lock()
+        self._numbers: Iterable[int] = iter(())
+
+    async def number(self) -> int:
+        """A number that no directory ever had. ResourceExhausted when the disk is full."""
+        async with self._taking:
+            for number in self._numbers:
+                return number
+            end = await self.database.write(_take_block)
+            self._numbers = iter(range(end - BLOCK, end))
+            return next(iter(self._numbers))
+
+    def next_number(self) -> int:
+        """No directory has this number or a higher one, unless the database is older than the directories."""
+        found: int = self.database.one("SELECT next FROM numbers")[0]
+        return found
+
+    def numbers(self, snapshotter: str) -> set[int]:
+        """Every directory that a snapshot owns."""
+        return {n for (n,) in self.database.all("SELECT number FROM snapshots WHERE snapshotter = ?", (snapshotter,))}
+
+    def find(self, source: Database | Transaction, place: Place, name: str) -> Row | None:
+        """One snapshot, or None."""
+        found = source.one(
+            f"{_SELECT} WHERE s.snapshotter = ? AND s.namespace = ? AND s.name = ?",
+            (place.snapshotter, place.namespace, name),
+        )
+        return None if found is None else _row(found)
+
+    def after(self, place: Place, name: str, limit: int) -> list[Row]:
+        """The next snapshots behind `name`, in order of their names."""
+        found = self.database.all(
+            f"{_SELECT} WHERE s.snapshotter = ? AND s.namespace = ? AND s.name > ? ORDER BY s.name LIMIT ?",
+            (place.snapshotter, place.namespace, name, limit),
+        )
+        return [_row(r) for r in found]
+
+    def chain(self, source: Database | Transaction, number: int | None) -> tuple[int, ...]:
+        """`number` and every parent of it, the nearest first; nothing for None."""
+        if number is None:
+            return ()
+        if isinstance(source, Transaction):
+            return tuple(n for (n,) in source.execute(_CHAIN, (number,)).fetchall())
+        return tuple(n for (n,) in source.all(_CHAIN, (number,)))
+
+    def has_children(self, tx: Transaction, number: int) -> bool:
+        return tx.one("SELECT 1 FROM snapshots WHERE parent = ? LIMIT 1", (number,)) is not None
+
+    def insert(self, tx: Transaction, row: Row) -> None:
+        """Add a snapshot, whose name is free."""
+        tx.execute(
+            "INSERT INTO snapshots (number, namespace, snapshotter, name, kind, parent, labels, inherited, created_at,"
+            " updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (row.number, row.place.namespace, row.place.snapshotter, row.name, row.kind, row.above, _text(row.labels),
+             _text(row.inherited), row.created_at.isoformat(), row.updated_at.isoformat()),
+        )  # fmt: skip
+
+    def replace(self, tx: Transaction, row: Row) -> None:
+        """Write all of a snapshot anew that can change: found by its number."""
+        tx.execute(
+            "UPDATE snapshots SET name = ?, kind = ?, parent = ?, labels = ?, created_at = ?, updated_at = ?, size = ?,"
+            " inodes = ? WHERE number = ?",
+            (row.name, row.kind, row.above, _text(row.labels), row.created_at.isoformat(), row.updated_at.isoformat(),
+             row.usage.size, row.usage.inodes, row.number),
+        )  # fmt: skip
+
+    def delete(self, tx: Transaction, number: int) -> None:
+        tx.execute("DELETE FROM snapshots WHERE number = ?", (number,))
+
+
+def _take_block(tx: Transaction) -> int:
+    """The end of a block of numbers that is taken now; a crash loses what is left of it, and no number comes twice."""
+    end: int = tx.one("UPDATE numbers SET next = next + ? RETURNING next", (BLOCK,))[0]
+    return end
+
+
+def _text(labels: Mapping[str, str]) -> str:
+    return json.dumps(labels, separators=(",", ":"))
+
+
+def _row(found: Any) -> Row:
+    number, namespace, snapshotter, name, kind, parent, above, labels, inherited, created, updated, size, inodes = found
+    return Row(
+        number=number, place=Place(namespace, snapshotter), name=name, kind=kind, parent=parent or "", above=above,
+        labels=json.loads(labels), inherited=json.loads(inherited), created_at=datetime.fromisoformat(created),
+        updated_at=datetime.fromisoformat(updated), usage=Usage(size=size, inodes=inodes),
+        weight=len(labels) + 4 * (len(name) + len(parent or "")) + 128,
+    )  # fmt: skip

@@ -1,0 +1,211 @@
+"""Bytes from a descriptor to a sink through the loop, with at most one buffer in hand."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    from wherry_task.monitor.loop import Loop
+
+    class Sink(Protocol):
+        """Where bytes go. `write` takes what it can and returns the rest; `fd` tells when to try again."""
+
+        fd: int
+
+        def write(self, data: bytes) -> bytes: ...
+
+        def close(self) -> None: ...
+
+
+_CHUNK = 32768
+_LINE = 16384
+
+
+class Pump:
+    """Reads only while nothing is pending, so a sink that does not take bytes stops the writer behind the source."""
+
+    def __init__(self, loop: Loop, source: int, sink: Sink) -> None:
+        self.source = source
+        self.sink = sink
+        self._loop = loop
+        self._pending = b""
+        self.open = True
+        os.set_blocking(source, False)
+        loop.watch(source, select.POLLIN, self._readable)
+
+    def _readable(self, _: int) -> None:
+        try:
+            data = os.read(self.source, _CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""  # EIO: nobody holds the terminal's other side any more
+        if data:
+            self._push(data)
+        else:
+            self.close()
+
+    def _push(self, data: bytes) -> None:
+        self._pending = self.sink.write(data)
+        if self._pending:
+            self._loop.unwatch(self.source)
+            self._loop.watch(self.sink.fd, select.POLLOUT, self._writable)
+
+    def _writable(self, events: int) -> None:
+        before = len(self._pending)
+        self._pending = self.sink.write(self._pending)
+        if self._pending and len(self._pending) == before and events & (select.POLLHUP | select.POLLERR):
+            self.close()  # a hung-up terminal takes nothing and would wake us for ever
+        elif not self._pending:
+            self._loop.unwatch(self.sink.fd)
+            self._loop.watch(self.source, select.POLLIN, self._readable)
+
+    def drained(self) -> bool:
+        """Move what can be moved now; True when nothing is left between the source and the sink."""
+        while self.open and not self._pending:
+            readable = select.poll()
+            readable.register(self.source, select.POLLIN)
+            if not readable.poll(0):
+                return True
+            self._readable(0)
+        return not self.open
+
+    def close(self) -> None:
+        """Close both ends; what is pending is lost. A second call does nothing."""
+        if self.open:
+            self.open = False
+            self._loop.unwatch(self.sink.fd if self._pending else self.source)
+            os.close(self.source)
+            self.sink.close()
+
+
+class FifoSink:
+    """A FIFO or a terminal's master; `held` is a reading end that keeps writes from failing while no client reads."""
+
+    def __init__(self, fd: int, held: int = -1) -> None:
+        self.fd = fd
+        self._held = held
+        os.set_blocking(fd, False)
+
+    def write(self, data: bytes) -> bytes:
+        """Bytes for which no reader is left are dropped: there is nobody to tell."""
+        try:
+            return data[os.write(self.fd, data) :]
+        except BlockingIOError:
+            return data
+        except OSError:
+            return b""
+
+    def release(self) -> None:
+        """Stop standing in for a reader: from now on an unread FIFO no longer stops the pump."""
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
+
+    def close(self) -> None:
+        self.release()
+        os.close(self.fd)
+
+
+class FileSink:
+    """A plain file, appended to. A full disk loses bytes, never blocks the container."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def write(self, data: bytes) -> bytes:
+        try:
+            while data:
+                data = data[os.write(self.fd, data) :]
+        except OSError:
+            return b""
+        return b""
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class LogFile:
+    """A file of `TIME STREAM P|F LINE` lines (the CRI log format) that is rotated by size; shared by both streams."""
+
+    def __init__(self, path: str, max_size: int, max_files: int) -> None:
+        self.path = path
+        self._max_size = max_size
+        self._max_files = max_files
+        self._users = 0
+        self._open()
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        self.fd = os.open(self.path, flags, 0o600)
+        self._size = os.fstat(self.fd).st_size
+
+    def append(self, data: bytes) -> None:
+        """Whole lines; rotates first when they would pass the size. A full disk loses them."""
+        try:
+            if self._size and self._size + len(data) > self._max_size > 0:
+                self._rotate()
+            self._size += os.write(self.fd, data)
+        except OSError:
+            return
+
+    def _rotate(self) -> None:
+        for number in range(self._max_files - 1, 0, -1):
+            older = self.path if number == 1 else f"{self.path}.{number - 1}"
+            if os.path.exists(older):
+                os.rename(older, f"{self.path}.{number}")
+        if self._max_files <= 1:
+            os.unlink(self.path)
+        old = self.fd
+        self._open()
+        os.close(old)
+
+    def sink(self, stream: str) -> LogSink:
+        """One stream's way into the file; the file is closed with the last of them."""
+        self._users += 1
+        return LogSink(self, stream)
+
+    def release(self) -> None:
+        self._users -= 1
+        if not self._users:
+            os.close(self.fd)
+
+
+class LogSink:
+    """Cuts one stream into lines; a line longer than 16 KiB, or unfinished at the end, is marked P (partial)."""
+
+    def __init__(self, file: LogFile, stream: str) -> None:
+        self._file = file
+        self._stream = stream
+        self._rest = b""
+        self.fd = file.fd
+
+    def write(self, data: bytes) -> bytes:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        now = _timestamp()
+        out = [self._format(now, line, b"F") for line in lines]
+        while len(self._rest) >= _LINE:
+            out.append(self._format(now, self._rest[:_LINE], b"P"))
+            self._rest = self._rest[_LINE:]
+        if out:
+            self._file.append(b"".join(out))
+        return b""
+
+    def _format(self, now: str, line: bytes, tag: bytes) -> bytes:
+        return f"{now} {self._stream} ".encode() + tag + b" " + line + b"\n"
+
+    def close(self) -> None:
+        if self._rest:
+            self._file.append(self._format(_timestamp(), self._rest, b"P"))
+            self._rest = b""
+        self._file.release()
+
+
+def _timestamp() -> str:
+    now = time.time_ns()
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now // 10**9)) + f".{now % 10**9:09d}Z"

@@ -1,0 +1,80 @@
+"""Small JSON files that survive a crash: written aside, synced, renamed, and the directory synced."""
+
+from __future__ import annotations
+
+import json
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+EXITS = "exits"
+ABOUT = "monitor.json"
+
+
+def write(path: str, record: dict[str, Any], durable: bool = True) -> None:
+    """Replace the file with the record; when this returns, a power cut cannot undo it. Raises OSError.
+
+    `durable=False` spares the syncs for what only matters while the machine runs.
+    """
+    folder, name = os.path.split(path)
+    aside = os.path.join(folder, f".{name}.new")
+    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.write(fd, json.dumps(record).encode())
+        if durable:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(aside, path)
+    if durable:
+        _sync_folder(folder or ".")
+
+
+def read(path: str) -> dict[str, Any]:
+    """The record. Raises OSError where there is none and ValueError where it is damaged."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    with open(fd, "rb") as file:
+        record = json.loads(file.read(1 << 20))
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} does not hold an object")
+    return record
+
+
+def remove(path: str) -> None:
+    """Remove the file if it is there."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+
+
+def exit_path(exec_id: str, bundle: str = "") -> str:
+    """Where the exit of the init ("") or of an exec is kept; an exec named `init` cannot take the init's place."""
+    return os.path.join(bundle, EXITS, f"exec-{exec_id}" if exec_id else "init")
+
+
+def exits(bundle: str = "") -> list[dict[str, Any]]:
+    """Every exit on record, execs first; a damaged record is left out."""
+    found = []
+    folder = os.path.join(bundle, EXITS)
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    for name in names:
+        if not name.startswith("."):
+            try:
+                found.append(read(os.path.join(folder, name)))
+            except ValueError:
+                continue
+    return found
+
+
+def _sync_folder(folder: str) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,121 @@
+"""The OCI runtime's command line: one child process per verb, and its own words when it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+
+from wherry_task.monitor import libc, records, wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from wherry_task.monitor.loop import Loop, Task
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_LOG_TAIL = 1 << 16
+# How the waiting init of a runtime is let go: crun's reads a byte from exec.fifo, runc's writes one into it.
+_FIFO_READS = {"runc": os.O_RDONLY, "crun": os.O_WRONLY}
+_WAIT_FOR_INIT = 0.1
+
+
+class Runtime:
+    """One runtime binary, its root directory and global options, bound to one container.
+
+    `binary` is a path or a name to be found on PATH; `root` is the runtime's state directory (`--root`).
+    """
+
+    def __init__(self, loop: Loop, binary: str, root: str, container: str, options: Sequence[str] = ()) -> None:
+        self.binary = binary
+        self.name = os.path.basename(binary)
+        self.state = os.path.join(root, container)
+        self._loop = loop
+        self._container = container
+        self._options = ["--root", root, *options]
+        self._calls = 0
+        self._null = os.open("/dev/null", os.O_RDWR)
+
+    def run(self, verb: str, *arguments: str, stdio: Sequence[int] = (), log: str = "", tail: str = "") -> Task[None]:
+        """Run one verb on the container and wait for it. Raises Failure with the runtime's last error message.
+
+        `stdio` are the descriptors for 0, 1 and 2 (/dev/null without). `log` keeps its log under that name; else the
+        call has a log of its own that goes with it, so that calls at the same time do not mix their words.
+        """
+        self._calls += 1
+        path = log or f"log-{self._calls}.json"
+        line = [self.binary, *self._options, "--log", path, "--log-format", "json", verb, *arguments, self._container]
+        start = os.path.getsize(path) if log and os.path.exists(path) else 0
+        pid = self._spawn([*line, tail] if tail else line, stdio or (self._null,) * 3)
+        try:
+            status: int = yield self._loop.child(pid)
+            if status:
+                words = last_error(path, start) or f"{self.name} ended with status {status}"
+                raise wire.Failure(wire.UNKNOWN, f"OCI runtime {verb} failed: {words}")
+        finally:
+            if not log:
+                records.remove(path)
+
+    def _spawn(self, line: list[str], stdio: Sequence[int]) -> int:
+        actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)]
+        try:
+            # The environment is bare: the container's comes from its spec, and ours is none of its business.
+            return os.posix_spawnp(
+                self.binary, line, {"PATH": os.environ.get("PATH", _PATH)},
+                file_actions=actions, setsigmask=(), setsigdef=(libc.SIGPIPE, libc.SIGXFSZ),
+            )  # fmt: skip
+        except OSError as error:
+            raise wire.failure_of(error, f"OCI runtime {self.binary} cannot be run") from None
+
+    def release(self, ended: Callable[[], bool]) -> Task[bool]:
+        """Let the created init go on by its exec.fifo, as the runtime's own `start` would, without running it.
+
+        False when that is not possible: another runtime, no fifo, an init that is gone. `start` then tells why.
+        Not for a spec with poststart hooks, which are `start`'s to run.
+        """
+        fifo = os.path.join(self.state, "exec.fifo")
+        direction = _FIFO_READS.get(self.name)
+        if direction is None:
+            return False
+        try:
+            fd = os.open(fifo, direction | os.O_NONBLOCK | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            if direction == os.O_WRONLY:
+                return os.write(fd, b"\0") == 1 and _unlinked(fifo)
+            # Opened non-blocking, a fifo is silent until its first writer: runc's init may not have come so far yet.
+            while not (yield self._loop.ready(fd, select.POLLIN, _WAIT_FOR_INIT)):
+                if ended():
+                    return False
+            return bool(os.read(fd, 1)) and _unlinked(fifo)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+
+
+def _unlinked(fifo: str) -> bool:
+    # The runtimes tell created from running by this file.
+    records.remove(fifo)
+    return True
+
+
+def last_error(path: str, start: int = 0) -> str:
+    """The last message of level error in a runtime's JSON log, from that offset on; "" when there is none."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(start, size - _LOG_TAIL))
+            lines = file.read(_LOG_TAIL).split(b"\n")
+    except OSError:
+        return ""
+    for line in reversed(lines):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and entry.get("level") in ("error", "fatal"):
+            return str(entry.get("msg", ""))
+    return ""

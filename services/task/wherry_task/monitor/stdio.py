@@ -1,0 +1,193 @@
+"""What a process gets as its standard streams, and what the monitor keeps open for it (containerd's rules, §4.1).
+
+A FIFO is handed to the container as it is and no byte passes through the monitor. A plain pipe and a copying loop, as
+containerd's shim has, are only needed where the runtime library cannot pass the FIFO on; here it saves two copies, a
+wake-up per write and 64 KiB, and keeps three promises without code:
+* a client that leaves gives the container no SIGPIPE: the monitor holds a reading end of its outputs;
+* a client that comes back sees no early end: the container itself is the writer, so the end comes exactly when the
+  last of its processes has closed the stream - holding a writing end here would hide that end, so none is held;
+* stdin does not end with the attached client: the monitor holds a writing end, which `close_stdin` closes.
+The runtime changes the FIFO's owner to the container's user, as it does with pipes. Where an LSM forbids a container
+the use of a host FIFO (SELinux enforcing), `copy` puts a pipe in between.
+
+A plain file is never handed over: the container could truncate, rewrite or chmod it through /proc/self/fd/1.
+A terminal's master cannot be handed over either. Both go through pumps.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from wherry_task.monitor import pump, wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from wherry_task.monitor.loop import Loop
+
+_LOG_SIZE, _LOG_FILES = 16 << 20, 5
+
+
+class Stdio:
+    """The three streams of one process. `child` are the descriptors for it; close them once it has its copies."""
+
+    def __init__(self, loop: Loop, copy: bool = False) -> None:
+        self.child: list[int] = []
+        self.master = -1
+        self._loop = loop
+        self._copy = copy
+        self._held: list[int] = []
+        self._stdin_writer = -1
+        self._input: pump.Pump | None = None
+        self._outputs: list[pump.Pump] = []
+        self._terminal_in = -1
+        self._terminal_out: pump.Sink | None = None
+        self._logs: dict[str, pump.LogFile] = {}
+
+    def open(self, stdin: str, stdout: str, stderr: str, terminal: bool) -> None:
+        """Open the client's ends; "" is /dev/null. With a terminal, `attach` follows. Raises Failure; never blocks."""
+        try:
+            if terminal:
+                self._open_for_terminal(stdin, stdout)
+                return
+            self.child.append(self._open_stdin(stdin))
+            for stream, uri in (("stdout", stdout), ("stderr", stderr)):
+                self.child.append(self._open_output(stream, uri))
+        except OSError as error:
+            self.close()
+            raise wire.failure_of(error, f"open stdio {error.filename or ''}".rstrip()) from None
+        except wire.Failure:
+            self.close()
+            raise
+
+    def attach(self, master: int) -> None:
+        """Join a terminal's master to the opened ends; it belongs to this object from now on."""
+        self.master = master
+        if self._terminal_in >= 0:
+            self._input = pump.Pump(self._loop, self._terminal_in, pump.FifoSink(os.dup(master)))
+            self._terminal_in = -1
+        if self._terminal_out is not None:
+            self._outputs.append(pump.Pump(self._loop, os.dup(master), self._terminal_out))
+            self._terminal_out = None
+
+    def _open_for_terminal(self, stdin: str, stdout: str) -> None:
+        if stdin:
+            self._terminal_in = _fifo(stdin)
+            self._stdin_writer = _reopen(self._terminal_in, os.O_WRONLY)
+        # With no stdout the output is still read, or the container would stop at a full terminal.
+        self._terminal_out = self._sink("stdout", stdout)
+
+    def release_child(self) -> None:
+        """The process has its descriptors: drop ours, so that the streams end when it ends."""
+        for fd in self.child:
+            os.close(fd)
+        self.child.clear()
+
+    def close_stdin(self) -> None:
+        """Close exactly the held writing end; the end of input comes once the client's is gone too."""
+        if self._stdin_writer >= 0:
+            os.close(self._stdin_writer)
+            self._stdin_writer = -1
+
+    def drained(self) -> bool:
+        """Of a process that has ended: move on what it left behind; True when nothing is left to move."""
+        for each in self._outputs:
+            if isinstance(each.sink, pump.FifoSink):
+                each.sink.release()
+        return all([each.drained() for each in self._outputs])
+
+    def close(self) -> None:
+        """Close everything; a second call does nothing."""
+        self.release_child()
+        self.close_stdin()
+        for each in [*self._outputs, *([self._input] if self._input else [])]:
+            each.close()
+        if self._terminal_out is not None:
+            self._terminal_out.close()
+        for fd in [*self._held, self._terminal_in, self.master]:
+            if fd >= 0:
+                os.close(fd)
+        self._held, self._terminal_in, self._terminal_out, self.master = [], -1, None, -1
+
+    def _open_stdin(self, path: str) -> int:
+        if not path:
+            return os.open("/dev/null", os.O_RDONLY)
+        reader = _fifo(path)
+        self._stdin_writer = _reopen(reader, os.O_WRONLY)
+        if not self._copy:
+            os.set_blocking(reader, True)
+            return reader
+        inner, writer = os.pipe()
+        self._input = pump.Pump(self._loop, reader, pump.FifoSink(writer))
+        return inner
+
+    def _open_output(self, stream: str, uri: str) -> int:
+        if not uri:
+            return os.open("/dev/null", os.O_WRONLY)
+        if not self._copy and _is_fifo(uri):
+            held = _fifo(uri)
+            self._held.append(held)
+            writer = _reopen(held, os.O_WRONLY)
+            os.set_blocking(writer, True)
+            return writer
+        sink = self._sink(stream, uri)
+        reader, writer = os.pipe()
+        self._outputs.append(pump.Pump(self._loop, reader, sink))
+        return writer
+
+    def _sink(self, stream: str, uri: str) -> pump.Sink:
+        """Where a pump writes: a FIFO or plain file by its path, `file:///path`, or `log:///path?max_size=&max_files=`."""
+        if not uri:
+            return pump.FileSink(os.open("/dev/null", os.O_WRONLY))
+        scheme, separator, rest = uri.partition("://")
+        if not separator:
+            if _is_fifo(uri):
+                held = _fifo(uri)
+                return pump.FifoSink(_reopen(held, os.O_WRONLY), held)
+            return pump.FileSink(_append_to(uri, 0))
+        path, _, query = rest.partition("?")
+        if scheme == "file":
+            os.makedirs(os.path.dirname(path) or "/", 0o700, exist_ok=True)
+            return pump.FileSink(_append_to(path, os.O_CREAT))
+        if scheme == "log":
+            return self._log(path, query).sink(stream)
+        raise wire.Failure(wire.UNIMPLEMENTED, f"stdio scheme {scheme}:// is not known")
+
+    def _log(self, path: str, query: str) -> pump.LogFile:
+        if path not in self._logs:
+            options = dict(word.split("=", 1) for word in query.split("&") if "=" in word)
+            try:
+                size, files = int(options.get("max_size", _LOG_SIZE)), int(options.get("max_files", _LOG_FILES))
+            except ValueError:
+                raise wire.Failure(wire.INVALID, f"log options {query!r}: not numbers") from None
+            os.makedirs(os.path.dirname(path) or "/", 0o700, exist_ok=True)
+            self._logs[path] = pump.LogFile(path, size, files)
+        return self._logs[path]
+
+
+def _is_fifo(path: str) -> bool:
+    return "://" not in path and stat.S_ISFIFO(os.lstat(path).st_mode)
+
+
+def _fifo(path: str) -> int:
+    """A non-blocking reading end; only of a FIFO, and not through a symbolic link."""
+    if not _is_fifo(path):
+        raise wire.Failure(wire.INVALID, f"{path} is not a FIFO")
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise wire.Failure(wire.INVALID, f"{path} is not a FIFO")
+    return fd
+
+
+def _reopen(fd: int, flags: int) -> int:
+    """Another opening of the very same FIFO, whatever its path names by now."""
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_NONBLOCK)
+
+
+def _append_to(path: str, flags: int) -> int:
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o600)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise wire.Failure(wire.INVALID, f"{path} is neither a FIFO nor a plain file")
+    return fd
