@@ -79,7 +79,8 @@ class Known:
 
 
 def client(**options: Any) -> Registry:
-    return Registry(**({"credentials": NoCredentials(), "limits": FAST} | options))
+    settings: dict[str, Any] = {"credentials": NoCredentials(), "limits": FAST} | options
+    return Registry(**settings)
 
 
 async def whole(registry: Registry, trap: Trap, *, blob: Descriptor = BLOB, **options: Any) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -98,7 +99,7 @@ async def push(address: str, auth: Credentials | None = None, size: int = 3_000_
             async with session.post(f"http://{address}/v2/team/app/blobs/uploads/") as begun:
                 upload = begun.headers["Location"]
             sign = "&" if "?" in upload else "?"
-            async with session.put(f"{upload}{sign}digest={blob.digest}", data=data[blob.digest]):
+            async with session.put(f"{upload}{sign}digest={blob.digest}", data=io.BytesIO(data[blob.digest])):
                 pass
         for name, d in ((manifest.digest, manifest), ("v1", index)):
             url = f"http://{address}/v2/team/app/manifests/{name}"

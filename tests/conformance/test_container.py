@@ -135,11 +135,22 @@ async def test_without_a_mask_what_can_change_is_replaced(containers: Containers
     made = await containers.create(container(labels={"a": "1"}, extensions={"x": 1}, sandbox="pod"))
     new = await containers.update(
         container(
-            labels={"b": "2", "a": ""}, extensions={"y": 2}, image="other", snapshot_key="", spec=None, sandbox="x",
+            labels={"b": "2", "a": ""},
+            extensions={"y": 2},
+            image="other",
+            snapshot_key="",
+            spec=None,
+            sandbox="x",
             runtime=Runtime(name=RUNTIME.name, options={"changed": True}),
-        )  # fmt: skip
+        )
     )
-    assert (new.labels, new.extensions, new.image, new.snapshot_key, new.spec) == ({"b": "2"}, {"y": 2}, "other", "", None)
+    assert (new.labels, new.extensions, new.image, new.snapshot_key, new.spec) == (
+        {"b": "2"},
+        {"y": 2},
+        "other",
+        "",
+        None,
+    )
     assert (new.runtime, new.snapshotter, new.sandbox, new.created_at) == (RUNTIME, "overlay", "pod", made.created_at)
     assert new.updated_at is not None
     assert made.updated_at is not None

@@ -141,7 +141,7 @@ async def test_what_a_lease_keeps(house: House, leases: Leases) -> None:
 async def test_a_bad_resource_is_refused(leases: Leases, type: str, id: str, error: type[Exception]) -> None:
     await leases.create("a")
     for change in (leases.add_resource, leases.delete_resource):
-        with pytest.raises(error, match="resource|digest"):
+        with pytest.raises(error, match=r"resource|digest"):
             await change("a", Resource(type=type, id=id))
     assert await leases.resources("a") == []
 

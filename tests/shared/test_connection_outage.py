@@ -199,6 +199,10 @@ async def test_jetstream_fails_at_once_in_an_outage_and_works_after_it(tmp_path:
             await jetstream.publish("ev.a", b"lost", timeout=3600)
         server.start()
         await until(lambda: client.connected)
+        client._link.abort()
+        with pytest.raises(nats.errors.Error):  # although nats-py has not noticed yet
+            await jetstream.publish("ev.a", b"lost", timeout=3600)
+        await until(lambda: client.connected)
         jetstream = client.jetstream(timeout=10)
         await jetstream.publish("ev.a", b"2")
         pull = await jetstream.pull_subscribe("ev.>", durable="reader")
@@ -256,6 +260,41 @@ async def test_a_peer_that_speaks_nonsense_is_left_and_tried_again(connect: Conn
     await listener.wait_closed()
 
 
+async def test_a_server_that_comes_back_too_old_gets_no_credentials_and_is_tried_again() -> None:
+    visits, heard = 0, bytearray()
+    held: set[asyncio.StreamWriter] = set()
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal visits
+        visits += 1
+        held.add(writer)
+        good = visits in (1, 5)
+        writer.write(
+            b'INFO {"version": "%b", "headers": true, "max_payload": 1024}\r\n' % (b"2.15.1" if good else b"2.9.1")
+        )
+        if good:
+            async for line in reader:
+                if line == b"PING\r\n":
+                    writer.write(b"PONG\r\n")
+                if b"leave" in line:
+                    break
+        else:
+            heard.extend(await reader.read())  # until the client gives it up
+        writer.close()
+        held.discard(writer)
+
+    listener = await asyncio.start_server(greet, "127.0.0.1", free_port())
+    url = f"nats://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    client = await Connection.connect([url], name="test", inbox_prefix="_INBOX.test")
+    client.publish("leave", b"")
+    await until(lambda: visits == 5 and client.connected)
+    await until(lambda: len(held) == 1)
+    assert bytes(heard) == b""
+    await client.close()
+    listener.close()
+    await listener.wait_closed()
+
+
 async def test_nobody_answers_within_the_connect_timeout() -> None:
     url = f"nats://127.0.0.1:{free_port()}"
     with pytest.raises(
@@ -277,7 +316,11 @@ async def test_connecting_waits_for_a_server_that_is_still_starting(tmp_path: Pa
 
 
 async def test_a_silent_listener_is_no_server() -> None:
-    listener = await asyncio.start_server(lambda reader, writer: asyncio.sleep(5), "127.0.0.1", 0)
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    listener = await asyncio.start_server(listen, "127.0.0.1", 0)
     url = f"nats://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
     with pytest.raises(Unavailable):
         await Connection.connect([url], name="test", inbox_prefix="_INBOX.test", connect_timeout=0.3)

@@ -22,7 +22,6 @@ VERBS = {
     "snapshot": "Look at the snapshots.",
     "ns": "Manage namespaces.",
     "auth": "Make credentials for the bus.",
-    "completion": "Print the completion script of a shell.",
     "version": "Print the version.",
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import click
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
@@ -37,7 +36,7 @@ class Verbs(TyperGroup):
 
 def make() -> Any:
     """The whole `wherry` command."""
-    app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+    app = typer.Typer(cls=Verbs, no_args_is_help=True, rich_markup_mode=None)
 
     @app.callback(help="A container runtime of services on a NATS bus.")
     def wherry() -> None: ...
@@ -52,21 +51,10 @@ def run(arguments: list[str]) -> None:
     from wherry_shared.errors import WherryError
 
     try:
-        code = make()(arguments, prog_name="wherry", standalone_mode=False)
-    except click.exceptions.Abort:
-        code = 130
-    except click.ClickException as e:
-        e.show()
-        code = e.exit_code
+        make()(arguments, prog_name="wherry")
     except WherryError as e:
         print(f"wherry: {_name(e)}: {e}", file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        code = 141
-    raise SystemExit(code if isinstance(code, int) else 0)
+        raise SystemExit(1) from None
 
 
 def _name(e: Exception) -> str:

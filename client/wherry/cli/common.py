@@ -40,7 +40,10 @@ def with_client(namespace: str, work: Callable[[Client], Coroutine[Any, Any, T]]
         async with wherry.connect(namespace=namespace) as client:
             return await work(client)
 
-    return uvloop.run(main())
+    try:
+        return uvloop.run(main())
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 def show(rows: Sequence[dict[str, Any]], columns: Sequence[str], how: Format) -> None:

@@ -157,7 +157,8 @@ class Store:
         # The sharing policy is `isolated`: only what this namespace has counts as present. A `shared` one would look
         # here for the digest in the other namespaces and answer an ingest that has all its bytes.
         if expected and self.present(namespace, expected):
-            await self._drop(namespace, ref, missing_ok=True)
+            if self._metadata.ingest(namespace, ref) is not None:
+                await self._drop(namespace, ref, missing_ok=True)
             raise AlreadyExists(f"blob {expected}: already exists")
         key = ingest_key(namespace, ref)
         try:
@@ -165,8 +166,9 @@ class Store:
         except Unavailable as e:
             await self._metadata.refuse(e)
             raise
+        resumed = self._metadata.ingest(namespace, ref) is not None  # only now, locked, nobody else makes it
         try:
-            if truncate or self._metadata.ingest(namespace, ref) is None:
+            if truncate or not resumed:
                 await held.truncate()  # bytes without a row are what a crash left
             place = held.place
             opened = Opened(
@@ -175,7 +177,7 @@ class Store:
             )  # fmt: skip
             await self._metadata.open(namespace, key, opened, total, expected, held.check)
         except BaseException as e:
-            await held.release(keep=True)
+            await held.release(keep=resumed)
             raise _named(e, ref) from None
         self._writers[namespace, ref] = Writer(held)
         return opened
@@ -214,9 +216,7 @@ class Store:
             except ResourceExhausted as e:
                 raise _named(e, ref) from None
 
-    async def _verify_ingest(
-        self, namespace: str, ref: str, held: Held, size: int, expected: str
-    ) -> tuple[str, int]:
+    async def _verify_ingest(self, namespace: str, ref: str, held: Held, size: int, expected: str) -> tuple[str, int]:
         there = held.size()
         if size and size != there:
             raise FailedPrecondition(f"ingest {ref!r} has {there} bytes, and {size} are expected")
@@ -328,7 +328,11 @@ class Store:
                 log.exception("looking after the open ingests failed")
 
     async def _let_go_if_idle(self, name: tuple[str, str], writer: Writer) -> None:
-        activity = writer.held.activity()
+        try:
+            activity = writer.held.activity()
+        except NotFound:  # aborted at another replica: give its bytes back
+            await self._release(name, writer, keep=False)
+            return
         if activity != writer.seen:
             writer.seen, writer.since = activity, time.monotonic()
         elif time.monotonic() - writer.since > self._idle and not writer.lock.locked():

@@ -1,1 +1,1 @@
-
+"""Wherry's diff service: layers onto mounts."""

@@ -16,7 +16,7 @@ from wherry_shared.errors import DataLoss, ResourceExhausted, Unavailable, Unimp
 
 from .limits import Limits
 
-CHUNK = 256 << 10  # a multiple of 512, so that headers do not straddle; it fits into the cache between two threads
+CHUNK = 256 << 10  # a multiple of 512, so that headers seldom straddle; small enough for the cache between two threads
 _GZIP_MAGIC = b"\x1f\x8b\x08"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPABLE = range(0x184D2A50, 0x184D2A60)

@@ -249,16 +249,17 @@ class Extractor:
             raise InvalidArgument(f"the hard link {show(name)} leads to {show(link)}, in place of which it stands")
         info = None if missing else tree.look(fd, last)
         if info is None:
-            self._copy_up(entry, target)
+            removed = tree.is_taken(fd, missing[0] if missing else last)
+            self._copy_up(entry, target, removed=removed)
         elif stat.S_ISDIR(info.st_mode):
             raise InvalidArgument(f"the hard link {show(name)} leads to the directory {show(link)}")
         return target
 
-    def _copy_up(self, entry: Entry, target: bytes) -> None:
-        """Bring the target of a hard link up from the parents."""
-        if self._target.standalone:
+    def _copy_up(self, entry: Entry, target: bytes, *, removed: bool) -> None:
+        """Bring the target of a hard link up from the parents, unless this layer removed it there."""
+        if self._target.standalone and not removed:
             raise FailedPrecondition(f"the layer needs its parent: its hard link {show(entry.name)} leads there")
-        model = self._tree.below(target)
+        model = None if removed else self._tree.below(target)
         if model is None:
             raise InvalidArgument(f"the hard link {show(entry.name)} leads to {show(entry.link)}, which is not there")
         try:

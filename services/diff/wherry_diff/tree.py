@@ -261,8 +261,6 @@ class Tree:
                     levels.append(list(self._remove_files(fd, prefix)))
                 else:
                     levels.pop()
-                    if not levels:
-                        return
                     fd = _step(fd, b"..")
                     os.rmdir(levels[-1].pop(), dir_fd=fd)
                     self._forget(prefix)
@@ -347,6 +345,14 @@ class Tree:
             if not path:
                 return False
             path = path.rpartition(b"/")[0]
+        return True
+
+    def is_taken(self, fd: int, base: bytes) -> bool:
+        """Whether the directory `fd` has anything of the name, were it a whiteout."""
+        try:
+            os.stat(base, dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
         return True
 
     def below(self, path: bytes) -> int | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 from wherry_shared.api.snapshot import Info, Kind, Usage
 from wherry_shared.sqlite import Database, Transaction
@@ -39,14 +39,6 @@ _CHAIN = """
         SELECT s.parent, depth + 1 FROM snapshots s JOIN chain c ON s.number = c.number WHERE s.parent IS NOT NULL)
     SELECT number FROM chain ORDER BY depth
 """
-
-
-class Reader(Protocol):
-    """Where rows are read from: the database as it is now, or a transaction."""
-
-    def one(self, sql: str, parameters: Sequence[Any] = ...) -> Any: ...
-
-    def all(self, sql: str, parameters: Sequence[Any] = ...) -> list[Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +80,16 @@ class Rows:
     def __init__(self, database: Database) -> None:
         self.database = database
         self._taking = asyncio.Lock()
-        self._numbers: Iterable[int] = iter(())
+        self._numbers: Iterator[int] = iter(())
 
     async def number(self) -> int:
         """A number that no directory ever had. ResourceExhausted when the disk is full."""
         async with self._taking:
-            for number in self._numbers:
-                return number
-            end = await self.database.write(_take_block)
-            self._numbers = iter(range(end - BLOCK, end))
-            return next(iter(self._numbers))
+            number = next(self._numbers, None)
+            if number is None:
+                number = await self.database.write(_take_block)
+                self._numbers = iter(range(number + 1, number + BLOCK))
+            return number
 
     def next_number(self) -> int:
         """No directory has this number or a higher one, unless the database is older than the directories."""
@@ -158,9 +150,10 @@ class Rows:
 
 
 def _take_block(tx: Transaction) -> int:
-    """The end of a block of numbers that is taken now; a crash loses what is left of it, and no number comes twice."""
-    end: int = tx.one("UPDATE numbers SET next = next + ? RETURNING next", (BLOCK,))[0]
-    return end
+    """The first of a block of numbers taken now; a crash loses what is left of it, and no number comes twice."""
+    first: int = tx.one("SELECT next FROM numbers")[0]
+    tx.execute("UPDATE numbers SET next = ?", (first + BLOCK,))
+    return first
 
 
 def _text(labels: Mapping[str, str]) -> str:

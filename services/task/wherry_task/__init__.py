@@ -1,1 +1,1 @@
-
+"""Wherry's task service: running containers over any OCI runtime."""

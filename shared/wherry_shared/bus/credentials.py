@@ -34,10 +34,10 @@ NATS_USERS = "nats-users.conf"
 CALLS: dict[str, tuple[str, ...]] = {
     "content": ("lease",),
     "snapshot": ("lease",),
-    "diff": ("content",),
+    "diff": ("content", "snapshot"),
     "image": ("lease",),
     "container": (),
-    "task": ("container",),
+    "task": ("container", "snapshot"),
     "events": (),
     "namespace": ("content", "snapshot", "image", "container"),
     "lease": (),

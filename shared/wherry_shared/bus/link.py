@@ -219,6 +219,7 @@ class Link(Client):
         for waiting in list(self._resp_map.values()):  # JetStream's requests, which nats-py would let time out
             if not waiting.done():
                 waiting.set_exception(ConnectionReconnectingError())
+                waiting.exception()  # nats-py leaves some behind that nobody awaits: no complaint about those
         self.state_changed(False)
 
     def _streams(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -54,7 +54,7 @@ class Held(Protocol):
         ...
 
     def activity(self) -> object:
-        """A value that changes whenever anybody wrote to the ingest or touched it."""
+        """A value that changes whenever anybody wrote to the ingest or touched it. NotFound: aborted elsewhere."""
         ...
 
     async def append(self, offset: int, data: bytes) -> int:

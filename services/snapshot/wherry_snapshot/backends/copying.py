@@ -43,6 +43,7 @@ class _Copy(Visitor):
         self._place = Descent(target)
         self._links = links
         self._linked: set[int] = set()
+        self._check = check
         self._files = _Files(check)
 
     def close(self) -> None:
@@ -52,6 +53,7 @@ class _Copy(Visitor):
         below = []
         with os.scandir(fd) as entries:
             for entry in entries:
+                self._check()
                 try:
                     if self._copy(fd, entry.name):
                         below.append(entry.name)

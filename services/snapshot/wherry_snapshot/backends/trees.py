@@ -13,7 +13,6 @@ import fcntl
 import os
 import stat
 import struct
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -142,12 +141,12 @@ def _above(fd: int, identity: tuple[int, int]) -> int:
     return up
 
 
-class Visitor(ABC):
+class Visitor:
     """What a walk does: `visit` on the way down, the rest around the step into a directory and out of it."""
 
-    @abstractmethod
     def visit(self, fd: int) -> list[str]:
         """Treat what lies in a directory; answers the directories in it that are to be gone into."""
+        raise NotImplementedError
 
     def entered(self, name: str, fd: int) -> None:
         """The walk has gone into `name`, which is `fd`; `visit` comes next."""
@@ -238,10 +237,14 @@ def measure(path: os.PathLike[str] | str, check: Check) -> Usage:
 
 
 class _Removal(Visitor):
+    def __init__(self, check: Check) -> None:
+        self._check = check
+
     def visit(self, fd: int) -> list[str]:
         below = []
         with os.scandir(fd) as entries:
             for entry in entries:
+                self._check()
                 if entry.is_dir(follow_symlinks=False) or not _unlinked(fd, entry.name):
                     below.append(entry.name)
         return below
@@ -271,7 +274,7 @@ def _emptied(parent: int, name: str, check: Check) -> bool:
             raise
         return e.errno == errno.ENOENT or (e.errno != errno.EXDEV and _unlinked(parent, name))
     try:
-        walk(fd, _Removal(), check)
+        walk(fd, _Removal(check), check)
     except Aborted:
         return False
     return True

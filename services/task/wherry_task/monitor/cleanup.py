@@ -19,7 +19,7 @@ _ROUNDS, _PAUSE = 200, 0.02
 DIED = {"exit_status": 128 + libc.SIGKILL, "shim_died": True}
 
 
-def main(fd: int, inbox: bytes, request: Args) -> None:
+def main(fd: int, request: Args) -> None:
     """Clean the bundle that the request names, and answer on the connection."""
     libc.rename_process("wherry-cleanup")
     try:
@@ -76,7 +76,7 @@ def _kill_init(init: Args) -> None:
         return
     # Only after the pidfd is open does an equal start time prove that it is still the same process.
     if container.start_time(pid) == init.get("start_time"):
-        container.kill_quietly(pid, libc.SIGKILL)
+        libc.kill(pid, libc.SIGKILL)
     os.close(fd)
 
 
@@ -92,7 +92,7 @@ def _empty(own: dict[str, str], warnings: list[str]) -> None:
         if not pids:
             return
         for pid in pids:
-            container.kill_quietly(pid, libc.SIGKILL)
+            libc.kill(pid, libc.SIGKILL)
         time.sleep(_PAUSE)
     warnings.append(f"{len(pids)} processes do not die")
 

@@ -76,7 +76,7 @@ class Container:
             try:
                 yield from self._runtime.run("delete", "--force")
             except wire.Failure:
-                kill_quietly(self.init.pid, libc.SIGKILL)
+                libc.kill(self.init.pid, libc.SIGKILL)
         mounts.unmount_rootfs(self._rootfs)
         self.init = Process("")
         self.state = EMPTY
@@ -129,7 +129,7 @@ class Container:
             yield from self._launch(process, "exec", ["--process", spec, "--detach"], args)
         except BaseException:
             if process.pid:
-                kill_quietly(process.pid, libc.SIGKILL)
+                libc.kill(process.pid, libc.SIGKILL)
             del self.execs[exec_id]
             raise
         finally:
@@ -384,11 +384,3 @@ def start_time(pid: int) -> str:
             return file.read(4096).rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
-
-
-def kill_quietly(pid: int, signal: int) -> None:
-    """Kill a child that may be gone."""
-    try:
-        os.kill(pid, signal)
-    except ProcessLookupError:
-        return

@@ -81,6 +81,14 @@ def watch_modifications(path: str) -> int:
     return fd
 
 
+def kill(pid: int, signal: int) -> None:
+    """kill(2) of a process that may be gone already."""
+    try:
+        os.kill(pid, signal)
+    except ProcessLookupError:
+        return
+
+
 def _syscall(number: int, what: str, *arguments: int | bytes | None) -> int:
     words = [ctypes.c_long(word) if isinstance(word, int) else ctypes.c_char_p(word) for word in arguments]
     return _checked(_libc.syscall(ctypes.c_long(number), *words), what)

@@ -95,7 +95,7 @@ class Monitor:
             "wait": self._container.wait, "state": self._state, "delete": self._delete, "shutdown": self._shutdown,
         }  # fmt: skip
 
-    def adopt(self, fd: int, inbox: bytes) -> wire.Channel:
+    def adopt(self, fd: int, inbox: bytes | bytearray) -> wire.Channel:
         """Serve one more connection; `inbox` was read from it already."""
         client = wire.Channel(self.loop, fd, self._message, self._gone, inbox)
         self._clients.append(client)
@@ -217,7 +217,7 @@ def note(error: BaseException) -> None:
         file.writelines(traceback.format_exception(error))
 
 
-def main(fd: int, inbox: bytes, request: Args) -> None:
+def main(fd: int, inbox: bytes | bytearray, request: Args) -> None:
     """Be the monitor that the request on this connection asks for; returns when its work is over."""
     libc.rename_process("wherry-monitor")
     libc.forbid_dumps()

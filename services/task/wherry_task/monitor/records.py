@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
+
+from wherry_task.monitor import compact
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def write(path: str, record: dict[str, Any], durable: bool = True) -> None:
     aside = os.path.join(folder, f".{name}.new")
     fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     try:
-        os.write(fd, json.dumps(record).encode())
+        os.write(fd, compact.dumps(record))
         if durable:
             os.fsync(fd)
     finally:
@@ -36,7 +37,7 @@ def read(path: str) -> dict[str, Any]:
     """The record. Raises OSError where there is none and ValueError where it is damaged."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     with open(fd, "rb") as file:
-        record = json.loads(file.read(1 << 20))
+        record = compact.loads(file.read(1 << 20))
     if not isinstance(record, dict):
         raise ValueError(f"{path} does not hold an object")
     return record

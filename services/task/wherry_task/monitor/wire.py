@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import _socket
 import errno
-import json
 import os
 import select
+
+from wherry_task.monitor import compact
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def failure_of(error: OSError, what: str) -> Failure:
 
 def encode(message: dict[str, Any]) -> bytes:
     """One frame. Raises ValueError above MAX_FRAME bytes."""
-    body = json.dumps(message, separators=(",", ":")).encode()
+    body = compact.dumps(message)
     if len(body) > MAX_FRAME:
         raise ValueError(f"frame of {len(body)} bytes")
     return len(body).to_bytes(4, "big") + body
@@ -58,7 +59,7 @@ def take(buffer: bytearray) -> dict[str, Any] | None:
         raise ValueError(f"frame of {size} bytes")
     if len(buffer) < 4 + size:
         return None
-    message = json.loads(buffer[4 : 4 + size])
+    message = compact.loads(buffer[4 : 4 + size])
     del buffer[: 4 + size]
     if not isinstance(message, dict):
         raise ValueError("a frame must hold an object")
@@ -106,7 +107,7 @@ class Channel:
         fd: int,
         message: Callable[[Channel, dict[str, Any]], None],
         gone: Callable[[Channel], None],
-        inbox: bytes = b"",
+        inbox: bytes | bytearray = b"",
     ) -> None:
         self.fd = fd
         self.watching = False
@@ -120,16 +121,12 @@ class Channel:
         if inbox:
             loop.after(0, self._deliver)
 
-    def detach(self) -> tuple[int, bytes]:
-        """Leave the loop; the descriptor and what was read beyond the last delivered frame go to the caller."""
-        fd, self.fd = self.fd, -1
-        self._loop.unwatch(fd)
-        return fd, bytes(self._inbox)
-
     def close(self) -> None:
         """Hang up; a second call does nothing."""
         if self.fd >= 0:
-            os.close(self.detach()[0])
+            fd, self.fd = self.fd, -1
+            self._loop.unwatch(fd)
+            os.close(fd)
             self._gone(self)
 
     def send(self, message: dict[str, Any]) -> None:
@@ -178,7 +175,7 @@ class Channel:
         self._deliver()
 
     def _deliver(self) -> None:
-        # A handler may detach or close this channel, so the descriptor is looked at before every frame.
+        # A handler may close this channel, so the descriptor is looked at before every frame.
         while self.fd >= 0:
             try:
                 message = take(self._inbox)

@@ -3,8 +3,10 @@
     /usr/bin/python3 -I -S -E zygote.py SOCKET [OOM_SCORE_ADJ]
 
 It daemonizes; the command ends with status 0 when the zygote accepts connections, else with a message and status 1.
-A connection speaks the protocol of README.md. One on which `spawn` or `cleanup` was asked becomes, with its next
-frames, the connection of the monitor or cleaner that was forked for it.
+
+It forks for every connection before it reads a byte: the child reads the first request of README.md's protocol and
+becomes the monitor, the cleaner, or whatever else that asks for. A page that the zygote writes between two forks is
+one that the earlier child no longer shares with anyone, so the less the zygote does itself, the smaller each monitor.
 
 The zygote is the subreaper above its monitors: the container of a monitor that dies falls to it, and it kills it at
 once - before any service has noticed, and also when none runs. Everything else that is left is for `cleanup`.
@@ -21,109 +23,92 @@ if __name__ == "__main__":
 
 import fcntl
 import gc
+import select
 
-from wherry_task.monitor import cleanup, container, libc, monitor, wire
-from wherry_task.monitor.loop import Loop
+from wherry_task.monitor import cleanup, libc, monitor, wire
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
-
-    Args = dict[str, Any]
-    Role = tuple[Callable[[int, bytes, Args], None], int, bytes, Args]
+_REQUEST_SECONDS = 10
 
 
-class Zygote:
-    """Serves its socket until it is told to quit. `role` is set in a forked child: what that has to become."""
-
-    def __init__(self, name: str) -> None:
-        self.role: Role | None = None
-        self._name = name
-        self._monitors: dict[int, str] = {}
-        self._cleaners: set[int] = set()
-        self._clients: list[wire.Channel] = []
-        self._loop = Loop(self._ended, self._stop)
-        self._listener = wire.listen(name)
-        self._loop.watch(self._listener, 1, self._accept)
-
-    def run(self) -> None:
-        """Returns in the zygote when it quits, and in each child with its `role`."""
-        self._loop.run()
-
-    def _accept(self, _: int) -> None:
-        try:
-            fd = wire.accept(self._listener)
-        except OSError:
-            return
-        self._clients.append(wire.Channel(self._loop, fd, self._message, self._clients.remove))
-
-    def _message(self, client: wire.Channel, message: Args) -> None:
-        name, number = message.get("op"), message.get("id")
-        if name == "spawn":
-            self._fork(client, message, monitor.main)
-        elif name == "cleanup":
-            self._fork(client, message, cleanup.main)
-        elif name == "ping":
-            monitors = [{"pid": pid, "bundle": bundle} for pid, bundle in self._monitors.items()]
-            client.send({"id": number, "ok": {"pid": os.getpid(), "version": monitor.VERSION, "monitors": monitors}})
-        elif name == "quit":
-            client.send({"id": number, "ok": {}})
-            self._stop()
-        else:
-            failure = {"code": wire.UNIMPLEMENTED, "message": f"operation {name!r}"}
-            client.send({"id": number, "error": failure})
-
-    def _fork(self, client: wire.Channel, message: Args, become: Callable[[int, bytes, Args], None]) -> None:
-        if not self._loop.running:
-            return  # this is a child already, or a zygote on its way out
-        try:
-            pid = os.fork()
-        except OSError as error:
-            failure = wire.failure_of(error, "fork")
-            client.send({"id": message.get("id"), "error": {"code": failure.code, "message": failure.message}})
-            return
-        fd, inbox = client.detach()
-        self._clients.remove(client)
-        if pid:
+def _serve(listener: int, signals: int) -> int:
+    """Fork for each connection and bury the dead. Returns the connection in a child, -1 in a zygote told to quit."""
+    children: set[int] = set()
+    poller = select.poll()
+    poller.register(listener, select.POLLIN)
+    poller.register(signals, select.POLLIN)
+    while True:
+        for ready, _ in poller.poll():
+            if ready == signals:
+                if os.read(signals, 128)[0] == libc.SIGTERM:
+                    return -1
+                _bury(children)
+                continue
+            try:
+                fd = wire.accept(listener)
+                pid = os.fork()
+            except OSError:
+                continue  # a stranger, or no process to be had: the connection ends, and its client sees that
+            if not pid:
+                return fd
+            children.add(pid)
             os.close(fd)
-            if become is monitor.main:
-                self._monitors[pid] = str(message.get("bundle"))
-            else:
-                self._cleaners.add(pid)
-            return
-        self.role = (become, fd, inbox, message)
-        self._loop.running = False
-
-    def _ended(self, pid: int, status: int) -> None:
-        self._monitors.pop(pid, None)
-        self._cleaners.discard(pid)
-        # Whoever is our child and neither monitor nor cleaner is what a dead monitor left. Killing one may bring its
-        # own children, hence this after every death.
-        for orphan in _children():
-            if orphan not in self._monitors and orphan not in self._cleaners:
-                container.kill_quietly(orphan, libc.SIGKILL)
-
-    def _stop(self) -> None:
-        os.unlink(self._name)
-        self._loop.running = False
 
 
-def _children() -> list[int]:
+def _bury(children: set[int]) -> None:
+    """Reap; then kill what dead monitors left: whoever is our child and was not forked by us."""
     try:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        while pid := os.waitpid(-1, os.WNOHANG)[0]:
+            children.discard(pid)
+    except ChildProcessError:
+        return
+    for orphan in _children(os.getpid()):
+        if orphan not in children:
+            # Its death brings its own children to us, and so calls us again.
+            libc.kill(orphan, libc.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
             return [int(word) for word in file.read().split()]
     except OSError:
         return []
 
 
-def _become(role: Role) -> None:
-    """In a child: keep nothing of the zygote's but the one connection, and do the work."""
-    main, fd, inbox, message = role
+def _become(fd: int) -> None:
+    """In a child: keep nothing of the zygote's but the one connection, read what is wanted of us and do it."""
     os.setsid()
     os.dup2(fd, 3, inheritable=False)
     os.closerange(4, os.sysconf("SC_OPEN_MAX"))
-    main(3, inbox, message)
+    inbox = bytearray()
+    waiting = select.poll()
+    waiting.register(3, select.POLLIN)
+    message = None
+    while message is None:
+        if not waiting.poll(_REQUEST_SECONDS * 1000):
+            return
+        data = os.read(3, 1 << 16)
+        if not data:
+            return
+        inbox += data
+        message = wire.take(inbox)
+    if message.get("op") == "spawn":
+        monitor.main(3, inbox, message)
+    elif message.get("op") == "cleanup":
+        cleanup.main(3, message)
+    else:
+        os.write(3, wire.encode({"id": message.get("id"), **_answer(message.get("op"))}))
+
+
+def _answer(operation: object) -> dict[str, object]:
+    zygote = os.getppid()
+    if operation == "ping":
+        children = [pid for pid in _children(zygote) if pid != os.getpid()]
+        return {"ok": {"pid": zygote, "version": monitor.VERSION, "children": children}}
+    if operation == "quit":
+        os.kill(zygote, libc.SIGTERM)
+        return {"ok": {}}
+    return {"error": {"code": wire.UNIMPLEMENTED, "message": f"operation {operation!r}"}}
 
 
 def _detach(oom_score_adj: str) -> int:
@@ -155,8 +140,8 @@ def _detach(oom_score_adj: str) -> int:
     return writer
 
 
-def _settle(path: str) -> Zygote:
-    """Take the directory of the socket. Raises OSError, or Failure when another zygote serves there."""
+def _settle(path: str) -> int:
+    """Listen in the socket's directory. Raises OSError, or Failure when another zygote serves there."""
     folder, name = os.path.split(os.path.abspath(path))
     os.chdir(folder)
     status = os.stat(".")
@@ -169,7 +154,7 @@ def _settle(path: str) -> Zygote:
         raise wire.Failure(wire.EXISTS, f"another zygote serves {path}") from None
     if os.path.lexists(name):
         os.unlink(name)
-    return Zygote(name)
+    return wire.listen(name)
 
 
 def main(path: str, oom_score_adj: str = "") -> None:
@@ -178,7 +163,8 @@ def main(path: str, oom_score_adj: str = "") -> None:
     try:
         libc.rename_process("wherry-zygote")
         libc.become_subreaper()
-        zygote = _settle(path)
+        listener = _settle(path)
+        signals = libc.signal_descriptor(libc.SIGCHLD, libc.SIGTERM, libc.SIGINT, libc.SIGHUP)
     except (OSError, wire.Failure) as error:
         os.write(writer, str(error).encode()[:4000])
         os._exit(1)
@@ -189,9 +175,11 @@ def main(path: str, oom_score_adj: str = "") -> None:
     gc.freeze()
     status = 0
     try:
-        zygote.run()
-        if zygote.role:
-            _become(zygote.role)
+        fd = _serve(listener, signals)
+        if fd < 0:
+            os.unlink(os.path.basename(path))
+        else:
+            _become(fd)
     except SystemExit as stop:
         status = int(stop.code or 0)
     except BaseException as error:

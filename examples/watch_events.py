@@ -1,0 +1,29 @@
+"""Print every lifecycle event of a node, with nothing but a NATS client: events are plain JSON on plain subjects.
+
+    WHERRY_STATE=/run/wherry python examples/watch_events.py
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import pathlib
+
+import nats
+
+STATE = pathlib.Path(os.environ.get("WHERRY_STATE", "/run/wherry"))
+
+
+async def main() -> None:
+    node = json.loads((STATE / "node.json").read_text())
+    seed = os.environ.get("WHERRY_CREDS", str(STATE / "creds" / "observer.nk"))
+    bus = await nats.connect(node["nats"], nkeys_seed=seed)  # an observer may read events, and nothing else
+    events = await bus.subscribe("wherry.ev.v1.>")
+    print("watching", flush=True)
+    async for message in events.messages:
+        event = json.loads(message.data)
+        print(event["timestamp"], event["namespace"], event["topic"], json.dumps(event["event"]), flush=True)
+
+
+with contextlib.suppress(KeyboardInterrupt):
+    asyncio.run(main())

@@ -1,0 +1,51 @@
+"""Wiring of the content service."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from wherry_shared.api.lease import Leases
+from wherry_shared.errors import InvalidArgument
+from wherry_shared.runtime import Host, run
+
+from . import backends, metadata
+from .metadata import Metadata
+from .service import ContentService
+from .store import IDLE_SECONDS, Store
+
+
+async def build(host: Host) -> ContentService:
+    options = host.settings.options
+    _check_sharing(options.get("sharing", "isolated"))
+    name = options.get("backend", "local")
+    # Replicas on one root share the database; a blob's file and row change together under its write lock.
+    database = await host.database(metadata.MIGRATIONS, shared=name != "memory")
+    backend = backends.find(name)(host.settings.own_root)
+    store = Store(Metadata(database), backend, instance=host.instance, idle=_idle(options.get("idle")))
+    await store.start()
+    host.on_stop(store.stop)
+    host.plugin(type="io.containerd.content.v1", id="content", capabilities=[name])
+    return ContentService(store, host.bus.proxy(Leases))
+
+
+def _check_sharing(policy: str) -> None:
+    if policy != "isolated":
+        raise InvalidArgument(f"setting sharing={policy!r} is not known: isolated is")
+
+
+def _idle(text: str | None) -> float:
+    try:
+        seconds = float(text) if text else IDLE_SECONDS
+    except ValueError:
+        seconds = 0.0
+    if seconds <= 0:
+        raise InvalidArgument(f"setting idle={text!r} is not a number of seconds")
+    return seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run("content", build, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""Content as files: `blobs/<algorithm>/<hex>`, `ingest/<key>/data`, `trash/` for what is being freed, `rotten/`."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiofiles.os
+from aiofiles.os import wrap
+from wherry_shared.api.content import Located
+from wherry_shared.errors import DataLoss
+from wherry_shared.files import make_directory, os_errors
+
+from . import Backend, Progress
+from .local_ingest import DATA, LocalIngest, same_file
+
+T = TypeVar("T")
+
+THREADS = 16  # a few may sit in fsync while the others read
+OPEN_BLOBS = 64
+INLINE_BYTES = 64 << 10  # up to here a copy out of the page cache is cheaper than the hop to a thread
+BLOCK = 1 << 20
+_HEX = {"sha256": re.compile(r"[a-f0-9]{64}\Z"), "sha512": re.compile(r"[a-f0-9]{128}\Z")}
+
+
+class LocalBackend:
+    """Blobs and ingests below one directory; several processes may have it open."""
+
+    def __init__(self, root: Path) -> None:
+        self._blobs = root / "blobs"
+        self._ingests = root / "ingest"
+        self._trash = root / "trash"
+        self._rotten = root / "rotten"
+        self._pool = ThreadPoolExecutor(THREADS, "content")
+        self._directories: dict[str, int] = {}
+        self._open: OrderedDict[str, Blob] = OrderedDict()
+
+    async def start(self) -> None:
+        with os_errors(str(self._blobs.parent)):
+            for path in (self._ingests, self._trash, self._rotten, *(self._blobs / name for name in _HEX)):
+                make_directory(path)
+            for name in _HEX:
+                self._directories[name] = os.open(self._blobs / name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._pool.shutdown)
+        self._open.clear()
+        for fd in self._directories.values():
+            os.close(fd)
+        self._directories.clear()
+
+    # ---- ingests
+
+    async def open(self, key: str, what: str) -> LocalIngest:
+        held = await self._in_thread(LocalIngest.acquire, what, self._ingests / key, self._pool, self._target)
+        held.follow()
+        return held
+
+    def progress(self, key: str) -> Progress | None:
+        try:
+            state = os.stat(self._ingests / key / DATA)
+        except FileNotFoundError:
+            return None
+        return Progress(state.st_size, datetime.fromtimestamp(state.st_mtime, UTC))
+
+    def touch(self, key: str) -> None:
+        with suppress(FileNotFoundError):
+            os.utime(self._ingests / key)
+
+    def detach(self, key: str) -> None:
+        self._discard(self._ingests / key)
+
+    def sweep(self, known: Callable[[str], bool]) -> int:
+        count = 0
+        for entry in os.scandir(self._ingests):
+            fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not known(entry.name) and same_file(Path(entry.path), fd):
+                    self._discard(Path(entry.path))
+                    count += 1
+            except BlockingIOError:
+                continue  # another replica's, on the way to its row
+            finally:
+                os.close(fd)
+        return count
+
+    async def purge(self) -> None:
+        for entry in await aiofiles.os.listdir(self._trash, executor=self._pool):
+            await self._in_thread(_free, self._trash / entry)
+
+    def _discard(self, path: Path) -> None:
+        with suppress(FileNotFoundError), os_errors(str(path)):
+            os.rename(path, self._trash / secrets.token_hex(8))
+
+    # ---- blobs
+
+    def _target(self, digest: str) -> tuple[Path, int]:
+        """A blob's path, and the open directory that it is in."""
+        algorithm, _, encoded = digest.partition(":")
+        return self._blobs / algorithm / encoded, self._directories[algorithm]
+
+    def _path(self, digest: str) -> Path:
+        return self._target(digest)[0]
+
+    def has(self, digest: str, size: int) -> bool:
+        try:
+            return os.stat(self._path(digest)).st_size == size
+        except FileNotFoundError:
+            return False
+
+    async def read(self, digest: str, offset: int, size: int) -> bytes:
+        # Not aiofiles: its file objects share one position, and readers keep several reads of a blob in flight.
+        with os_errors(f"blob {digest}"):
+            blob = self._blob(digest)
+            if size <= INLINE_BYTES and (data := blob.cached(offset, size)) is not None:
+                return data
+            return await self._in_thread(blob.read, offset, size)
+
+    def _blob(self, digest: str) -> Blob:
+        """The open file of a blob: the one that has its name now, whatever another replica did."""
+        try:
+            path = self._path(digest)
+            now = os.stat(path)
+            blob = self._open.pop(digest, None)
+            if blob is None or blob.identity != (now.st_dev, now.st_ino):
+                blob = Blob(path)
+        except FileNotFoundError:
+            raise DataLoss(f"blob {digest} has a record and no bytes: upload it again") from None
+        while len(self._open) >= OPEN_BLOBS:
+            self._open.popitem(last=False)
+        self._open[digest] = blob
+        return blob
+
+    def locate(self, digest: str) -> Located | None:
+        path = self._path(digest)
+        try:
+            state = os.stat(path)
+        except FileNotFoundError:
+            return None
+        return Located(path=str(path), size=state.st_size, device=state.st_dev, inode=state.st_ino)
+
+    async def compute(self, digest: str, *, fresh: bool = False) -> tuple[str, object]:
+        with os_errors(f"blob {digest}"):
+            return await self._in_thread(_compute, self._blob(digest), digest.partition(":")[0], fresh)
+
+    def blobs(self) -> list[str]:
+        return [
+            f"{algorithm}:{entry.name}"
+            for algorithm, pattern in _HEX.items()
+            for entry in os.scandir(self._blobs / algorithm)
+            if pattern.match(entry.name)
+        ]
+
+    def remove(self, digest: str) -> None:
+        self._discard(self._path(digest))
+
+    def quarantine(self, digest: str, identity: object) -> str:
+        path = self._path(digest)
+        with os_errors(f"blob {digest}"), suppress(FileNotFoundError):
+            state = os.stat(path)
+            if (state.st_dev, state.st_ino) == identity:
+                aside = self._rotten / f"{digest.replace(':', '-')}-{secrets.token_hex(4)}"
+                os.rename(path, aside)
+                return str(aside)
+        return ""
+
+    async def tidy(self) -> None:
+        """Close what has no name any more, so that its bytes are freed; free what a crash left in the trash."""
+        for digest, blob in list(self._open.items()):
+            if not os.fstat(blob.fd).st_nlink:
+                del self._open[digest]
+        await self.purge()
+
+    async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        return await wrap(function)(*args, executor=self._pool)
+
+
+class Blob:
+    """An open blob; closed when the last who uses it has let go of it."""
+
+    __slots__ = ("fd", "identity")
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        state = os.fstat(self.fd)
+        self.identity = state.st_dev, state.st_ino
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):
+            os.close(self.fd)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """All `size` bytes, fewer only at the end of the file."""
+        data = os.pread(self.fd, size, offset)
+        while 0 < len(data) < size:
+            more = os.pread(self.fd, size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def cached(self, offset: int, size: int) -> bytes | None:
+        """The bytes if the page cache has all of them, without ever waiting for the disk."""
+        buffer = bytearray(size)
+        try:
+            count = os.preadv(self.fd, [buffer], offset, os.RWF_NOWAIT)
+        except OSError as e:
+            if e.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+                return None
+            raise
+        return bytes(buffer) if count == size else None
+
+
+def _compute(blob: Blob, algorithm: str, fresh: bool) -> tuple[str, object]:
+    if fresh:
+        os.posix_fadvise(blob.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    digest, view, offset = hashlib.new(algorithm), memoryview(bytearray(BLOCK)), 0
+    while count := os.preadv(blob.fd, [view], offset):
+        digest.update(view[:count])
+        offset += count
+    return f"{algorithm}:{digest.hexdigest()}", blob.identity
+
+
+def _free(path: Path) -> None:
+    """Remove a file or directory; another replica may be at it, too."""
+    try:
+        path.unlink()
+    except IsADirectoryError:
+        shutil.rmtree(path, ignore_errors=True)
+    except FileNotFoundError:
+        return
+
+
+def make(root: Path) -> Backend:
+    """The backend `local` of a service whose own root is `root`."""
+    return LocalBackend(root)

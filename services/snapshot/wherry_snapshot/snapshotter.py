@@ -1,0 +1,388 @@
+"""The rules of snapshots (containerd §1.3): which may be made, committed and removed, and in what order that is done.
+
+A directory is made before its row and removed after it, so a crash leaves directories that no row owns, never a row
+without its directory. What no row owns is removed at the start and by `cleanup`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from wherry_shared import context
+from wherry_shared.api.snapshot import INHERITED_PREFIX, REBASE_LABEL, REF_LABEL, Info, Kind, Usage
+from wherry_shared.catalog import LIMIT_MAX, PAGE_BYTES, check_mask, raise_if_replayed
+from wherry_shared.errors import (
+    Aborted,
+    AlreadyExists,
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+    WherryError,
+)
+from wherry_shared.files import translate
+from wherry_shared.filters import compile_filters, fields
+from wherry_shared.sqlite import Database, Transaction
+from wherry_shared.values import Mount, Page, now, stored_labels, update_labels
+
+from .backends import REBASE, Backend, Check, Snapshot
+from .metadata import Place, Row, Rows
+
+T = TypeVar("T")
+Source = Database | Transaction
+
+log = logging.getLogger("wherry.snapshot")
+
+THREADS = 4
+_CHUNK = 64  # rows between two turns of the event loop
+
+
+class Snapshotter:
+    """The snapshots that one backend keeps, of every namespace."""
+
+    def __init__(self, name: str, rows: Rows, backend: Backend) -> None:
+        self.name = name
+        self._rows = rows
+        self._backend = backend
+        self._threads = ThreadPoolExecutor(THREADS, f"snapshot-{name}")
+        # Removal has a thread of its own: however much there is to remove, nobody waits behind it.
+        self._reaper = ThreadPoolExecutor(1, f"snapshot-{name}-reaper")
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._making: set[int] = set()
+        self._closing = False
+
+    async def start(self) -> None:
+        """Begin to remove what an earlier process left. FailedPrecondition: the database is older than the directories.
+
+        Without that check a database that was lost would be followed by all that it knew of.
+        """
+        limit = self._rows.next_number()
+        entries = await self._threaded(self._backend.entries)
+        if any(e.number >= limit for e in entries):
+            raise FailedPrecondition(
+                f"{self._backend.root} holds snapshots that {self._rows.database.path} does not know yet: the database "
+                "is lost or out of date. Restore it, or move the directory away to start empty"
+            )
+        for number in self._rows.numbers(self.name) - {e.number for e in entries}:
+            log.error("%s: directory %d of a snapshot is missing", self._backend.root, number)
+        self._spawn(self._sweep())
+
+    async def close(self) -> None:
+        """End what is under way. A removal that is stopped goes on at the next start."""
+        self._closing = True
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self._threads.shutdown)
+        await asyncio.to_thread(self._reaper.shutdown)
+
+    # ---- making
+
+    async def prepare(self, namespace: str, key: str, parent: str, labels: dict[str, str], kind: Kind) -> list[Mount]:
+        """Make an active snapshot or a view, and answer its mounts."""
+        raise_if_replayed(self._rows.database)
+        wish = _Wish(self._place(namespace), key, parent, stored_labels(labels), kind)
+        return await asyncio.shield(self._spawn(self._make(wish)))
+
+    async def _make(self, wish: _Wish) -> list[Mount]:
+        chain = self._rows.chain(self._rows.database, self._parent_of(self._rows.database, wish))
+        number = await self._rows.number()
+        snapshot = Snapshot(number, wish.kind, chain, wish.inherited)
+        self._making.add(number)
+        try:
+            await self._create(snapshot, wish)
+            return await self._rows.database.mutate(lambda tx: self._insert(tx, wish, snapshot))
+        except BaseException:
+            self._discard(number)
+            raise
+        finally:
+            self._making.discard(number)
+
+    async def _create(self, snapshot: Snapshot, wish: _Wish) -> None:
+        check = self._check_deadline()
+        try:
+            await self._threaded(self._backend.create, snapshot, check)
+        except (NotFound, Aborted) as e:
+            # Its parent went while it was copied: that is then what to say.
+            self._parent_of(self._rows.database, wish)
+            if isinstance(e, Aborted):
+                raise
+            raise DataLoss(
+                f"snapshot {wish.key!r} cannot be made on {wish.parent!r}, whose tree is damaged: {e}"
+            ) from e
+        check()  # nobody waits for it any more: it must not appear late
+
+    def _insert(self, tx: Transaction, wish: _Wish, snapshot: Snapshot) -> list[Mount]:
+        above = self._parent_of(tx, wish)
+        if self._rows.chain(tx, above) != snapshot.parents:
+            raise Aborted(f"parent snapshot {wish.parent!r} was replaced meanwhile")
+        at = now()
+        self._rows.insert(
+            tx,
+            Row(
+                number=snapshot.number, place=wish.place, name=wish.key, kind=wish.kind, parent=wish.parent,
+                above=above, labels=wish.labels, inherited=wish.inherited, created_at=at, updated_at=at,
+                usage=Usage(size=0, inodes=0), weight=0,
+            ),
+        )  # fmt: skip
+        if wish.kind == "active":
+            self._publish(tx, "prepare", key=wish.key, parent=wish.parent)
+        return self._backend.mounts(snapshot)
+
+    def _parent_of(self, source: Source, wish: _Wish) -> int | None:
+        """The number of the wished snapshot's parent. Raises when it may not be made."""
+        ref = wish.labels.get(REF_LABEL)
+        if ref and wish.kind == "active":
+            there = self._rows.find(source, wish.place, ref)
+            if there is not None and there.kind == "committed":
+                raise AlreadyExists(f"snapshot {ref!r}, which {REF_LABEL} names: already exists")
+        if self._rows.find(source, wish.place, wish.key) is not None:
+            raise AlreadyExists(f"snapshot {wish.key!r}: already exists")
+        return self._committed(source, wish.place, wish.parent).number if wish.parent else None
+
+    # ---- committing
+
+    async def commit(self, namespace: str, name: str, key: str, parent: str, labels: dict[str, str]) -> Info:
+        """Turn an active snapshot into a committed one."""
+        raise_if_replayed(self._rows.database)
+        work = self._commit(self._place(namespace), name, key, parent, stored_labels(labels))
+        return await asyncio.shield(self._spawn(work))
+
+    async def _commit(self, place: Place, name: str, key: str, parent: str, labels: dict[str, str]) -> Info:
+        row, above = self._committable(self._rows.database, place, name, key, parent)
+        check = self._check_deadline()
+        usage = await self._measured(row, check)
+        if above is not None:
+            await self._threaded(self._backend.rebase, row.number, above.number)
+        check()
+
+        def write(tx: Transaction) -> Info:
+            row, above = self._committable(tx, place, name, key, parent)
+            at = now()
+            row = replace(row, name=name, kind="committed", labels=labels, created_at=at, updated_at=at, usage=usage)
+            if above is not None:
+                row = replace(row, parent=above.name, above=above.number)
+            self._rows.replace(tx, row)
+            self._publish(tx, "commit", key=key, name=name)
+            return row.info
+
+        return await self._rows.database.mutate(write)
+
+    def _committable(self, source: Source, place: Place, name: str, key: str, parent: str) -> tuple[Row, Row | None]:
+        """The active snapshot `key`, and the parent that it is to be put onto, if any. Raises when it may not be."""
+        if self._rows.find(source, place, name) is not None:
+            raise AlreadyExists(f"snapshot {name!r}: already exists")
+        row = self._found(source, place, key)
+        if row.kind != "active":
+            raise FailedPrecondition(f"snapshot {key!r} is {_KINDS[row.kind]}: only an active one can be committed")
+        if not parent or row.parent == parent:
+            return row, None
+        if REBASE not in self._backend.capabilities:
+            raise InvalidArgument(f"snapshotter {self.name!r} cannot rebase: commit without a parent")
+        if row.parent:
+            raise FailedPrecondition(f"snapshot {key!r} has the parent {row.parent!r}: it cannot get another")
+        if REBASE_LABEL not in row.inherited:
+            raise FailedPrecondition(f"snapshot {key!r} was not prepared with the label {REBASE_LABEL}")
+        return row, self._committed(source, place, parent)
+
+    # ---- removing
+
+    async def remove(self, namespace: str, key: str) -> None:
+        """Remove a snapshot that nothing stands on; its directory goes afterwards."""
+        await asyncio.shield(self._spawn(self._remove(self._place(namespace), key)))
+
+    async def _remove(self, place: Place, key: str) -> None:
+        removed = 0
+
+        def write(tx: Transaction) -> None:
+            nonlocal removed
+            row = self._found(tx, place, key)
+            if self._rows.has_children(tx, row.number):
+                raise FailedPrecondition(f"cannot remove snapshot {key!r}: others stand on it")
+            self._rows.delete(tx, row.number)
+            self._publish(tx, "remove", key=key)
+            removed = row.number
+
+        await self._rows.database.mutate(write, frees=True)
+        self._discard(removed)
+
+    async def cleanup(self) -> None:
+        """Remove every directory that no snapshot owns; back when they are gone."""
+        await asyncio.shield(self._spawn(self._sweep()))
+
+    def _discard(self, number: int) -> None:
+        self._spawn(self._take_away(number))
+
+    async def _take_away(self, number: int) -> None:
+        await self._reap(self._detach_and_delete, number)
+
+    def _detach_and_delete(self, number: int) -> None:
+        try:
+            self._backend.detach(number)
+        except OSError as e:
+            log.warning("directory %d cannot be renamed, and is removed where it is: %s", number, e)
+            self._backend.delete(str(number), self._check_closing)
+        self._backend.delete(f"rm-{number}", self._check_closing)
+
+    async def _sweep(self) -> None:
+        # The directories first: what is made meanwhile is either not among them, or known when they are compared.
+        entries = await self._threaded(self._backend.entries)
+        kept = self._rows.numbers(self.name) | self._making
+        for entry in entries:
+            if entry.number not in kept or entry.name.startswith("rm-"):
+                log.info("%s: removing %s, which no snapshot owns", self._backend.root, entry.name)
+                await self._reap(self._backend.delete, entry.name, self._check_closing)
+
+    async def _reap(self, remove: Callable[..., None], *args: Any) -> None:
+        """Remove in the reaper's thread. What cannot be removed stays for the next cleanup, and is told of."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._reaper, remove, *args)
+        except (OSError, WherryError) as e:
+            if not self._closing:
+                log.warning("%s: %s is left for the next cleanup: %s", self._backend.root, args[0], e)
+
+    # ---- asking and labelling
+
+    def mounts(self, namespace: str, key: str) -> list[Mount]:
+        """The mounts of an active snapshot or a view."""
+        row = self._found(self._rows.database, self._place(namespace), key)
+        if row.kind == "committed":
+            raise FailedPrecondition(f"snapshot {key!r} is committed and has no mounts: prepare or view one on it")
+        chain = self._rows.chain(self._rows.database, row.above)
+        return self._backend.mounts(Snapshot(row.number, row.kind, chain, row.inherited))
+
+    def stat(self, namespace: str, key: str) -> Info:
+        """One snapshot."""
+        return self._found(self._rows.database, self._place(namespace), key).info
+
+    async def update(self, namespace: str, key: str, labels: dict[str, str], mask: Sequence[str]) -> Info:
+        """Change a snapshot's labels; an empty mask replaces all."""
+        check_mask(mask, ("labels",), ("labels",))
+        place = self._place(namespace)
+
+        def write(tx: Transaction) -> Info:
+            old = self._found(tx, place, key)
+            row = replace(old, labels=update_labels(old.labels, labels, mask or ("labels",)), updated_at=now())
+            self._rows.replace(tx, row)
+            return row.info
+
+        return await self._rows.database.mutate(write)
+
+    async def walk(self, namespace: str, filters: Sequence[str], after: str, limit: int) -> Page[Info]:
+        """A window of the snapshots that any filter matches (kind, name, parent, labels.*)."""
+        matches = compile_filters(filters)
+        limit = min(max(limit, 1), LIMIT_MAX)
+        place = self._place(namespace)
+        items: list[Info] = []
+        size = 0
+        while True:
+            rows = self._rows.after(place, after, _CHUNK)
+            for row in rows:
+                if matches.everything or matches(_fields(row)):
+                    if items and (len(items) == limit or size + row.weight > PAGE_BYTES):
+                        return Page[Info](items=items, next=after)
+                    items.append(row.info)
+                    size += row.weight
+                after = row.name
+            if len(rows) < _CHUNK:
+                return Page[Info](items=items)
+            await asyncio.sleep(0)
+
+    async def usage(self, namespace: str, key: str) -> Usage:
+        """What a snapshot takes: measured when active, else as stored (a view takes nothing of its own)."""
+        row = self._found(self._rows.database, self._place(namespace), key)
+        if row.kind != "active":
+            return row.usage
+        return await self._measured(row, self._check_deadline())
+
+    async def _measured(self, row: Row, check: Check) -> Usage:
+        try:
+            return await self._threaded(self._backend.usage, row.number, check)
+        except NotFound:
+            self._found(self._rows.database, row.place, row.name)  # it went meanwhile, or its directory is lost
+            raise DataLoss(f"snapshot {row.name!r}: its directory {row.number} is missing") from None
+
+    def _place(self, namespace: str) -> Place:
+        return Place(namespace, self.name)
+
+    def _found(self, source: Source, place: Place, key: str) -> Row:
+        row = self._rows.find(source, place, key)
+        if row is None:
+            raise NotFound(f"snapshot {key!r}: not found")
+        return row
+
+    def _committed(self, source: Source, place: Place, parent: str) -> Row:
+        row = self._rows.find(source, place, parent)
+        if row is None:
+            raise NotFound(f"parent snapshot {parent!r}: not found")
+        if row.kind != "committed":
+            raise InvalidArgument(f"parent snapshot {parent!r} is {_KINDS[row.kind]}: only a committed one can be")
+        return row
+
+    def _publish(self, tx: Transaction, what: str, **event: str) -> None:
+        tx.publish(f"/snapshot/{what}", {**event, "snapshotter": self.name})
+
+    # ---- threads and ends
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run to the end whoever waits: a request that is cancelled half way would leave what nobody takes away."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (e := task.exception()) is not None:
+            log.debug("%s: %s", task.get_name(), e)  # its caller has it too, unless it has gone
+
+    async def _threaded(self, function: Callable[..., T], *args: Any) -> T:
+        """Run a backend's function in a thread; the system's refusals become errors of the house."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        except OSError as e:
+            raise translate(e, f"snapshotter {self.name!r}, {e.filename or self._backend.root}") from e
+
+    def _check_closing(self) -> None:
+        if self._closing:
+            raise Unavailable("the service is stopping")
+
+    def _check_deadline(self) -> Check:
+        deadline = context.current().deadline
+
+        def check() -> None:
+            self._check_closing()
+            if deadline and time.time() > deadline:
+                raise DeadlineExceeded("the deadline passed before the snapshot was there")
+
+        return check
+
+
+_KINDS = {"active": "active", "view": "a view", "committed": "committed"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """A snapshot that is to be made; its labels as they are kept."""
+
+    place: Place
+    key: str
+    parent: str
+    labels: dict[str, str]
+    kind: Kind
+
+    @property
+    def inherited(self) -> dict[str, str]:
+        """The labels that the backend is told of."""
+        return {k: v for k, v in self.labels.items() if k == REF_LABEL or k.startswith(INHERITED_PREFIX)}
+
+
+def _fields(row: Row) -> Any:
+    return fields({"kind": row.kind, "name": row.name, "parent": row.parent}, labels=row.labels)

@@ -1,0 +1,43 @@
+"""Wiring of the task service."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from wherry_shared.api.container import Containers
+from wherry_shared.api.snapshot import Snapshots
+from wherry_shared.api.task import Tasks
+from wherry_shared.runtime import Host, run
+
+from . import metadata, runtimes
+from .backends.oci import OciLauncher
+from .bundles import Bundles
+from .service import TaskService
+from .supervisor import Supervisor
+
+
+async def build(host: Host) -> Tasks:
+    """Settings: runtimes (paths of OCI runtimes that containers may name, colon-separated)."""
+    state = host.settings.own_state
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    database = await host.database(metadata.MIGRATIONS)
+    supervisor = Supervisor(database, OciLauncher(state), Bundles(state))
+    await supervisor.recover()
+
+    async def stop() -> None:
+        await supervisor.stop(everything=host.immediate_stop)
+
+    host.on_stop(stop)
+    for name in runtimes.installed():
+        host.plugin(type="io.containerd.runtime.v2", id=name, exports={"path": runtimes.find(name)})
+    allowed = [path for path in host.settings.options.get("runtimes", "").split(":") if path]
+    return TaskService(supervisor, host.bus.proxy(Containers), host.bus.proxy(Snapshots), host.settings.state, allowed)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the service until it is told to stop."""
+    run("task", build, arguments)
+
+
+if __name__ == "__main__":
+    main()

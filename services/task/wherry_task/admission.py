@@ -1,0 +1,80 @@
+"""What a tenant's container may be. Whoever can mount the host or keep its namespaces is root on the node, so that is
+for admins; a tenant's specification and mounts are held against this."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wherry_shared.api.task import Stdio
+from wherry_shared.context import Identity
+from wherry_shared.errors import PermissionDenied, Unimplemented
+from wherry_shared.values import Mount
+
+NAMESPACES = frozenset({"pid", "ipc", "uts", "mount", "network"})
+FILESYSTEMS = frozenset({"proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup"})
+# The client's usual set; more than that is a privilege.
+CAPABILITIES = frozenset(
+    f"CAP_{name}"
+    for name in (
+        "CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP", "SETPCAP",
+        "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE",
+    )
+)  # fmt: skip
+
+
+def check_stdio(identity: Identity, stdio: Stdio, state: Path) -> None:
+    """PermissionDenied: a tenant's path outside the node's own FIFO directory. Unimplemented: an unknown scheme."""
+    for path in (stdio.stdin, stdio.stdout, stdio.stderr):
+        if not path:
+            continue
+        scheme, separator, rest = path.partition("://")
+        if separator and scheme != "file":
+            raise Unimplemented(f"stdio {scheme}:// is not served")
+        plain = Path(rest if separator else path)
+        if not plain.is_absolute() or ".." in plain.parts:
+            raise PermissionDenied(f"stdio {path!r} is not an absolute path")
+        if not identity.is_admin and not plain.is_relative_to(state / "fifo"):
+            raise PermissionDenied(f"{identity.name} may not use stdio {path!r}: only what lies in {state / 'fifo'}")
+
+
+def check_spec(identity: Identity, spec: dict[str, Any]) -> None:
+    """PermissionDenied, naming it, when a tenant's specification asks for what only an admin may have."""
+    if identity.is_admin:
+        return
+    linux = spec.get("linux") or {}
+    _refuse(identity, "hooks", bool(spec.get("hooks")))
+    _refuse(identity, "a root of its own", (spec.get("root") or {}).get("path", "rootfs") != "rootfs")
+    for field in ("devices", "sysctl", "cgroupsPath", "rootfsPropagation", "intelRdt", "mountLabel"):
+        _refuse(identity, f"linux.{field}", bool(linux.get(field)))
+    _refuse(identity, "devices", any(rule.get("allow") for rule in (linux.get("resources") or {}).get("devices", ())))
+    _refuse(identity, "unmasked kernel files", not linux.get("maskedPaths") or not linux.get("readonlyPaths"))
+    given = {n.get("type") for n in linux.get("namespaces", ()) if not n.get("path")}
+    _refuse(identity, f"the host's namespaces ({', '.join(sorted(NAMESPACES - given))})", not given >= NAMESPACES)
+    for mount in spec.get("mounts", ()):
+        options = set(mount.get("options", ()))
+        bad = mount.get("type") not in FILESYSTEMS or bool(options & {"bind", "rbind", "shared", "rshared"})
+        _refuse(identity, f"a mount of {mount.get('source')!r}", bad)
+    check_process(identity, spec.get("process") or {})
+
+
+def check_process(identity: Identity, process: dict[str, Any]) -> None:
+    """The same for one process."""
+    if identity.is_admin:
+        return
+    asked = {name for names in (process.get("capabilities") or {}).values() for name in names}
+    extra = asked - CAPABILITIES
+    _refuse(identity, f"capabilities {', '.join(sorted(extra))}", bool(extra))
+    _refuse(identity, "new privileges", not process.get("noNewPrivileges"))
+
+
+def check_mounts(identity: Identity, asked: Sequence[Mount], own: Sequence[Mount]) -> None:
+    """PermissionDenied when a tenant's root filesystem is not its own snapshot."""
+    if not identity.is_admin:
+        _refuse(identity, "a root filesystem other than the container's snapshot", list(asked) != list(own))
+
+
+def _refuse(identity: Identity, what: str, condition: bool) -> None:
+    if condition:
+        raise PermissionDenied(f"{identity.name or 'the caller'} may not run a container with {what}")

@@ -1,0 +1,94 @@
+"""The bundle: a container's directory under the state directory, 0700, with the specification and the root's place."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from wherry_shared.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+
+SPEC = "config.json"
+
+
+class Bundles:
+    """Makes and removes bundles under one state directory."""
+
+    def __init__(self, state: Path) -> None:
+        self._tasks = state / "tasks"
+        self._runtimes = state / "runtimes"
+        # Nodes with other directories on this host have other cgroups.
+        self.cgroup = f"/wherry/{hashlib.sha256(str(state).encode()).hexdigest()[:12]}"
+
+    def path(self, namespace: str, container: str) -> Path:
+        """Where a container's bundle lies."""
+        return self._tasks / namespace / container
+
+    def runtime_root(self, namespace: str, binary: str) -> Path:
+        """The runtime's own state directory for a namespace."""
+        return self._runtimes / Path(binary).name / namespace
+
+    def make(self, namespace: str, container: str, spec: dict[str, Any], binary: str) -> Path:
+        """Write a new bundle. FailedPrecondition when one is there; ResourceExhausted on a full disk."""
+        path = self.path(namespace, container)
+        try:
+            self.runtime_root(namespace, binary).mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.mkdir(mode=0o700)
+            (path / "rootfs").mkdir(mode=0o755)
+            (path / SPEC).write_text(json.dumps(self._complete(spec, namespace, container)))
+        except FileExistsError:
+            raise FailedPrecondition(f"{path} is left from another task") from None
+        except OSError as e:
+            shutil.rmtree(path, ignore_errors=True)
+            raise ResourceExhausted(f"bundle of {container}: {e.strerror}") from None
+        return path
+
+    def _complete(self, spec: dict[str, Any], namespace: str, container: str) -> dict[str, Any]:
+        """The client's specification with this node's place in the cgroup tree, where it names none."""
+        full = copy.deepcopy(spec)
+        if not isinstance(full.get("process"), dict) or not full.get("ociVersion"):
+            raise InvalidArgument(f"container {container} has no runtime specification with a process")
+        linux = full.setdefault("linux", {})
+        if not linux.get("cgroupsPath"):
+            linux["cgroupsPath"] = f"{self.cgroup}/{namespace}/{container}"
+        full.setdefault("root", {"path": "rootfs"})
+        return full
+
+    def remove(self, path: Path) -> None:
+        """Remove a bundle that nothing uses any more."""
+        shutil.rmtree(path, ignore_errors=True)
+
+    def all(self) -> list[tuple[str, str, Path]]:
+        """Every bundle that is there: namespace, container, path."""
+        return [
+            (namespace.name, bundle.name, bundle)
+            for namespace in (self._tasks.iterdir() if self._tasks.is_dir() else ())
+            for bundle in namespace.iterdir()
+        ]
+
+    def remove_empty(self) -> None:
+        """Remove the directories and cgroups that stand empty when the last container is gone."""
+        shutil.rmtree(self._runtimes, ignore_errors=True)
+        for root in ("/sys/fs/cgroup", *_v1_hierarchies()):
+            base = Path(root + self.cgroup)
+            if base.is_dir():
+                for directory, _, _ in os.walk(base, topdown=False):
+                    _rmdir(directory)
+                _rmdir(str(base.parent))
+
+
+def _rmdir(path: str) -> None:
+    try:
+        os.rmdir(path)
+    except OSError:
+        return  # another node's cgroups are in it
+
+
+def _v1_hierarchies() -> list[str]:
+    with os.scandir("/sys/fs/cgroup") as entries:
+        return [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]

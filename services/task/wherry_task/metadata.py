@@ -1,0 +1,105 @@
+"""The rows: one per task and one per process of it, so that a restarted service knows what it had promised."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from wherry_shared.api.task import Stdio
+from wherry_shared.sqlite import Database, Transaction
+
+MIGRATIONS = (
+    """
+    CREATE TABLE tasks (
+        namespace TEXT NOT NULL, container TEXT NOT NULL, bundle TEXT NOT NULL, binary TEXT NOT NULL,
+        boot TEXT NOT NULL, PRIMARY KEY (namespace, container)) WITHOUT ROWID;
+    CREATE TABLE processes (
+        namespace TEXT NOT NULL, container TEXT NOT NULL, exec TEXT NOT NULL, pid INTEGER NOT NULL,
+        status TEXT NOT NULL, spec TEXT NOT NULL, stdio TEXT NOT NULL, exit_status INTEGER, exited_ns INTEGER,
+        PRIMARY KEY (namespace, container, exec)) WITHOUT ROWID;
+    """,
+)
+
+
+@dataclass
+class TaskRow:
+    """A task as it stands on disk. boot: the kernel's boot id when it was made."""
+
+    namespace: str
+    container: str
+    bundle: str
+    binary: str
+    boot: str
+
+
+@dataclass
+class ProcessRow:
+    """A process as it stands on disk. spec: the file in the bundle that holds an exec's OCI process."""
+
+    exec: str
+    pid: int
+    status: str
+    spec: str
+    stdio: Stdio
+    exit_status: int | None = None
+    exited_ns: int | None = None
+
+    @property
+    def exited_at(self) -> datetime | None:
+        return None if self.exited_ns is None else datetime.fromtimestamp(self.exited_ns / 1e9, UTC)
+
+
+def tasks(database: Database) -> list[TaskRow]:
+    """Every task."""
+    return [TaskRow(*row) for row in database.all("SELECT namespace, container, bundle, binary, boot FROM tasks")]
+
+
+def processes(database: Database, namespace: str, container: str) -> list[ProcessRow]:
+    """Every process of a task, the init ("") first."""
+    rows = database.all(
+        "SELECT exec, pid, status, spec, stdio, exit_status, exited_ns FROM processes"
+        " WHERE namespace = ? AND container = ? ORDER BY exec",
+        (namespace, container),
+    )
+    return [_process(row) for row in rows]
+
+
+def _process(row: Any) -> ProcessRow:
+    exec_id, pid, status, spec, stdio, exit_status, exited_ns = row
+    return ProcessRow(exec_id, pid, status, spec, Stdio(**json.loads(stdio)), exit_status, exited_ns)
+
+
+def put_task(tx: Transaction, row: TaskRow) -> None:
+    """Record a new task."""
+    tx.execute(
+        "INSERT INTO tasks (namespace, container, bundle, binary, boot) VALUES (?, ?, ?, ?, ?)",
+        (row.namespace, row.container, row.bundle, row.binary, row.boot),
+    )
+
+
+def put_process(tx: Transaction, namespace: str, container: str, row: ProcessRow) -> None:
+    """Record a process, or its new state."""
+    tx.execute(
+        "INSERT OR REPLACE INTO processes"
+        " (namespace, container, exec, pid, status, spec, stdio, exit_status, exited_ns)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            namespace, container, row.exec, row.pid, row.status, row.spec, row.stdio.model_dump_json(),
+            row.exit_status, row.exited_ns,
+        ),
+    )  # fmt: skip
+
+
+def delete_task(tx: Transaction, namespace: str, container: str) -> None:
+    """Forget a task and its processes."""
+    tx.execute("DELETE FROM tasks WHERE namespace = ? AND container = ?", (namespace, container))
+    tx.execute("DELETE FROM processes WHERE namespace = ? AND container = ?", (namespace, container))
+
+
+def delete_process(tx: Transaction, namespace: str, container: str, exec_id: str) -> None:
+    """Forget a process of exec."""
+    tx.execute(
+        "DELETE FROM processes WHERE namespace = ? AND container = ? AND exec = ?", (namespace, container, exec_id)
+    )

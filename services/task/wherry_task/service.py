@@ -1,0 +1,85 @@
+"""The edge of the task service: who asks, for which container, with which rights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from wherry_shared import context
+from wherry_shared.api.container import Containers
+from wherry_shared.api.snapshot import Snapshots
+from wherry_shared.api.task import Exit, Process, ProcessInfo, Stdio, Tasks
+from wherry_shared.errors import InvalidArgument
+from wherry_shared.values import Mount, Page
+
+from . import admission, runtimes
+from .supervisor import Supervisor
+
+
+class TaskService(Tasks):
+    """Serves the supervisor."""
+
+    def __init__(
+        self, supervisor: Supervisor, containers: Containers, snapshots: Snapshots, state: Path,
+        allowed: Collection[str],
+    ) -> None:  # fmt: skip
+        self._supervisor = supervisor
+        self._containers = containers
+        self._snapshots = snapshots
+        self._state = state
+        self._allowed = allowed
+
+    async def create(
+        self, container_id: str, mounts: list[Mount] = [], stdio: Stdio = Stdio(), runtime: str = ""
+    ) -> int:
+        namespace, identity = context.namespace(), context.current().identity
+        admission.check_stdio(identity, stdio, self._state)
+        container = await self._containers.get(container_id)
+        if container.spec is None:
+            raise InvalidArgument(f"container {container_id} has no runtime specification")
+        if not identity.is_admin:
+            admission.check_spec(identity, container.spec)
+            own = await self._snapshots.mounts(container.snapshotter, container.snapshot_key)
+            admission.check_mounts(identity, mounts, own)
+        binary = runtimes.find(runtime or container.runtime.name, self._allowed if identity.is_admin else ())
+        return await self._supervisor.create(namespace, container_id, container.spec, binary, mounts, stdio)
+
+    async def start(self, container_id: str, exec_id: str = "") -> int:
+        return await self._supervisor.start(context.namespace(), container_id, exec_id)
+
+    async def delete(self, container_id: str, exec_id: str = "", force: bool = False) -> Exit:
+        return await self._supervisor.delete(context.namespace(), container_id, exec_id, force=force)
+
+    async def get(self, container_id: str, exec_id: str = "") -> Process:
+        return self._supervisor.get(context.namespace(), container_id, exec_id)
+
+    async def walk(self, after: str = "", limit: int = 1000) -> Page[Process]:
+        return self._supervisor.walk(context.namespace(), after, limit)
+
+    async def kill(self, container_id: str, signal: int, exec_id: str = "", all: bool = False) -> None:
+        await self._supervisor.kill(context.namespace(), container_id, signal, exec_id, all=all)
+
+    async def exec(self, container_id: str, exec_id: str, process: dict[str, Any], stdio: Stdio = Stdio()) -> None:
+        identity = context.current().identity
+        admission.check_stdio(identity, stdio, self._state)
+        admission.check_process(identity, process)
+        await self._supervisor.exec(context.namespace(), container_id, exec_id, process, stdio)
+
+    async def pause(self, container_id: str) -> None:
+        await self._supervisor.pause(context.namespace(), container_id)
+
+    async def resume(self, container_id: str) -> None:
+        await self._supervisor.resume(context.namespace(), container_id)
+
+    async def pids(self, container_id: str) -> list[ProcessInfo]:
+        return self._supervisor.pids(context.namespace(), container_id)
+
+    async def resize(self, container_id: str, width: int, height: int, exec_id: str = "") -> None:
+        await self._supervisor.resize(context.namespace(), container_id, width, height, exec_id)
+
+    async def close_stdin(self, container_id: str, exec_id: str = "") -> None:
+        await self._supervisor.close_stdin(context.namespace(), container_id, exec_id)
+
+    async def wait(self, container_id: str, exec_id: str = "", patience: float = 5.0) -> Exit | None:
+        return await self._supervisor.wait(context.namespace(), container_id, exec_id, patience)

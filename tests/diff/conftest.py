@@ -1,0 +1,43 @@
+"""A place to extract to, with something beside it that must stay as it is."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from .layers import look
+
+
+@dataclass
+class Place:
+    root: Path
+    canary: Path
+    overlay: bool
+
+
+@pytest.fixture(params=[True, False], ids=["overlay", "plain"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """Fails the test if anything outside the root changes, or if a descriptor or a thread is left behind."""
+    root, canary = tmp_path / "fs", tmp_path / "canary"
+    for directory in (root, canary, canary / "etc"):
+        directory.mkdir()
+    (canary / "etc" / "passwd").write_text("root:x:0:0\n")
+    (canary / "secret").write_text("s3cret")
+    (canary / "empty").mkdir()
+    (tmp_path / "x").write_text("beside")
+    before, descriptors = _outside(tmp_path), os.listdir("/proc/self/fd")
+    yield Place(root, canary, request.param)
+    assert _outside(tmp_path) == before
+    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+    assert not [thread for thread in threading.enumerate() if thread.name == "wherry-decompress"]
+
+
+def _outside(top: Path) -> dict[bytes, tuple[object, ...]]:
+    return {name: what for name, what in look(top).items() if name.split(b"/")[0] in (b"canary", b"x")} | {
+        b"names": tuple(sorted(os.listdir(top)))
+    }
