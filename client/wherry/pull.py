@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from wherry_shared.api.image import Image as Record
 from wherry_shared.errors import AlreadyExists, InvalidArgument
-from wherry_shared.streams import BlobWriter
+from wherry_shared.streams import BlobWriter, write_blob
 from wherry_shared.values import Descriptor, Platform
 
 from .image import NESTING_MAX, Image, Resolved
@@ -82,14 +82,11 @@ class Pull:
     async def _store(self, descriptor: Descriptor, data: bytes, kind: str, labels: dict[str, str]) -> None:
         """Put a document that is at hand into content, with the labels that keep what it names."""
         labels = {**labels, **self._source}
-        try:
-            async with BlobWriter(
-                self._client.content, f"{kind}-{descriptor.digest}", total=len(data), expected=descriptor.digest
-            ) as writer:
-                await writer.restart()
-                await writer.write(data)
-                await writer.commit(labels=labels)
-        except AlreadyExists:
+        info = await write_blob(
+            self._client.content, f"{kind}-{descriptor.digest}", data, size=len(data), expected=descriptor.digest,
+            labels=labels,
+        )  # fmt: skip
+        if not labels.items() <= info.labels.items():
             await self._client.content.update(descriptor.digest, labels, [f"labels.{key}" for key in labels])
 
     async def _layer(self, registry: Registry, layer: Descriptor, ready: asyncio.Future[None]) -> None:

@@ -7,6 +7,7 @@ services; here is what is the same in each: rows, pages with filters, masks of a
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -28,7 +29,8 @@ LIMIT_MAX = 1000
 PAGE_BYTES = 448 * 1024
 RECORD_BYTES = 768 * 1024
 """The most bytes of one record: it must fit into an answer of under 1 MiB."""
-_CHUNK = 64  # rows between two turns of the event loop: about a millisecond
+_CHUNK = 64  # rows read at once
+_TURN = 0.002  # seconds of a walk before other requests have their turn
 
 
 class Table(Generic[M]):
@@ -59,12 +61,14 @@ class Table(Generic[M]):
     ) -> Page[M]:
         """The records after the key `after`, in order of their keys (by code points), that the filters match.
 
-        At most `limit` (clamped to 1..1000) of them and about 448 KiB; other requests run between chunks of rows.
+        At most `limit` (clamped to 1..1000) of them and about 448 KiB. Other requests run every few milliseconds, so
+        what is written meanwhile may or may not be seen.
         """
         matches = compile_filters(filters)
         limit = min(max(limit, 1), LIMIT_MAX)
         items: list[M] = []
         size = 0
+        turn = time.monotonic() + _TURN
         while True:
             rows = self._rows(namespace, after, _CHUNK)
             for key, document in rows:
@@ -75,9 +79,11 @@ class Table(Generic[M]):
                     items.append(record)
                     size += len(document)
                 after = key
+                if time.monotonic() > turn:
+                    await asyncio.sleep(0)
+                    turn = time.monotonic() + _TURN
             if len(rows) < _CHUNK:
                 return self._page(items=items)
-            await asyncio.sleep(0)
 
     def keys(self, namespace: str) -> list[str]:
         """Every key of a namespace, in order."""

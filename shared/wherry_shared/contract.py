@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -148,20 +148,24 @@ class Contract(Protocol):
     """Base of all contracts. `service` and `version` come from the class statement, `endpoints` from the methods.
 
     namespaced: False for contracts that belong to no namespace (`_` stands in their subjects), None for either.
+    events: what its service publishes: each topic with the fields of its event.
     """
 
     service: ClassVar[str] = ""
     version: ClassVar[str] = ""
     namespaced: ClassVar[bool | None] = True
     endpoints: ClassVar[dict[str, Endpoint]] = {}
+    events: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(
-        cls, *, service: str = "", version: str = "", namespaced: bool | None = True, **kwargs: Any
-    ) -> None:
+        cls, *, service: str = "", version: str = "", namespaced: bool | None = True,
+        events: Mapping[str, str] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init_subclass__(**kwargs)
         if not service:
             return
         cls.service, cls.version, cls.namespaced = service, version, namespaced
+        cls.events = events or {}
         cls.endpoints = {
             name: Endpoint(cls, function) for name, function in vars(cls).items() if hasattr(function, _DECLARED)
         }

@@ -55,6 +55,18 @@ def atomic_file(path: Path, *, mode: int = 0o600) -> Iterator[BinaryIO]:
         sync_directory(path.parent)
 
 
+class OwnedFd:
+    """A descriptor that is closed when the last who uses it lets go of it: no thread meets another file under it."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable: what was created, renamed or removed in it."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -69,7 +69,8 @@ class Matcher:
 def compile_filters(filters: Sequence[str]) -> Matcher:
     """The matcher of a call's filters. InvalidArgument, naming the filter, the position (from 0) and the reason.
 
-    Patterns that are no regular expression of Go's are logged and match nothing, as in containerd.
+    Patterns that are no regular expression of Go's are logged and match nothing, as in containerd. Of those that are,
+    the largest are refused (regexp.py), and a matcher may raise ResourceExhausted where one takes too long.
     """
     return _compile(tuple(filters))
 

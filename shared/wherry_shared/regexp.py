@@ -21,7 +21,7 @@ log = logging.getLogger("wherry.filters")
 PATTERN_MAX = 1024
 PROGRAM_MAX = 2048
 """The most instructions of one pattern; `x{1000}` takes a thousand."""
-WORK_MAX = 200_000
+WORK_MAX = 100_000
 """The most instructions visited for one text where no remembered state helps: some hundredths of a second."""
 _REMEMBERED = 4096
 _END = ""

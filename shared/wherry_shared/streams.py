@@ -13,9 +13,9 @@ import random
 import stat
 import time
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
-from contextlib import suppress
-from typing import BinaryIO
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
+from contextlib import aclosing, suppress
+from typing import BinaryIO, TypeVar
 
 from . import context
 from .api.content import CHUNK, Content, Info, Located, Opened, blob_file, ingest_file
@@ -31,16 +31,16 @@ from .errors import (
     Unavailable,
     WherryError,
 )  # fmt: skip
-from .files import os_errors
+from .files import OwnedFd, os_errors
+from .sinks import ATTEMPTS, LOCAL_CHUNK, Chunks, File, Sink, cancel
+
+T = TypeVar("T")
 
 WINDOW = 6
 """Chunks in flight: 3 MiB cover the delay of the bus."""
-LOCAL_CHUNK = 1 << 20
 PATIENCE = 30.0
 """Seconds to try again when the service is away or another writer holds the ref, where the context has no deadline."""
 CARE_SECONDS = 15.0
-_LOST = (Unavailable, NotFound, OutOfRange, DeadlineExceeded)
-"""What a writer gets when its instance went away, let go of the ingest, or lost one of several chunks in flight."""
 
 
 # ---- out
@@ -55,31 +55,28 @@ async def local_blob(content: Content, digest: str) -> BinaryIO | None:
 
 async def read_blob(
     content: Content, digest: str, *, offset: int = 0, window: int = WINDOW, local: bool = True, verify: bool = False
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The bytes of a blob from `offset`, in pieces of up to 1 MiB, `window` of them asked for ahead.
 
     local: read the file if it is on this host. verify: at the end raise DataLoss unless the digest is right (from
     offset 0 only). NotFound, OutOfRange; DataLoss when bytes are missing.
     """
     located = await content.locate(digest)
-    if offset > located.size or offset < 0:
-        raise OutOfRange(f"blob {digest}: offset {offset} is past its end, {located.size}")
+    if not 0 <= offset <= located.size:
+        raise OutOfRange(f"blob {digest}: offset {offset} is not within its {located.size} bytes")
     fd = _open_located(located, digest) if local else None
-    try:
-        if fd is None:
-            chunks = _remote_chunks(content, digest, offset, located.size, window)
-        else:
-            chunks = _local_chunks(fd, digest, offset, located.size)
-        check = hashlib.new(digest.partition(":")[0]) if verify and not offset else None
+    if fd is None:
+        chunks = _remote_chunks(content, digest, offset, located.size, window)
+    else:
+        chunks = _local_chunks(OwnedFd(fd), digest, offset, located.size)
+    check = hashlib.new(digest.partition(":")[0]) if verify and not offset else None
+    async with aclosing(chunks):
         async for chunk in chunks:
             if check is not None:
                 check.update(chunk)
             yield chunk
-        if check is not None and check.hexdigest() != digest.partition(":")[2]:
-            raise DataLoss(f"blob {digest}: its bytes have the digest {check.name}:{check.hexdigest()}")
-    finally:
-        if fd is not None:
-            os.close(fd)
+    if check is not None and check.hexdigest() != digest.partition(":")[2]:
+        raise DataLoss(f"blob {digest} is rotten: its bytes have the digest {check.name}:{check.hexdigest()}")
 
 
 def _open_located(located: Located, digest: str) -> int | None:
@@ -89,7 +86,7 @@ def _open_located(located: Located, digest: str) -> int | None:
 
 
 def _open_same(path: str, flags: int, device: int, inode: int) -> int | None:
-    """The file if it is here and that very one. A service elsewhere names paths of its own host, which prove nothing."""
+    """The file if it is here and that very one: a service elsewhere names a path of its own host."""
     try:
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -101,33 +98,54 @@ def _open_same(path: str, flags: int, device: int, inode: int) -> int | None:
     return None
 
 
-async def _local_chunks(fd: int, digest: str, offset: int, size: int) -> AsyncIterator[bytes]:
+async def _local_chunks(file: OwnedFd, digest: str, offset: int, size: int) -> AsyncGenerator[bytes, None]:
     while offset < size:
         with os_errors(f"blob {digest}"):
-            chunk = await asyncio.to_thread(os.pread, fd, min(LOCAL_CHUNK, size - offset), offset)
+            chunk = await asyncio.to_thread(_pread, file, min(LOCAL_CHUNK, size - offset), offset)
         if not chunk:
             raise DataLoss(f"blob {digest} ends at {offset}, and should have {size} bytes")
         yield chunk
         offset += len(chunk)
 
 
-async def _remote_chunks(content: Content, digest: str, offset: int, size: int, window: int) -> AsyncIterator[bytes]:
+def _pread(file: OwnedFd, size: int, offset: int) -> bytes:
+    return os.pread(file.fd, size, offset)
+
+
+async def _remote_chunks(
+    content: Content, digest: str, offset: int, size: int, window: int
+) -> AsyncGenerator[bytes, None]:
     flying: deque[asyncio.Task[bytes]] = deque()
     try:
         while offset < size or flying:
             while offset < size and len(flying) < window:
                 flying.append(asyncio.create_task(_read(content, digest, offset, min(CHUNK, size - offset))))
                 offset += CHUNK
-            yield await flying.popleft()
+            yield await flying[0]
+            flying.popleft()
     finally:
-        await _cancel(flying)
+        await cancel(flying)
 
 
 async def _read(content: Content, digest: str, offset: int, size: int) -> bytes:
-    chunk = await _patiently(lambda: content.read(digest, offset, size), f"blob {digest}")
+    chunk = await _patiently(lambda: content.read(digest, offset, size), PATIENCE)
     if len(chunk) != size:
         raise DataLoss(f"blob {digest}: {len(chunk)} of {size} bytes came from offset {offset}")
     return chunk
+
+
+async def _patiently(call: Callable[[], Awaitable[T]], patience: float) -> T:
+    """Call until it is no longer Unavailable, or there is no time left (the context's, else `patience` seconds)."""
+    give_up = time.time() + context.current().remaining(patience)
+    pause = 0.02
+    while True:
+        try:
+            return await call()
+        except Unavailable:
+            if time.time() + pause >= give_up:
+                raise
+        await asyncio.sleep(pause * (0.5 + random.random()))  # noqa: S311 - jitter
+        pause = min(pause * 2, 1.0)
 
 
 # ---- in
@@ -135,14 +153,14 @@ async def _read(content: Content, digest: str, offset: int, size: int) -> bytes:
 
 async def write_blob(
     content: Content, ref: str, source: bytes | AsyncIterable[bytes], *, size: int = 0, expected: str = "",
-    labels: dict[str, str] | None = None,
+    labels: dict[str, str] | None = None, local: bool = True,
 ) -> Info:  # fmt: skip
-    """Put a blob into content under the ingest `ref`; answers the one that is there when it is there already.
+    """Put a blob into content under the ingest `ref`; answers the one that is there when `expected` is.
 
-    What an earlier attempt left of the ingest is kept if `source` repeats it, and `expected` says whether it does.
+    With `expected`, what an earlier attempt left of the ingest is kept, and `source` must repeat it.
     """
     try:
-        async with BlobWriter(content, ref, total=size, expected=expected) as writer:
+        async with BlobWriter(content, ref, total=size, expected=expected, local=local) as writer:
             if not expected:
                 await writer.restart()
             return await _fill(writer, source, labels or {})
@@ -154,19 +172,19 @@ async def write_blob(
 
 async def _fill(writer: BlobWriter, source: bytes | AsyncIterable[bytes], labels: dict[str, str]) -> Info:
     skip = writer.offset
-    if isinstance(source, bytes):
-        await writer.write(source[skip:])
-        try:
-            return await writer.commit(labels=labels)
-        except FailedPrecondition:
-            if not skip:
-                raise
-            await writer.restart()  # what was there before was something else
-            await writer.write(source)
-    else:
+    if not isinstance(source, bytes):
         async for chunk in source:
             await writer.write(chunk[skip:])
             skip = max(0, skip - len(chunk))
+        return await writer.commit(labels=labels)
+    await writer.write(source[skip:])
+    try:
+        return await writer.commit(labels=labels)
+    except FailedPrecondition:
+        if not skip:
+            raise
+    await writer.restart()  # what was there before was something else
+    await writer.write(source)
     return await writer.commit(labels=labels)
 
 
@@ -175,7 +193,7 @@ class BlobWriter:
 
     Entering waits while another writer holds the ref, until the context's deadline or for `patience` seconds
     (Unavailable), and raises AlreadyExists when the expected blob is there. Leaving without a commit keeps the
-    ingest for the next writer. If the instance dies, the writer goes on at another one, or when it is back.
+    ingest for the next writer. If its instance dies, the writer goes on at another one, or when it is back.
     One task at a time may use a writer.
     """
 
@@ -192,7 +210,7 @@ class BlobWriter:
         self._window = window
         self._patience = patience
         self._instance = content
-        self._sink: _File | _Chunks | None = None
+        self._sink: Sink | None = None
         self._care: asyncio.Task[None] | None = None
 
     @property
@@ -203,21 +221,16 @@ class BlobWriter:
     @property
     def is_local(self) -> bool:
         """Whether bytes go straight into the service's file."""
-        return isinstance(self._sink, _File)
+        return isinstance(self._sink, File)
 
     @property
-    def _out(self) -> _File | _Chunks:
+    def _out(self) -> Sink:
         if self._sink is None:
             raise FailedPrecondition(f"ingest {self._ref!r} is not open: enter the writer first")
         return self._sink
 
     async def __aenter__(self) -> BlobWriter:
-        opened = await self._open(truncate=self._truncate)
-        fd = self._open_file(opened) if self._local else None
-        if fd is None:
-            self._sink = _Chunks(self._ref, opened.offset, self._window, self._send, self._recover)
-        else:
-            self._sink = _File(self._ref, fd, opened.offset)
+        self._attach(await self._open(truncate=self._truncate))
         self._care = asyncio.create_task(self._keep_held())
         return self
 
@@ -225,78 +238,57 @@ class BlobWriter:
         await self.close()
 
     async def write(self, data: bytes) -> None:
-        """Write on. Returns while the bytes are on their way; an error of theirs comes with a later call.
+        """Write on. Returns while bytes are on their way; what goes wrong with them is raised by a later call.
 
-        ResourceExhausted: no space. Aborted: the ingest went away under the writer: begin again from a new one.
+        ResourceExhausted: no space. Aborted: the ingest went away under the writer; begin again with a new one.
         """
         await self._out.write(data)
 
     async def restart(self) -> None:
         """Start over with no bytes."""
-        await self._out.flush()
-        if self.offset:
-            await self._instance.write(self._ref, 0, b"")
-            self._out.end = 0
+        if not self._out.end:
+            return
+        with suppress(WherryError):
+            await self._out.flush()
+        await self._let_go()
+        self._attach(await self._open(truncate=True))
 
     async def commit(self, size: int = 0, expected: str = "", labels: dict[str, str] | None = None) -> Info:
-        """Verify and make it a blob; size and digest are what was given to the writer unless given here.
+        """Verify and make it a blob; size and digest are those given to the writer unless given here.
 
         FailedPrecondition: they differ, and the ingest stays. AlreadyExists: the blob was there.
         """
         await self._out.flush()
-        size, expected = size or self._total, expected or self._expected
-        end = self.offset
-        for attempt in range(4):
-            try:
-                info = await self._instance.commit(self._ref, size or end, expected, labels or {})
-                break
-            except (Unavailable, NotFound, DeadlineExceeded):
-                if attempt == 3 or _out_of_time():
-                    raise
-            try:
-                await self._resume(end, end)
-            except AlreadyExists:
-                info = await self._content.info(expected)  # it had taken effect, and only the answer was lost
-                break
+        expected = expected or self._expected
+        info = await self._commit(size or self._total or self.offset, expected, labels or {})
         await self._end()
         return info
 
     async def abort(self) -> None:
         """Remove the ingest and its bytes."""
-        await self._end(discard=True)
-        with suppress(NotFound):
+        await self._end()
+        with suppress(NotFound), context.use(key=""):
             await self._content.abort(self._ref)
 
     async def close(self) -> None:
-        """Let go of the ingest and keep its bytes. A writer that is closed or committed is left alone."""
+        """Let go of the ingest and keep its bytes. A second call, or one after the commit, does nothing."""
         if self._sink is None:
             return
         try:
-            with suppress(Aborted, *_LOST):
+            with suppress(WherryError):  # it was raised before, or tells the next writer's offset
                 await self._sink.flush()
         finally:
             await self._end()
-            with suppress(*_LOST):
-                with context.use(timeout=2.0):
-                    await self._instance.close(self._ref)
+            await self._let_go()
 
     # ---- within
 
-    async def _end(self, *, discard: bool = False) -> None:
-        sink, self._sink = self._sink, None
-        if self._care is not None:
-            self._care.cancel()
-            self._care = None
-        if sink is not None:
-            await sink.end()
-
-    async def _open(self, *, truncate: bool = False) -> Opened:
-        opened = await _patiently(
-            lambda: self._content.open(self._ref, self._total, self._expected, truncate),
-            f"ingest {self._ref!r}", self._patience,
-        )  # fmt: skip
-        self._instance = at_instance(self._content, opened.instance)
-        return opened
+    def _attach(self, opened: Opened) -> None:
+        fd = self._open_file(opened) if self._local else None
+        if fd is None:
+            self._sink = Chunks(opened.offset, self._window, self._send, self._resume)
+        else:
+            self._sink = File(f"ingest {self._ref!r}", OwnedFd(fd), opened.offset)
 
     def _open_file(self, opened: Opened) -> int | None:
         caller = getattr(self._content, "_caller", None)
@@ -305,22 +297,53 @@ class BlobWriter:
             return None
         return _open_same(opened.path, os.O_WRONLY | os.O_APPEND, opened.device, opened.inode)
 
+    async def _commit(self, size: int, expected: str, labels: dict[str, str]) -> Info:
+        end = self.offset
+        for _ in range(ATTEMPTS):
+            try:
+                with context.use(key=""):
+                    return await self._instance.commit(self._ref, size, expected, labels)
+            except (Unavailable, NotFound, DeadlineExceeded) as e:
+                error: WherryError = e
+            try:
+                await self._resume(end, end)
+            except AlreadyExists:  # the commit had taken effect, and only its answer was lost
+                return await self._content.info(expected)
+        raise error
+
+    async def _open(self, *, truncate: bool = False) -> Opened:
+        async def call() -> Opened:
+            with context.use(key=""):  # the key of a request in hand names that request's effect, not these
+                return await self._content.open(self._ref, self._total, self._expected, truncate)
+
+        opened = await _patiently(call, self._patience)
+        self._instance = at_instance(self._content, opened.instance)
+        return opened
+
     async def _send(self, offset: int, data: bytes) -> int:
-        return await self._instance.write(self._ref, offset, data)
+        with context.use(key=""):
+            return await self._instance.write(self._ref, offset, data)
 
-    async def _recover(self, low: int, high: int) -> int:
-        return (await self._resume(low, high)).offset
-
-    async def _resume(self, low: int, high: int) -> Opened:
-        """Open the ingest again. Its end must lie between what was acknowledged and what was sent, else Aborted."""
-        with suppress(WherryError), context.use(timeout=2.0):
-            await self._instance.close(self._ref)  # if it is still there, it holds the lock
+    async def _resume(self, low: int, high: int) -> int:
+        """Open the ingest again; its end must lie between what was acknowledged and what was sent, else Aborted."""
+        await self._let_go()  # if the instance is alive, it holds the lock
         opened = await self._open()
         if not low <= opened.offset <= high:
-            with suppress(*_LOST):
-                await self._instance.close(self._ref)
-            raise Aborted(f"ingest {self._ref!r} has {opened.offset} bytes, and {low} were written: begin again")
-        return opened
+            await self._let_go()
+            raise Aborted(f"ingest {self._ref!r} has {opened.offset} bytes, and had {low}: begin again")
+        return opened.offset
+
+    async def _let_go(self) -> None:
+        with suppress(WherryError), context.use(timeout=2.0, key=""):
+            await self._instance.close(self._ref)
+
+    async def _end(self) -> None:
+        sink, self._sink = self._sink, None
+        if self._care is not None:
+            self._care.cancel()
+            self._care = None
+        if sink is not None:
+            await sink.drop()
 
     async def _keep_held(self) -> None:
         """Care for the ingest while its source is slow, so that the service does not let go of it."""
@@ -328,41 +351,3 @@ class BlobWriter:
             await asyncio.sleep(CARE_SECONDS)
             with suppress(WherryError):
                 await self._content.status(self._ref)
-
-
-class _File:
-    """Appends to a file of this host; one batch is written by a thread while the next one is filled."""
-
-    def __init__(self, ref: str, fd: int, end: int) -> None:
-        self._ref = ref
-        self._fd = fd
-        self.end = end
-        self._batch: list[bytes] = []
-        self._size = 0
-        self._writing: asyncio.Task[None] | None = None
-
-    async def write(self, data: bytes) -> None:
-        self._batch.append(data)
-        self._size += len(data)
-        self.end += len(data)
-        if self._size >= LOCAL_CHUNK:
-            await self._turn()
-
-    async def flush(self) -> None:
-        await self._turn()
-        await self._settled()
-
-    async def end_(self) -> None: ...
-
-    async def _turn(self) -> None:
-        await self._settled()
-        batch, self._batch, self._size = self._batch, [], 0
-        if batch:
-            self._writing = asyncio.create_task(asyncio.to_thread(self._append, batch))
-
-    async def _settled(self) -> None:
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            await writing
-
-    def _append(self, batch: list[bytes]) -> None: ...

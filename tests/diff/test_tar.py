@@ -29,7 +29,7 @@ def read(data: bytes, limits: Limits | None = None, chunk: int = 0) -> list[tupl
         while reader.left:
             body += reader.take(reader.left)
         found.append((one, body))
-    assert reader.next is not None
+    assert reader.next() is None
     return found
 
 

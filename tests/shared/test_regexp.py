@@ -6,7 +6,7 @@ import logging
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from wherry_shared.errors import InvalidArgument, ResourceExhausted
 from wherry_shared.regexp import Automaton, compile_regexp
@@ -24,7 +24,26 @@ def _joined(parts: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 
 
 ATOMS = st.sampled_from(
-    ["a", "b", "\n", ".", "[ab]", "[^a]", "[a-c_]", r"\w", r"\W", r"\b", r"\B", "^", r"\A", r"\.", "", "(?i:B)", "(?s:.)", "é"]
+    [
+        "a",
+        "b",
+        "\n",
+        ".",
+        "[ab]",
+        "[^a]",
+        "[a-c_]",
+        r"\w",
+        r"\W",
+        r"\b",
+        r"\B",
+        "^",
+        r"\A",
+        r"\.",
+        "",
+        "(?i:B)",
+        "(?s:.)",
+        "é",
+    ]
 )
 PATTERNS = st.recursive(ATOMS, _joined, max_leaves=8)
 TEXTS = st.text(st.sampled_from("abcAB_. \né"), max_size=8)
@@ -33,6 +52,7 @@ TEXTS = st.text(st.sampled_from("abcAB_. \né"), max_size=8)
 @settings(max_examples=400)
 @given(PATTERNS, TEXTS)
 def test_python_says_the_same(pattern: str, text: str) -> None:
+    assume(text or r"\B" not in pattern)  # Python's \B alone does not hold in an empty text
     theirs = re.compile(pattern.replace("{,1}", r"\{,1\}"), re.ASCII)  # Go's braces without a first number are text
     assert compile_regexp(pattern)(text) == (theirs.search(text) is not None)
 
@@ -104,9 +124,10 @@ def test_go_says(pattern: str, text: str, found: bool) -> None:
 @pytest.mark.parametrize(
     "pattern",
     [
-        "(", ")", "a)", "(a", "[", "[a", "[z-a]", "[[:nope:]]", "*", "a**", "a*+", "|*", "(?=a)", "(?!a)", "(?<=a)", "(?P=n)",
-        "(?x)a", r"\1", r"\8", r"\y", r"\C", r"\pX1", r"\p{", r"\p", "\\", r"[\b]", "x{2,1}", "x{1001}", "(?i)*", r"\xZZ",
-        r"\x{110000}", r"[a-\d]",
+        "(", ")", "a)", "(a", "[", "[a", "[z-a]", "[[:nope:]]", "*", "a**", "a*+", "|*", "(?=a)", "(?!a)", "(?<=a)",
+        "(?P=n)", "(?x)a", r"\1", r"\8", r"\y", r"\C", r"\pX1", r"\p{", r"\p", "\\", r"[\b]", "x{2,1}", "x{1001}",
+        "(?i)*",
+        r"\xZZ", r"\x{110000}", r"[a-\d]",
     ],
 )  # fmt: skip
 def test_what_go_refuses_is_logged_and_matches_nothing(pattern: str, caplog: pytest.LogCaptureFixture) -> None:

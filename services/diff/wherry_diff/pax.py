@@ -24,10 +24,10 @@ def parse(payload: bytes) -> Records:
     at = 0
     while at < len(payload):
         blank = payload.find(b" ", at, at + _DIGITS)
-        length = int(digits) if blank > at and (digits := payload[at:blank]).isdigit() else 0
-        stop = at + length
+        digits = payload[at : max(at, blank)]
+        stop = at + int(digits) if digits.isdigit() else -1  # behind the record's newline
         keyword, equals, value = payload[blank + 1 : stop - 1].partition(b"=")
-        if stop <= blank or stop > len(payload) or payload[stop - 1] != 10 or not (keyword and equals):
+        if stop <= blank + 1 or stop > len(payload) or payload[stop - 1] != 10 or not (keyword and equals):
             raise InvalidArgument(f"malformed PAX record at byte {at} of its header")
         if b"\0" in keyword or (keyword in _TEXT and b"\0" in value):
             raise InvalidArgument(f"NUL in the PAX record {show(keyword)}")

@@ -33,7 +33,14 @@ class Container(Model):
     updated_at: datetime | None = None
 
 
-class Containers(Contract, Protocol, service="container", version="1.0.0"):
+EVENTS = {
+    "/containers/create": "id image runtime{name options}",
+    "/containers/update": "id image labels snapshot_key",
+    "/containers/delete": "id",
+}
+
+
+class Containers(Contract, Protocol, service="container", version="1.0.0", events=EVENTS):
     """The containers of one namespace."""
 
     @endpoint(NotFound)

@@ -83,7 +83,13 @@ class Located(Model):
     inode: int
 
 
-class Content(Contract, Protocol, service="content", version="1.0.0"):
+EVENTS = {
+    "/content/create": "digest size",
+    "/content/delete": "digest",
+}
+
+
+class Content(Contract, Protocol, service="content", version="1.0.0", events=EVENTS):
     """The committed blobs of one namespace, addressed by digest, and the ingests on their way."""
 
     @endpoint(NotFound)

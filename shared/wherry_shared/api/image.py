@@ -20,7 +20,14 @@ class Image(Model):
     updated_at: datetime | None = None
 
 
-class Images(Contract, Protocol, service="image", version="1.0.0"):
+EVENTS = {
+    "/images/create": "name labels",
+    "/images/update": "name labels",
+    "/images/delete": "name",
+}
+
+
+class Images(Contract, Protocol, service="image", version="1.0.0", events=EVENTS):
     """The images of one namespace: metadata only."""
 
     @endpoint(NotFound)

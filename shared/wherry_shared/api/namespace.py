@@ -16,7 +16,14 @@ class Namespace(Model):
     labels: Labels = {}
 
 
-class Namespaces(Contract, Protocol, service="namespace", version="1.0.0", namespaced=False):
+EVENTS = {
+    "/namespaces/create": "name labels",
+    "/namespaces/update": "name labels",
+    "/namespaces/delete": "name",
+}
+
+
+class Namespaces(Contract, Protocol, service="namespace", version="1.0.0", events=EVENTS, namespaced=False):
     """The namespaces of a node. One need not be created first: what happens in it makes it known."""
 
     @endpoint()

@@ -34,7 +34,14 @@ class Usage(Model):
     inodes: int
 
 
-class Snapshots(Contract, Protocol, service="snapshot", version="1.0.0"):
+EVENTS = {
+    "/snapshot/prepare": "key parent snapshotter",
+    "/snapshot/commit": "key name snapshotter",
+    "/snapshot/remove": "key snapshotter",
+}
+
+
+class Snapshots(Contract, Protocol, service="snapshot", version="1.0.0", events=EVENTS):
     """The snapshots of one namespace. Active keys and committed names share one key space per snapshotter."""
 
     @endpoint(AlreadyExists, NotFound, ResourceExhausted, mutates=True, timeout=60.0)

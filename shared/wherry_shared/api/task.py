@@ -48,7 +48,20 @@ class Exit(Model):
     pid: int = 0
 
 
-class Tasks(Contract, Protocol, service="task", version="1.0.0"):
+EVENTS = {
+    "/tasks/create": "container_id bundle rootfs io{stdin stdout stderr terminal} checkpoint pid",
+    "/tasks/start": "container_id pid",
+    "/tasks/exit": "container_id id pid exit_status exited_at [oom] [shim_died]",
+    "/tasks/delete": "container_id id pid exit_status exited_at",
+    "/tasks/exec-added": "container_id exec_id",
+    "/tasks/exec-started": "container_id exec_id pid",
+    "/tasks/oom": "container_id",
+    "/tasks/paused": "container_id",
+    "/tasks/resumed": "container_id",
+}
+
+
+class Tasks(Contract, Protocol, service="task", version="1.0.0", events=EVENTS):
     """The tasks of one namespace: at most one per container."""
 
     @endpoint(NotFound, AlreadyExists, FailedPrecondition, PermissionDenied, Unknown, mutates=True, timeout=60.0)

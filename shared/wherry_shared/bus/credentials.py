@@ -43,15 +43,6 @@ CALLS: dict[str, tuple[str, ...]] = {
     "lease": (),
     "introspection": (),
 }
-# The first component of the topics that a service may publish.
-TOPICS: dict[str, tuple[str, ...]] = {
-    "content": ("content",),
-    "snapshot": ("snapshot",),
-    "image": ("images",),
-    "container": ("containers",),
-    "task": ("tasks",),
-    "namespace": ("namespaces",),
-}
 STREAM = "WHERRY-EV"
 
 
@@ -134,7 +125,7 @@ def service_permissions(service: str, node: str) -> dict[str, Any]:
     """What a service may do: serve its own operations, call those it needs, publish its own events."""
     own = subjects.encode_token(node)
     publish = [f"{subjects.RPC}.{own}.*.{other}.*" for other in CALLS[service]]
-    publish += [f"{subjects.EV}.{own}.*.{topic}.>" for topic in TOPICS.get(service, ())]
+    publish += [f"{subjects.EV}.{own}.*.{topic}.>" for topic in topics(service)]
     subscribe = [f"{subjects.RPC}.{own}.*.{service}.>", *_discovery(service)]
     if service == "namespace":
         subscribe.append(f"{subjects.EV}.{own}.>")
@@ -146,6 +137,12 @@ def service_permissions(service: str, node: str) -> dict[str, Any]:
     if service == "introspection":
         publish += ["$SRV.PING", "$SRV.INFO", "$SRV.STATS"]
     return {"publish": publish, "subscribe": subscribe, "respond": True}
+
+
+def topics(service: str) -> list[str]:
+    """The first components of the topics that a service publishes, by its contract."""
+    contract = next(c for c in contracts() if c.service == service)
+    return sorted({topic.split("/")[1] for topic in contract.events})
 
 
 def _discovery(service: str) -> list[str]:

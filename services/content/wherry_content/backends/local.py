@@ -22,7 +22,7 @@ import aiofiles.os
 from aiofiles.os import wrap
 from wherry_shared.api.content import Located
 from wherry_shared.errors import DataLoss
-from wherry_shared.files import make_directory, os_errors
+from wherry_shared.files import OwnedFd, make_directory, os_errors
 
 from . import Backend, Progress
 from .local_ingest import DATA, LocalIngest, same_file
@@ -189,19 +189,15 @@ class LocalBackend:
         return await wrap(function)(*args, executor=self._pool)
 
 
-class Blob:
-    """An open blob; closed when the last who uses it has let go of it."""
+class Blob(OwnedFd):
+    """An open blob, shared by those who read it."""
 
-    __slots__ = ("fd", "identity")
+    __slots__ = ("identity",)
 
     def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        super().__init__(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
         state = os.fstat(self.fd)
         self.identity = state.st_dev, state.st_ino
-
-    def __del__(self) -> None:
-        with suppress(AttributeError):
-            os.close(self.fd)
 
     def read(self, offset: int, size: int) -> bytes:
         """All `size` bytes, fewer only at the end of the file."""

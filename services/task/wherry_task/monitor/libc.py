@@ -1,4 +1,8 @@
-"""The system calls that `os` lacks, through ctypes; every failure is an OSError that names what was attempted."""
+"""The system calls that `os` lacks, through ctypes; every failure is an OSError that names what was attempted.
+
+The functions are looked up, and the buffers and constants made, at import: in a forked monitor each first use would
+otherwise cost some 200 KiB of private pages.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +17,49 @@ MS_BIND, MS_REC, MS_RELATIME, MS_STRICTATIME = 4096, 16384, 1 << 21, 1 << 24
 MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 17, 1 << 18, 1 << 19, 1 << 20
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 
-SIGHUP, SIGINT, SIGKILL, SIGPIPE, SIGTERM, SIGCHLD, SIGXFSZ = 1, 2, 9, 13, 15, 17, 25
+SIGKILL, SIGPIPE, SIGTERM, SIGXFSZ = 9, 13, 15, 25
 
 _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 4, 15, 36
-_SFD_FLAGS = 0o2004000  # SFD_NONBLOCK | SFD_CLOEXEC
-_IN_FLAGS = 0o2004000
-IN_MODIFY = 2
+_NONBLOCK_CLOEXEC = 0o2004000  # for signalfd, inotify and accept4 alike
+_AF_UNIX, _SOCK_SEQPACKET, _SOCK_CLOEXEC, _MSG_CMSG_CLOEXEC = 1, 5, 0o2000000, 0x40000000
+_IN_MODIFY = 2
+# SIGHUP, SIGINT, SIGTERM and SIGCHLD as a sigset_t
+_MASK = sum(1 << (number - 1) for number in (1, 2, 15, 17)).to_bytes(128, "little")
+
+MAX_PASSED = 30  # descriptors in one message
+MAX_MESSAGE = 160 << 10  # below the default buffer of a SOCK_SEQPACKET socket
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]  # noqa: RUF012
+
+
+class _Message(ctypes.Structure):
+    _fields_ = [  # noqa: RUF012
+        ("name", ctypes.c_void_p), ("name_length", ctypes.c_uint32), ("iov", ctypes.c_void_p),
+        ("iov_length", ctypes.c_size_t), ("control", ctypes.c_void_p), ("control_length", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+    ]  # fmt: skip
+
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_prctl, _setns, _unshare, _kernel = _libc.prctl, _libc.setns, _libc.unshare, _libc.syscall
+_sigprocmask, _signalfd, _accept4, _socketpair = _libc.sigprocmask, _libc.signalfd, _libc.accept4, _libc.socketpair
+_recvmsg, _mount, _umount2 = _libc.recvmsg, _libc.mount, _libc.umount2
+_get_errno = ctypes.get_errno
+
+_pair = (ctypes.c_int * 2)()
+_data = ctypes.create_string_buffer(MAX_MESSAGE)
+_control = ctypes.create_string_buffer(16 + 4 * MAX_PASSED)
+_iovec = _Iovec(ctypes.addressof(_data), MAX_MESSAGE)
+_message = _Message(None, 0, ctypes.addressof(_iovec), 1, ctypes.addressof(_control), len(_control), 0)
+_message_pointer = ctypes.pointer(_message)
 
 
 def _checked(result: int, what: str) -> int:
     if result < 0:
-        number = ctypes.get_errno()
+        number = _get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
     return result
 
@@ -34,51 +67,78 @@ def _checked(result: int, what: str) -> int:
 def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
     """mount(2). Paths may be relative to the working directory; `data` is bounded by the kernel to one page."""
     words = [None if word is None else os.fsencode(word) for word in (source, target, kind)]
-    result = _libc.mount(*words, ctypes.c_ulong(flags), os.fsencode(data) if data else None)
+    result = _mount(*words, ctypes.c_ulong(flags), os.fsencode(data) if data else None)
     _checked(result, f"mount {kind or source or ''} on {target}")
 
 
 def unmount(target: str, flags: int = 0) -> None:
     """umount2(2)."""
-    _checked(_libc.umount2(os.fsencode(target), flags), f"unmount {target}")
+    _checked(_umount2(os.fsencode(target), flags), f"unmount {target}")
 
 
 def unshare_mounts() -> None:
     """Give this process a copy of its mount namespace; propagation stays as it was."""
-    _checked(_libc.unshare(CLONE_NEWNS), "unshare the mount namespace")
+    _checked(_unshare(CLONE_NEWNS), "unshare the mount namespace")
+
+
+def enter_mounts(namespace: int) -> None:
+    """setns(2) into a mount namespace; the working directory becomes its root."""
+    _checked(_setns(namespace, CLONE_NEWNS), "enter a mount namespace")
 
 
 def become_subreaper() -> None:
     """Orphaned descendants become children of this process, not of init."""
-    _checked(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "become a subreaper")
+    _checked(_prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "become a subreaper")
 
 
-def rename_process(name: str) -> None:
+def rename_process(name: bytes) -> None:
     """What ps and /proc/PID/comm show, 15 bytes at most."""
-    _libc.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
+    _prctl(_PR_SET_NAME, name, 0, 0, 0)
 
 
 def forbid_dumps() -> None:
     """No core file and no ptrace of this process by anyone without CAP_SYS_PTRACE, its own uid included."""
-    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    _prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def signal_descriptor(*signals: int) -> int:
-    """Block the signals for good and return a non-blocking signalfd that becomes readable with them."""
-    mask = (ctypes.c_ulong * 16)(sum(1 << (number - 1) for number in signals))
-    _checked(_libc.sigprocmask(0, mask, None), "block signals")
-    return _checked(_libc.signalfd(-1, mask, _SFD_FLAGS), "signalfd")
+def signal_descriptor() -> int:
+    """Block SIGHUP, SIGINT, SIGTERM and SIGCHLD for good; a non-blocking signalfd becomes readable with them."""
+    _checked(_sigprocmask(0, _MASK, None), "block signals")
+    return _checked(_signalfd(-1, _MASK, _NONBLOCK_CLOEXEC), "signalfd")
 
 
 def watch_modifications(path: str) -> int:
     """A non-blocking inotify descriptor that becomes readable when the file changes."""
-    fd = _checked(_libc.inotify_init1(_IN_FLAGS), "inotify")
+    fd = _checked(_libc.inotify_init1(_NONBLOCK_CLOEXEC), "inotify")
     try:
-        _checked(_libc.inotify_add_watch(fd, os.fsencode(path), IN_MODIFY), f"watch {path}")
+        _checked(_libc.inotify_add_watch(fd, os.fsencode(path), _IN_MODIFY), f"watch {path}")
     except OSError:
         os.close(fd)
         raise
     return fd
+
+
+def accept(listener: int) -> int:
+    """A non-blocking connection. Raises OSError, also when none waits on a non-blocking listener."""
+    return _checked(_accept4(listener, None, None, _NONBLOCK_CLOEXEC), "accept")
+
+
+def message_pair() -> tuple[int, int]:
+    """Two ends of a socket that keeps messages apart and passes descriptors."""
+    _checked(_socketpair(_AF_UNIX, _SOCK_SEQPACKET | _SOCK_CLOEXEC, 0, _pair), "socketpair")
+    return _pair[0], _pair[1]
+
+
+def receive(fd: int) -> tuple[bytes, list[int]]:
+    """One message of at most MAX_MESSAGE bytes and the descriptors with it; (b"", []) at the end."""
+    _message.control_length = len(_control)
+    size = _checked(_recvmsg(fd, _message_pointer, _MSG_CMSG_CLOEXEC), "recvmsg")
+    fds = []
+    if _message.control_length > 16:
+        raw = _control.raw
+        for at in range(16, int.from_bytes(raw[:8], "little"), 4):
+            fds.append(int.from_bytes(raw[at : at + 4], "little"))
+    return _data.raw[:size] if size > 4096 else _data[:size], fds
 
 
 def kill(pid: int, signal: int) -> None:
@@ -91,7 +151,7 @@ def kill(pid: int, signal: int) -> None:
 
 def _syscall(number: int, what: str, *arguments: int | bytes | None) -> int:
     words = [ctypes.c_long(word) if isinstance(word, int) else ctypes.c_char_p(word) for word in arguments]
-    return _checked(_libc.syscall(ctypes.c_long(number), *words), what)
+    return _checked(_kernel(ctypes.c_long(number), *words), what)
 
 
 def mount_overlay(target: str, options: list[tuple[str, str | None]], attributes: int) -> None:

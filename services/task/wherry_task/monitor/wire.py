@@ -1,28 +1,34 @@
-"""Frames on a unix stream socket: a 4-byte big-endian length, then one JSON object. README.md has the messages."""
+"""Frames between the task service and a monitor or the zygote; README.md says what each operation carries.
+
+A frame is a 9-byte header - body length u32, request id u32, operation or status u8, big-endian - and the body. The
+monitor itself never parses JSON: it looks at the header and at the exec id that begins the body of a request.
+"""
 
 from __future__ import annotations
 
 import _socket
 import errno
 import os
-import select
 
-from wherry_task.monitor import compact
+HEADER = 9
+MAX_BODY = 1 << 20  # a create with 500 layers takes about 64 KiB; process specs travel as files
+MAX_UNSENT = 4 << 20  # a client this far behind is dropped: it can connect again and ask from where it was
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
+# Operations of the zygote.
+PING, SPAWN, CLEANUP, QUIT = 1, 2, 3, 4
+# Operations of a monitor. Those up to SHUTDOWN it does itself, the others in a forked worker.
+WATCH, WAIT, KILL, CLOSE_STDIN, SHUTDOWN = 16, 17, 18, 19, 20
+CREATE, START, EXEC, DELETE, STATE, RESIZE = 32, 33, 34, 35, 36, 37
+PAUSE, RESUME, UPDATE, CHECKPOINT, KILL_ALL = 38, 39, 40, 41, 42
+# Work that the monitor gives its workers of its own accord.
+EXITED, OOM = 64, 65
+# In the place of a reply's status: a notice, with request id 0.
+EXIT_NOTICE, OOM_NOTICE = 240, 241
 
-    from wherry_task.monitor.loop import Loop
-
-# The codes are those of wherry_shared.errors (gRPC's), which this package may not import.
-UNKNOWN, INVALID, NOT_FOUND, EXISTS, DENIED, EXHAUSTED, PRECONDITION = 2, 3, 5, 6, 7, 8, 9
+# A reply's status is OK or a code of wherry_shared.errors (gRPC's), which this package may not import.
+OK, UNKNOWN, INVALID, NOT_FOUND, EXISTS, DENIED, EXHAUSTED, PRECONDITION = 0, 2, 3, 5, 6, 7, 8, 9
 UNIMPLEMENTED, INTERNAL, UNAVAILABLE = 12, 13, 14
 
-MAX_FRAME = 1 << 20  # a create with 500 layers is about 64 KiB; process specs travel as files
-MAX_UNSENT = 4 << 20  # a client this far behind is dropped: it can connect again and ask from where it was
-_CHUNK = 1 << 16
 _BY_ERRNO = {errno.ENOENT: NOT_FOUND, errno.EEXIST: EXISTS, errno.EPERM: DENIED, errno.EACCES: DENIED,
              errno.ENOSPC: EXHAUSTED, errno.EMFILE: EXHAUSTED, errno.EDQUOT: EXHAUSTED, errno.ELOOP: DENIED}  # fmt: skip
 
@@ -42,146 +48,39 @@ def failure_of(error: OSError, what: str) -> Failure:
     return Failure(_BY_ERRNO.get(error.errno or 0, UNKNOWN), f"{what}: {reason}")
 
 
-def encode(message: dict[str, Any]) -> bytes:
-    """One frame. Raises ValueError above MAX_FRAME bytes."""
-    body = compact.dumps(message)
-    if len(body) > MAX_FRAME:
-        raise ValueError(f"frame of {len(body)} bytes")
-    return len(body).to_bytes(4, "big") + body
+def frame(request: int, code: int, body: bytes = b"") -> bytes:
+    """One frame, ready to be sent."""
+    return b"%b%b%c%b" % (len(body).to_bytes(4, "big"), request.to_bytes(4, "big"), code, body)
 
 
-def take(buffer: bytearray) -> dict[str, Any] | None:
-    """Remove the first whole frame from the buffer; None when there is none yet. ValueError when it is not a frame."""
-    if len(buffer) < 4:
+def take(inbox: bytearray) -> tuple[int, int, bytes] | None:
+    """Remove the first whole frame: (request id, operation or status, body), or None while there is none.
+
+    Raises ValueError when its body would be longer than MAX_BODY.
+    """
+    if len(inbox) < HEADER:
         return None
-    size = int.from_bytes(buffer[:4], "big")
-    if size > MAX_FRAME:
-        raise ValueError(f"frame of {size} bytes")
-    if len(buffer) < 4 + size:
+    end = HEADER + int.from_bytes(inbox[:4], "big")
+    if end > HEADER + MAX_BODY:
+        raise ValueError("the frame is too long")
+    if len(inbox) < end:
         return None
-    message = compact.loads(buffer[4 : 4 + size])
-    del buffer[: 4 + size]
-    if not isinstance(message, dict):
-        raise ValueError("a frame must hold an object")
-    return message
+    found = int.from_bytes(inbox[4:8], "big"), inbox[8], bytes(inbox[HEADER:end])
+    del inbox[:end]
+    return found
 
 
 def listen(name: str) -> int:
-    """A listening socket with this name in the working directory (a long path would not fit into a sockaddr)."""
+    """A non-blocking listening socket with this name in the working directory, for our own uid and root alone.
+
+    A name, not a path: a bundle's path may be longer than the 108 bytes of a socket address.
+    """
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK | _socket.SOCK_CLOEXEC)
     try:
         sock.bind(name)
+        os.chmod(name, 0o600)  # connecting takes the right to write
         sock.listen(64)
-        os.chmod(name, 0o600)
     except OSError:
         sock.close()
         raise
     return sock.detach()
-
-
-def accept(listener: int) -> int:
-    """A connection, blocking. Raises BlockingIOError when none waits, PermissionError when a stranger connected."""
-    sock = _socket.socket(fileno=listener)
-    try:
-        fd, _ = sock._accept()
-    finally:
-        sock.detach()
-    peer = _socket.socket(fileno=fd)
-    credentials = peer.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
-    peer.detach()
-    # The 0700 directory already keeps strangers out; this holds even where someone widened it.
-    if int.from_bytes(credentials[4:8], "little") not in (0, os.geteuid()):
-        os.close(fd)
-        raise PermissionError(errno.EPERM, "peer is another user")
-    return fd
-
-
-class Channel:
-    """One connected client in the loop: whole frames in, frames out, and neither side can block the process."""
-
-    __slots__ = ("_gone", "_inbox", "_loop", "_message", "_outbox", "fd", "watching")
-
-    def __init__(
-        self,
-        loop: Loop,
-        fd: int,
-        message: Callable[[Channel, dict[str, Any]], None],
-        gone: Callable[[Channel], None],
-        inbox: bytes | bytearray = b"",
-    ) -> None:
-        self.fd = fd
-        self.watching = False
-        self._loop = loop
-        self._message = message
-        self._gone = gone
-        self._inbox = bytearray(inbox)
-        self._outbox = bytearray()
-        os.set_blocking(fd, False)
-        loop.watch(fd, select.POLLIN, self._ready)
-        if inbox:
-            loop.after(0, self._deliver)
-
-    def close(self) -> None:
-        """Hang up; a second call does nothing."""
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            self._loop.unwatch(fd)
-            os.close(fd)
-            self._gone(self)
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Queue one frame; to a client that is gone this does nothing."""
-        if self.fd < 0:
-            return
-        self._outbox += encode(message)
-        self.flush()
-        if len(self._outbox) > MAX_UNSENT:
-            self.close()
-
-    @property
-    def unsent(self) -> int:
-        """Bytes that the client has not taken yet."""
-        return len(self._outbox) if self.fd >= 0 else 0
-
-    def flush(self) -> None:
-        """Hand over what the socket takes now; the rest follows when it is writable."""
-        try:
-            while self._outbox:
-                del self._outbox[: os.write(self.fd, self._outbox)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.close()
-            return
-        self._loop.watch(self.fd, select.POLLIN | (select.POLLOUT if self._outbox else 0), self._ready)
-
-    def _ready(self, events: int) -> None:
-        if events & select.POLLOUT:
-            self.flush()
-        if self.fd >= 0 and events & ~select.POLLOUT:
-            self._receive()
-
-    def _receive(self) -> None:
-        try:
-            data = os.read(self.fd, _CHUNK)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.close()
-            return
-        self._inbox += data
-        self._deliver()
-
-    def _deliver(self) -> None:
-        # A handler may close this channel, so the descriptor is looked at before every frame.
-        while self.fd >= 0:
-            try:
-                message = take(self._inbox)
-            except ValueError:
-                self.close()
-                return
-            if message is None:
-                return
-            self._message(self, message)
