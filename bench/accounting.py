@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 class Cgroup:
-    """A directory in the hierarchy that counts CPU time: cgroup v1's cpuacct, or v2 (whose cpu.stat is always there)."""
+    """A directory in the hierarchy that counts CPU time: cgroup v1's cpuacct, or v2 (its cpu.stat)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

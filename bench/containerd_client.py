@@ -13,7 +13,7 @@ from typing import Any
 
 from . import spec
 from .driver import MeasureError
-from .grpc import Connection, wait_all
+from .grpc import Connection, Stream, wait_all
 from .protobuf import decode, encode, entries, integer, nested, scan, text
 
 _API = "containerd.services"
@@ -287,7 +287,8 @@ class ContainerdClient:
         streams = [connection.start(f"{EVENTS}/Subscribe", b"") for connection in connections]
         everyone = [self._connection, *connections]
         self._await_subscriptions(everyone, streams)
-        sent, underway, got = 0, [], 0
+        sent, got = 0, 0
+        underway: list[Stream] = []
 
         def done() -> bool:
             nonlocal sent, underway, got

@@ -8,6 +8,7 @@ does waits for an interpreter to start.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import os
@@ -75,10 +76,8 @@ class Driver:
     def close(self) -> None:
         """End the client; killed where it does not end by itself."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        except BrokenPipeError:
-            pass
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:

@@ -72,7 +72,7 @@ class Stream:
             return GrpcError(self.method, "Unknown", "refused (the package hpack would tell why)")
         found: dict[str, str] = {}
         for block in self.headers:
-            found |= dict(Decoder().decode(block))
+            found |= {str(name): str(value) for name, value in Decoder().decode(block)}
         status = found.get("grpc-status", "2")
         code = _CODES[int(status)] if status.isdigit() and int(status) < len(_CODES) else status
         return GrpcError(self.method, code, urllib.parse.unquote(found.get("grpc-message", "the stream was reset")))
@@ -121,9 +121,7 @@ class Connection:
         number, self._next = self._next, self._next + 2
         stream = self.streams[number] = Stream(method)
         message = b"\0" + len(body).to_bytes(4, "big") + body
-        self._socket.sendall(
-            _frame(_HEADERS, _END_HEADERS, number, head) + _frame(_DATA, _END_STREAM, number, message)
-        )
+        self._socket.sendall(_frame(_HEADERS, _END_HEADERS, number, head) + _frame(_DATA, _END_STREAM, number, message))
         return stream
 
     def call(self, method: str, body: bytes = b"") -> bytes:
@@ -196,7 +194,7 @@ class Connection:
         del buffer[:at]
 
     def _take_in(self, kind: int, flags: int, number: int, payload: memoryview) -> None:
-        if kind == _DATA or kind == _HEADERS:
+        if kind in (_DATA, _HEADERS):
             stream = self.streams.get(number)
             if stream is None:
                 return

@@ -122,7 +122,8 @@ class Node(ABC):
         began = time.perf_counter()
         done = subprocess.run(
             self.run_true(image), env={**os.environ, **self.environment()}, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120, preexec_fn=self.cgroup.child("client").joining,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
+            preexec_fn=self.cgroup.child("client").joining,
         )  # fmt: skip
         took = time.perf_counter() - began
         if done.returncode:

@@ -7,9 +7,9 @@ decode(data) -> {1: [b"name"], 3: [b"..."]}             # every field is a list;
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Union
+from typing import Any
 
-Value = Union[int, str, bytes, Mapping[int, "Value"], Sequence["Value"]]
+Value = int | str | bytes | Mapping[int, Any] | Sequence[Any]
 Fields = Mapping[int, Value]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5

@@ -105,6 +105,11 @@ class Pipes:
         if self.paths.stdin and self._stdio.stdin is not None:
             self._writer = _Writer(self.paths.stdin, self._stdio.stdin, on_stdin_end)
 
+    def end_stdin(self) -> None:
+        """Close this side of stdin: what was written is read, then comes the end."""
+        if self._writer is not None:
+            self._writer.close()
+
     async def drained(self, patience: float = 10.0) -> None:
         """Return when every output has ended, or after `patience` seconds (something else holds it open)."""
         with contextlib.suppress(TimeoutError):
@@ -198,8 +203,8 @@ class _Writer:
             view = view[os.write(self._fd, view) :]
 
     def _end(self) -> None:
+        # Not closed yet: what is in a FIFO is gone with its last opener, and the process may not have begun.
         if not self._closed:
-            self.close()
             self._on_end()
 
     def close(self) -> None:

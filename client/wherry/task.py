@@ -57,10 +57,15 @@ class Process:
         self.pid = 0
         self._pipes = pipes
         self._background: set[asyncio.Task[None]] = set()
+        self._started = False
+        self._stdin_ended = False
 
     async def start(self) -> int:
         """Let it run; answers its pid."""
         self.pid = await self.client.tasks.start(self.container_id, self.exec_id)
+        self._started = True
+        if self._stdin_ended:
+            await self._close_stdin()
         return self.pid
 
     async def wait(self) -> ExitStatus:
@@ -116,11 +121,16 @@ class Process:
             self._pipes = None
 
     def _close_stdin_soon(self) -> None:
+        self._stdin_ended = True
+        if not self._started:
+            return  # there is nobody to tell yet; `start` will
         task = asyncio.get_running_loop().create_task(self._close_stdin())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
     async def _close_stdin(self) -> None:
+        if self._pipes is not None:
+            self._pipes.end_stdin()
         with contextlib.suppress(WherryError):  # it has ended meanwhile
             await self.client.tasks.close_stdin(self.container_id, self.exec_id)
 

@@ -46,8 +46,9 @@ class Replayed(Exception):
 class Context:
     """One request's context.
 
-    deadline: unix time in seconds, 0 for none. key: the idempotency key, "" for none; encode: how the request's
-    answer is encoded, for whoever records it durably under that key.
+    deadline: unix time in seconds, 0 for none. key: the idempotency key of the request in hand, "" for none; encode:
+    how its answer is encoded, for whoever records it durably under that key. call_key: the key that calls made from
+    here shall carry, "" for a fresh one each.
     """
 
     namespace: str = ""
@@ -57,6 +58,7 @@ class Context:
     key: str = ""
     trace: str = ""
     encode: Callable[[Any], bytes] | None = None
+    call_key: str = ""
 
     def remaining(self, default: float) -> float:
         """Seconds until the deadline, never below zero; `default` when there is none."""
@@ -90,8 +92,8 @@ def use(
 ) -> Iterator[Context]:
     """Narrow the context for the calls inside: another namespace or lease, a nearer deadline (seconds from now).
 
-    A deadline is never moved outwards. The idempotency key of the request in hand is not handed on: it names that
-    request's own effect.
+    A deadline is never moved outwards. key: the idempotency key of the mutations called inside; the one of the request
+    in hand is never handed on, since it names that request's own effect.
     """
     old = _current.get()
     deadline = old.deadline
@@ -102,7 +104,7 @@ def use(
         namespace=old.namespace if namespace is None else namespace,
         lease=old.lease if lease is None else lease,
         deadline=deadline,
-        key=old.key if key is None else key,
+        call_key=old.call_key if key is None else key,
     )
     token = _current.set(new)
     try:

@@ -63,8 +63,14 @@ class OwnedFd:
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
+    def close(self) -> None:
+        """Close it now, where no thread can be using it: an exception that is kept would keep it open, too."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
     def __del__(self) -> None:
-        os.close(self.fd)
+        self.close()
 
 
 def sync_directory(path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -183,6 +184,9 @@ async def _serve(settings: Settings, build: Build) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, _stopping, host, stop, number)
         implementation = await build(host)
+        # What is there now stays to the end: without it, a full collection takes a fraction of the time.
+        gc.collect()
+        gc.freeze()
         server = await bus.serve(implementation, instance=host.instance, metadata=host.metadata)
         log.info("serving on node %s as %s", settings.node, server.instance)
         await stop.wait()

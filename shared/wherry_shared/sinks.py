@@ -56,7 +56,8 @@ class File:
     async def drop(self) -> None:
         self._batch = []
         if self._writing is not None:
-            await asyncio.gather(self._writing, return_exceptions=True)
+            await asyncio.wait([self._writing])  # it goes on even if this is cancelled, and then closes the file
+        self._file.close()
 
     async def _turn(self) -> None:
         await self._settled()

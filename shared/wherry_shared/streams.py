@@ -313,7 +313,7 @@ class BlobWriter:
 
     async def _open(self, *, truncate: bool = False) -> Opened:
         async def call() -> Opened:
-            with context.use(key=""):  # the key of a request in hand names that request's effect, not these
+            with context.use(key=""):  # a key that the caller set names one effect, and these are several
                 return await self._content.open(self._ref, self._total, self._expected, truncate)
 
         opened = await _patiently(call, self._patience)

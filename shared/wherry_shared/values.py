@@ -26,7 +26,7 @@ _DIGEST = re.compile(r"(?:sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128})\Z")
 class Model(BaseModel):
     """Base of everything that crosses the wire: immutable; unknown fields are ignored so that versions can mix."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
 
 def check_identifier(value: str, what: str = "identifier") -> str:

@@ -56,7 +56,9 @@ class House:
 
 @pytest.fixture
 async def house(bus: Bus, tmp_path: Path) -> AsyncIterator[House]:
-    await bus.transport.event_log(f"WHERRY-EV-{bus.node}", "wherry.ev.v1.>").ensure(max_age=3600, max_bytes=1 << 24)
+    await bus.transport.event_log(f"WHERRY-EV-{bus.node}", f"wherry.ev.v1.{bus.node}.>").ensure(
+        max_age=3600, max_bytes=1 << 24
+    )
     house = House(bus, tmp_path)
     await house.start()
     yield house

@@ -527,6 +527,18 @@ async def test_layers_apart_become_a_chain(shelf: Shelf) -> None:
         await api.remove(shelf.name, "one")
 
 
+@pytest.mark.parametrize("shelf", ["overlay"], indirect=True)
+async def test_a_base_shows_no_whiteouts(shelf: Shelf) -> None:
+    (mount,) = await shelf.api.prepare(shelf.name, "key", labels={REBASE_LABEL: "1"})
+    upper = Path(_option(mount, "upperdir"))
+    (upper / "dir").mkdir()
+    for name in ("gone", "dir/gone"):
+        os.mknod(upper / name, 0o020000, os.makedev(0, 0))
+    os.mknod(upper / "dir/null", 0o666 | 0o020000, os.makedev(1, 3))
+    await shelf.api.commit(shelf.name, "base", "key")
+    assert await shelf.shown("base") == {"dir": None, "dir/null": None}
+
+
 def _option(mount: Mount, name: str) -> str:
     return next(o.partition("=")[2] for o in mount.options if o.startswith(f"{name}="))
 

@@ -22,7 +22,11 @@ def octal(number: int, width: int) -> bytes:
 
 
 def base256(number: int, width: int) -> bytes:
-    return (number % (1 << width * 8)).to_bytes(width, "big") if number < 0 else b"\x80" + number.to_bytes(width - 1, "big")
+    return (
+        (number % (1 << width * 8)).to_bytes(width, "big")
+        if number < 0
+        else b"\x80" + number.to_bytes(width - 1, "big")
+    )
 
 
 def padded(data: bytes) -> bytes:
@@ -110,7 +114,9 @@ def look(root: os.PathLike[str] | str, *, times: bool = True) -> dict[bytes, tup
         elif stat.S_ISDIR(info.st_mode):
             todo += sorted((os.path.join(name, base) for base in os.listdir(path)), reverse=True)
         linked = not stat.S_ISDIR(info.st_mode) and info.st_nlink > 1
-        xattrs = {key: os.getxattr(path, key, follow_symlinks=False) for key in os.listxattr(path, follow_symlinks=False)}
+        xattrs = {
+            key: os.getxattr(path, key, follow_symlinks=False) for key in os.listxattr(path, follow_symlinks=False)
+        }
         found[name] = (
             info.st_mode, info.st_uid, info.st_gid, info.st_rdev, content, xattrs,
             info.st_mtime_ns if times else None,

@@ -94,8 +94,8 @@ def test_a_rebased_root_takes_its_parents_owner_unless_its_layer_said_one(backen
         backend.create(snapshot(number), never)
     os.chown(backend.tree(1), 1000, 1000)
     os.chown(backend.tree(3), 5, 6)
-    backend.rebase(2, 1)
-    backend.rebase(3, 1)
+    backend.rebase(2, 1, never)
+    backend.rebase(3, 1, never)
     owners = [(os.stat(backend.tree(n)).st_uid, os.stat(backend.tree(n)).st_gid) for n in (2, 3)]
     assert owners == [(1000, 1000), (5, 6)]
 

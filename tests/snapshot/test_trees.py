@@ -77,7 +77,7 @@ def few_descriptors() -> Iterator[None]:
 
 
 def test_depth_has_no_bound(victim: Path, few_descriptors: None) -> None:
-    depth = 2500
+    depth = 1200
     fd = os.open(victim, os.O_RDONLY)
     for i in range(depth):
         for name in ("d" * 100, f"beside{i}"):

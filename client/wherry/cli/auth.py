@@ -36,10 +36,17 @@ def init(
     directory: Annotated[Path, typer.Argument(help="Where the seeds and the server's user table go.")],
     node: Annotated[str, typer.Option(envvar="WHERRY_NODE", help="The node's name.")] = "",
     tenants: Annotated[list[str], typer.Option("--tenant", help="A namespace that gets a tenant.")] = [],  # noqa: B006
+    leaves: Annotated[list[str], typer.Option("--leaf", help="A node whose server may join this one.")] = [],  # noqa: B006
+    user: Annotated[str, typer.Option(help="Give each service its own folder; who runs those without root.")] = "",
+    root: Annotated[Path | None, typer.Option(help="With --user: make the services' folders in this root.")] = None,
 ) -> None:
     """Make every user of a node whose services are started one by one; running it again adds what is missing."""
     from wherry_shared.bus import credentials
     from wherry_shared.runtime import default_node
 
-    credentials.issue(directory, node or default_node(), tenants)
+    from wherry.node import handout
+
+    credentials.issue(directory, node or default_node(), tenants, leaves)
+    if user:
+        handout.hand_out(directory, user, root)
     print(directory / credentials.NATS_USERS)

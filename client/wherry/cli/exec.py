@@ -44,10 +44,10 @@ def command(
 
     from wherry_shared.errors import WherryError
 
-    from .run import _code_of
+    from .run import code_of, explain
 
     try:
         code = with_client(namespace, work)
     except WherryError as e:
-        raise fail(str(e), _code_of(e)) from None
+        raise fail(explain(e, args), code_of(e)) from None
     raise typer.Exit(code)

@@ -56,7 +56,7 @@ def command(
     try:
         code = with_client(namespace, work)
     except WherryError as e:
-        raise fail(str(e), _code_of(e)) from None
+        raise fail(explain(e, options["args"]), code_of(e)) from None
     raise typer.Exit(code)
 
 
@@ -65,13 +65,19 @@ def _stem(image: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name).strip("-")[:40] or "container"
 
 
-def _code_of(e: Exception) -> int:
+def code_of(e: Exception) -> int:
+    """Docker's exit code for an error, by what the OCI runtimes say of a command that is not there or cannot be run."""
     text = str(e).lower()
-    if "permission denied" in text and "exec" in text:
+    if "exec" not in text:
+        return NODE_FAILED
+    if "permission denied" in text:
         return CANNOT_RUN
-    if ("executable file" in text and "not found" in text) or ("no such file or directory" in text and "exec" in text):
-        return NOT_THERE
-    return NODE_FAILED
+    return NOT_THERE if "not found" in text or "no such file or directory" in text else NODE_FAILED
+
+
+def explain(e: Exception, args: list[str]) -> str:
+    """The error's text, with the command that it is about."""
+    return f"{args[0]}: {e}" if args and code_of(e) != NODE_FAILED and args[0] not in str(e) else str(e)
 
 
 async def _run(

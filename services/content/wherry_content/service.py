@@ -86,8 +86,7 @@ class ContentService(Content):
         """Put a thing on the caller's lease. NotFound: there is no such lease."""
         lease = context.current().lease
         if lease:
-            with context.use(key=""):  # the request's own key names another effect
-                await self._leases.add_resource(lease, Resource(type=type, id=id))
+            await self._leases.add_resource(lease, Resource(type=type, id=id))
 
     async def _let_go(self, type: str, id: str) -> None:
         """Take what is gone off the caller's lease. What it stood for is done already, so no failure of it counts."""
@@ -95,7 +94,6 @@ class ContentService(Content):
         if not lease:
             return
         try:
-            with context.use(key=""):
-                await self._leases.delete_resource(lease, Resource(type=type, id=id))
+            await self._leases.delete_resource(lease, Resource(type=type, id=id))
         except WherryError as e:
             log.info("lease %r still lists %s %r: %s", lease, type, id, e)

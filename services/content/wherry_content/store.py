@@ -279,7 +279,8 @@ class Store:
         progress = self._backend.progress(ingest_key(namespace, row.ref))
         if progress is None:
             return row
-        return row.model_copy(update={"offset": progress.offset, "updated_at": progress.updated_at})
+        updated_at = max(progress.updated_at, row.started_at)  # a file's clock is up to 10 ms behind
+        return row.model_copy(update={"offset": progress.offset, "updated_at": updated_at})
 
     async def _drop(self, namespace: str, ref: str, *, missing_ok: bool) -> None:
         key = ingest_key(namespace, ref)

@@ -27,9 +27,7 @@ class Applied:
     entries: int
 
 
-def apply(
-    source: BinaryIO | Iterable[bytes], media_type: str, target: Target, limits: Limits = DEFAULT
-) -> Applied:
+def apply(source: BinaryIO | Iterable[bytes], media_type: str, target: Target, limits: Limits = DEFAULT) -> Applied:
     """Extract the layer in `source` onto `target`; blocks, so call it in a thread or process of its own.
 
     `source` is read in another thread, by one `read` or `next` at a time, never after the return; it is not closed.

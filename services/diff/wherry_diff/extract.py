@@ -107,12 +107,13 @@ class Extractor:
         entry = None
         try:
             while (entry := self._reader.next()) is not None:
-                self._extract(entry)
+                self.extract(entry)
             self._tree.apply_times()
         except OSError as error:
             raise _typed(error, entry) from error
 
-    def _extract(self, entry: Entry) -> None:
+    def extract(self, entry: Entry) -> None:
+        """Extract one entry, whose body comes next from the reader."""
         name = entry.name
         directory, _, base = name.rpartition(b"/")
         tree = self._tree

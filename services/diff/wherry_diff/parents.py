@@ -14,6 +14,7 @@ from .openat2 import IN_ROOT, NO_MAGICLINKS, openat2
 OPAQUE = "trusted.overlay.opaque"
 _RESOLVE = IN_ROOT | NO_MAGICLINKS
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
+_REMEMBERED = 1 << 16
 _OVERLAY_XATTRS = ("trusted.overlay.", "user.overlay.")
 
 
@@ -22,12 +23,16 @@ class Parents:
 
     def __init__(self, roots: tuple[str, ...]) -> None:
         self._roots: list[int] = []
+        self._opaque: dict[tuple[int, bytes], bool | None] = {}
         for root in roots:
             try:
                 self._roots.append(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
             except OSError as error:
                 self.close()
                 raise NotFound(f"the parent {root}: {error.strerror}") from error
+
+    def __bool__(self) -> bool:
+        return bool(self._roots)
 
     def close(self) -> None:
         while self._roots:
@@ -40,7 +45,7 @@ class Parents:
     def entry(self, path: bytes) -> int | None:
         """An O_PATH descriptor, the caller's to close, of whatever `path` is (a last symbolic link is not followed)."""
         fd = self._find(path, os.O_PATH | os.O_NOFOLLOW)
-        if fd is not None and _is_whiteout(os.fstat(fd)):
+        if fd is not None and is_whiteout(os.fstat(fd)):
             os.close(fd)
             return None
         return fd
@@ -53,39 +58,58 @@ class Parents:
                 name = os.fsencode(entry)
                 if name not in seen:
                     seen.add(name)
-                    if not _is_whiteout(os.stat(name, dir_fd=root, follow_symlinks=False)):
+                    if not is_whiteout(os.stat(name, dir_fd=root, follow_symlinks=False)):
                         yield name
 
     def _find(self, path: bytes, flags: int) -> int | None:
-        for root in self._roots:
+        for index, root in enumerate(self._roots):
             try:
-                return openat2(root, path, flags, _RESOLVE)
+                fd = openat2(root, path, flags, _RESOLVE)
             except OSError as error:
+                if error.errno == errno.ENOENT:
+                    continue
                 if error.errno in (errno.ENOTDIR, errno.ELOOP):  # a file or a whiteout is in the way
                     return None
-                if error.errno != errno.ENOENT:
-                    raise
-            if self._ends_here(root, path):
+                raise
+            if any(self._ends_above(nearer, path) for nearer in range(index)):
+                os.close(fd)
                 return None
+            return fd
         return None
 
-    @staticmethod
-    def _ends_here(root: int, path: bytes) -> bool:
-        """Whether a directory on the way to `path` is opaque in this parent, so that the next ones do not count."""
-        while path := path.rpartition(b"/")[0]:
-            try:
-                fd = openat2(root, path, _DIRECTORY, _RESOLVE)
-            except OSError:
-                continue
-            try:
-                if os.getxattr(fd, OPAQUE) == b"y":
-                    return True
-            except OSError as error:
-                if error.errno not in (errno.ENODATA, errno.ENOTSUP):
-                    raise
-            finally:
-                os.close(fd)
+    def _ends_above(self, index: int, path: bytes) -> bool:
+        """Whether a directory above `path` is opaque in this parent, so that the parents after it do not count."""
+        at = path.find(b"/")
+        while at >= 0:
+            opaque = self._is_opaque(index, path[:at])
+            if opaque is not False:
+                return bool(opaque)
+            at = path.find(b"/", at + 1)
         return False
+
+    def _is_opaque(self, index: int, path: bytes) -> bool | None:
+        """Whether the directory is opaque in this parent; none if it is not there. Remembered: many paths share it."""
+        key = index, path
+        if key not in self._opaque:
+            if len(self._opaque) >= _REMEMBERED:
+                self._opaque.clear()
+            self._opaque[key] = _read_opaque(self._roots[index], path)
+        return self._opaque[key]
+
+
+def _read_opaque(root: int, path: bytes) -> bool | None:
+    try:
+        fd = openat2(root, path, _DIRECTORY, _RESOLVE)
+    except OSError:
+        return None
+    try:
+        return os.getxattr(fd, OPAQUE) == b"y"
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.ENOTSUP):
+            raise
+        return False
+    finally:
+        os.close(fd)
 
 
 def copy_attributes(source: int, target: int) -> os.stat_result:
@@ -153,5 +177,5 @@ def _copy_bytes(reader: int, writer: int) -> None:
             pass
 
 
-def _is_whiteout(info: os.stat_result) -> bool:
+def is_whiteout(info: os.stat_result) -> bool:
     return stat.S_ISCHR(info.st_mode) and info.st_rdev == 0

@@ -28,7 +28,7 @@ from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, 
 from .limits import Limits
 from .names import join, show
 from .openat2 import BENEATH, NO_SYMLINKS, openat2
-from .parents import OPAQUE, Parents, copy_attributes
+from .parents import OPAQUE, Parents, copy_attributes, is_whiteout
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_OPENED = 256
@@ -55,6 +55,8 @@ class Tree:
         # What this layer brought or passed through, for an opaque marker that comes late; an overlay needs no record.
         self.seen: set[bytes] | None = None if overlay else set()
         self._opaque: set[bytes] = set()
+        # The directory asked about last, and whether parents show in it: whiteouts of one directory come together.
+        self._merged: tuple[bytes, bool] = b"", True
         self._parents = parents
         self._limits = limits
         self._overlay = overlay
@@ -194,7 +196,7 @@ class Tree:
         if self._standalone:
             raise FailedPrecondition(f"the layer needs its parent: it has no entry for the directory {show(path)}")
         new = self.make_directory(fd, path, part)
-        model = None if self._is_hidden(path) else self._parents.directory(path)
+        model = None if self._hidden(path) else self._parents.directory(path)
         if model is None:
             os.fchmod(new, 0o755)
             os.fchown(new, os.geteuid(), self.group)
@@ -225,6 +227,7 @@ class Tree:
         if replaced and self._overlay:
             os.setxattr(new, OPAQUE, b"y")
             self._opaque.add(path)
+            self._merged = b"", True
         return new
 
     def apply_times(self) -> None:
@@ -292,21 +295,35 @@ class Tree:
         """Make `base` not exist: remove it, and in an overlay hide what the parents have of the name."""
         with suppress(FileNotFoundError):
             self.remove(fd, path, base)
-        if self._overlay:
+        if self._overlay and self._shines_through(path.rpartition(b"/")[0]):
             os.mknod(base, stat.S_IFCHR, 0, dir_fd=fd)
             if owner != (os.geteuid(), self.group):
                 os.chown(base, *owner, dir_fd=fd, follow_symlinks=False)
 
+    def _shines_through(self, path: bytes) -> bool:
+        """Whether the parents may show in this directory.
+
+        Where they cannot, a whiteout hides nothing, and the kernel would list it as a name that cannot be looked up.
+        """
+        if not path or (not self._parents and not self._hidden(path)):
+            return True
+        if self._merged[0] != path:
+            below = None if self._hidden(path) else self._parents.directory(path)
+            if below is not None:
+                os.close(below)
+            self._merged = path, below is not None
+        return self._merged[1]
+
     def opaque(self, fd: int, path: bytes) -> None:
         """Make the directory hide all that this layer did not bring to it; more of the layer may still follow."""
-        hidden = self._is_hidden(path)
+        if not self._hidden(path):
+            self._prune(path)
         self._opaque.add(path)
+        self._merged = b"", True
         if self._overlay:
             os.setxattr(fd, OPAQUE, b"y")
             if not path:
                 self._hide_parents_root()
-        elif not hidden:  # else nothing but this layer's is left there
-            self._prune(path)
 
     def _hide_parents_root(self) -> None:
         """Whiteouts for the parents' top level: the kernel does not honour the xattr on the root of an upper."""
@@ -319,25 +336,23 @@ class Tree:
                 info = os.stat(name, dir_fd=self.root, follow_symlinks=False)
                 if stat.S_ISDIR(info.st_mode):
                     os.setxattr(self.enter(name)[1], OPAQUE, b"y")
-                    self._opaque.add(name)
 
     def _prune(self, path: bytes) -> None:
-        """Remove below `path` what this layer did not bring. Directories pruned before are not looked into again."""
-        seen = self.seen or set()
+        """Remove below `path` what this layer did not bring; of an overlay, whose upper directory has nothing else,
+        the whiteouts. Directories that were pruned before are not looked into again."""
         todo = [path]
         while todo:
             path, fd = self.enter(todo.pop())
             for entry in os.listdir(fd):
                 base = os.fsencode(entry)
                 child = join(path, base)
-                if child not in seen:
+                info = os.stat(base, dir_fd=fd, follow_symlinks=False)
+                if is_whiteout(info) if self.seen is None else child not in self.seen:
                     self.remove(fd, child, base)
-                elif child not in self._opaque and stat.S_ISDIR(
-                    os.stat(base, dir_fd=fd, follow_symlinks=False).st_mode
-                ):
+                elif child not in self._opaque and stat.S_ISDIR(info.st_mode):
                     todo.append(child)
 
-    def _is_hidden(self, path: bytes) -> bool:
+    def _hidden(self, path: bytes) -> bool:
         """Whether this layer made the directory, or one above it, opaque."""
         if not self._opaque:
             return False
@@ -357,7 +372,7 @@ class Tree:
 
     def below(self, path: bytes) -> int | None:
         """An O_PATH descriptor, the caller's to close, of what the parents show under this name; none for nothing."""
-        return None if self._is_hidden(path.rpartition(b"/")[0]) else self._parents.entry(path)
+        return None if self._hidden(path.rpartition(b"/")[0]) else self._parents.entry(path)
 
     def look(self, fd: int, base: bytes) -> os.stat_result | None:
         """What `base` in the directory `fd` is; none for nothing and for an overlay's whiteout, a device 0:0."""
@@ -365,7 +380,7 @@ class Tree:
             info = os.stat(base, dir_fd=fd, follow_symlinks=False)
         except FileNotFoundError:
             return None
-        return None if self._overlay and stat.S_ISCHR(info.st_mode) and info.st_rdev == 0 else info
+        return None if self._overlay and is_whiteout(info) else info
 
 
 def _step(fd: int, name: bytes) -> int:

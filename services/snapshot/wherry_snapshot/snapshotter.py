@@ -158,9 +158,9 @@ class Snapshotter:
     async def _commit(self, place: Place, name: str, key: str, parent: str, labels: dict[str, str]) -> Info:
         row, above = self._committable(self._rows.database, place, name, key, parent)
         check = self._check_deadline()
+        if above is not None or self._rebases(row):
+            await self._threaded(self._backend.rebase, row.number, above.number if above else None, check)
         usage = await self._measured(row, check)
-        if above is not None:
-            await self._threaded(self._backend.rebase, row.number, above.number)
         check()
 
         def write(tx: Transaction) -> Info:
@@ -188,9 +188,13 @@ class Snapshotter:
             raise InvalidArgument(f"snapshotter {self.name!r} cannot rebase: commit without a parent")
         if row.parent:
             raise FailedPrecondition(f"snapshot {key!r} has the parent {row.parent!r}: it cannot get another")
-        if REBASE_LABEL not in row.inherited:
+        if not self._rebases(row):
             raise FailedPrecondition(f"snapshot {key!r} was not prepared with the label {REBASE_LABEL}")
         return row, self._committed(source, place, parent)
+
+    def _rebases(self, row: Row) -> bool:
+        """Whether an active snapshot was prepared to get its parent at its commit, where the backend can do that."""
+        return not row.parent and REBASE_LABEL in row.inherited and REBASE in self._backend.capabilities
 
     # ---- removing
 

@@ -12,7 +12,7 @@ import hmac
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "introspection": (),
 }
 STREAM = "WHERRY-EV"
+_LEAF = "leaf-"
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,17 @@ def tenant(namespace: str) -> str:
     return f"tenant-{check_identifier(namespace, 'namespace')}"
 
 
-def issue(directory: Path, node: str, tenants: Iterable[str] = ()) -> None:
+def leaf(node: str) -> str:
+    """The user name of a node's nats-server at the cluster that it is a leaf of."""
+    return f"{_LEAF}{check_identifier(node, 'node')}"
+
+
+def issue(directory: Path, node: str, tenants: Iterable[str] = (), leaves: Iterable[str] = ()) -> None:
     """Make every user of a node (services, roles, tenants) and write the server's and the services' tables.
 
-    Users that exist keep their seeds, tenants issued before stay. Writes `<directory>/*.nk`, `identities.json`
-    (who owns which inbox) and `nats-users.conf` (nkeys and permissions, for nats-server to include).
+    leaves: nodes whose nats-servers may join this one. Users that exist keep their seeds, tenants and leaves issued
+    before stay. Writes `<directory>/*.nk`, `identities.json` (who owns which inbox) and `nats-users.conf` (nkeys and
+    permissions, for nats-server to include).
     """
     known = {i["namespace"] for i in _read_identities(directory).values() if i["role"] == "tenant"}
     users: list[tuple[Identity, dict[str, Any]]] = [
@@ -117,6 +124,11 @@ def issue(directory: Path, node: str, tenants: Iterable[str] = ()) -> None:
         permissions["subscribe"].append(f"{credentials.inbox_prefix}.>")
         identities[credentials.inbox_prefix] = asdict(identity)
         lines.append(_server_user(credentials, permissions))
+    joined = {path.stem.removeprefix(_LEAF) for path in directory.glob(f"{_LEAF}*.nk")}
+    callers = [prefix for prefix, identity in identities.items() if identity["role"] != "service"]
+    for name in sorted({*joined, *leaves}):
+        permissions = leaf_permissions(name, callers)
+        lines.append(_server_user(ensure(directory, leaf(name)), permissions, ["LEAFNODE"]))
     _write_private(directory / IDENTITIES, json.dumps(identities, indent=1))
     _write_private(directory / NATS_USERS, "authorization {\n  users = [\n" + "".join(lines) + "  ]\n}\n")
 
@@ -203,15 +215,28 @@ def tenant_permissions(namespace: str) -> dict[str, Any]:
     }
 
 
-def _server_user(credentials: Credentials, permissions: dict[str, Any]) -> str:
-    """A user's entry in nats-server's configuration."""
+def leaf_permissions(node: str, inboxes: Iterable[str]) -> dict[str, Any]:
+    """What passes between a node's nats-server and the cluster: its own events, stdio and audit and its answers to
+    the callers there; requests to it and their stdin. It speaks for no other node and sees nothing of one."""
+    own = subjects.encode_token(node)
+    return {
+        "publish": [f"{root}.{own}.>" for root in (subjects.EV, subjects.IO, subjects.AUDIT)]
+        + [f"{i}.>" for i in inboxes],
+        "subscribe": [f"{root}.{own}.>" for root in (subjects.RPC, subjects.IO)] + _srv(),
+        "respond": False,
+    }
+
+
+def _server_user(credentials: Credentials, permissions: dict[str, Any], connections: Sequence[str] = ()) -> str:
+    """A user's entry in nats-server's configuration. connections: the only kinds that it may make."""
     allow = {
         "publish": {"allow": permissions["publish"]} if permissions["publish"] else {"deny": [">"]},
         "subscribe": {"allow": permissions["subscribe"]},
     }
     if permissions["respond"]:
         allow["allow_responses"] = {"max": 1, "expires": "1h"}
-    return f"    {{ nkey: {credentials.public_key}, permissions: {json.dumps(allow)} }}\n"
+    kinds = f", allowed_connection_types: {json.dumps(connections)}" if connections else ""
+    return f"    {{ nkey: {credentials.public_key}, permissions: {json.dumps(allow)}{kinds} }}\n"
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -57,7 +57,7 @@ class Caller:
         deadline = now.deadline or time.time() + endpoint.timeout
         headers = {DEADLINE: f"{deadline:.3f}"}
         if endpoint.mutates:
-            headers[KEY] = now.key or f"{_token(96):024x}"
+            headers[KEY] = now.call_key or f"{_token(96):024x}"
         if now.lease:
             headers[LEASE] = now.lease
         if now.trace:

@@ -103,7 +103,7 @@ class LocalBackend:
             await self._in_thread(_free, self._trash / entry)
 
     def _discard(self, path: Path) -> None:
-        with suppress(FileNotFoundError), os_errors(str(path)):
+        with os_errors(str(path)), suppress(FileNotFoundError):
             os.rename(path, self._trash / secrets.token_hex(8))
 
     # ---- blobs

@@ -65,8 +65,8 @@ class Backend(Protocol):
         """How to mount an active snapshot or a view."""
         ...
 
-    def rebase(self, number: int, parent: int) -> None:
-        """Fit a parentless snapshot to the parent that it is about to get (capability REBASE)."""
+    def rebase(self, number: int, parent: int | None, check: Check) -> None:
+        """Fit what was prepared to be rebased to the parent that it is about to get, None: it becomes a base."""
         ...
 
     def usage(self, number: int, check: Check) -> Usage:

@@ -45,5 +45,5 @@ class NativeBackend(Directories):
             shown, access = (snapshot.parents or (snapshot.number,))[0], "ro"
         return [Mount(type="bind", source=self.tree(shown), options=[access, "rbind"])]
 
-    def rebase(self, number: int, parent: int) -> None:
+    def rebase(self, number: int, parent: int | None, check: Check) -> None:
         raise Unimplemented("the native snapshotter copies its parent when a snapshot is prepared: it cannot rebase")

@@ -15,7 +15,7 @@ from wherry_shared.api.snapshot import REBASE_LABEL
 from wherry_shared.errors import FailedPrecondition
 from wherry_shared.values import Mount
 
-from . import REBASE, Check, Snapshot
+from . import REBASE, Check, Snapshot, trees
 from .directories import Directories
 
 _OVERLAY_MAGIC = 0x794C7630  # linux/magic.h
@@ -71,8 +71,14 @@ class OverlayBackend(Directories):
         options = [*own, "lowerdir=" + ":".join(lower), *self._options]
         return Mount(type="overlay", source="overlay", options=options)
 
-    def rebase(self, number: int, parent: int) -> None:
-        """A root that its layer left as it was made gets the owner that it would have had on its parent."""
+    def rebase(self, number: int, parent: int | None, check: Check) -> None:
+        """A root that its layer left as it was made gets the owner that it would have had on its parent.
+
+        A base loses its whiteouts: there is nothing under them, and a bind mount would show them as devices.
+        """
+        if parent is None:
+            trees.remove_whiteouts(self.tree(number), check)
+            return
         st, above = os.lstat(self.tree(number)), os.lstat(self.tree(parent))
         if (st.st_uid, st.st_gid) == (0, 0):
             os.chown(self.tree(number), above.st_uid, above.st_gid)

@@ -14,7 +14,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from wherry_shared.api.snapshot import Usage
 from wherry_shared.errors import Aborted, FailedPrecondition
@@ -231,6 +231,34 @@ def measure(path: os.PathLike[str] | str, check: Check) -> Usage:
             except Aborted:
                 continue
     raise Aborted(f"the tree of {os.path.basename(path)} changes while it is measured")
+
+
+# ---- what overlay marks as deleted
+
+
+class _Whiteouts(Visitor):
+    def visit(self, fd: int) -> list[str]:
+        below = []
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    below.append(entry.name)
+                elif not (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
+                    _unlink_whiteout(fd, entry.name)
+        return below
+
+
+def _unlink_whiteout(fd: int, name: str) -> None:
+    with suppress(FileNotFoundError):
+        st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        if stat.S_ISCHR(st.st_mode) and st.st_rdev == 0:
+            os.unlink(name, dir_fd=fd)
+
+
+def remove_whiteouts(path: os.PathLike[str] | str, check: Check) -> None:
+    """Remove the whiteouts of a layer that stands on nothing: character devices 0:0 (the kernel's overlayfs.rst)."""
+    with trusted_directory(path) as fd:
+        walk(os.dup(fd), _Whiteouts(), check)
 
 
 # ---- its end

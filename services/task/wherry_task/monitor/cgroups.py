@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import os
-import select
 
 from wherry_task.monitor import libc
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from wherry_task.monitor.loop import Loop
 
 ROOT = "/sys/fs/cgroup"
 
@@ -30,7 +23,7 @@ def of(pid: int | str) -> dict[str, str]:
 
 
 def own(cgroups: dict[str, str]) -> dict[str, str]:
-    """Those of the cgroups that are not ours too and not above ours: a container without its own shares its parent's."""
+    """Those that are neither ours nor above ours: a container without cgroups of its own shares its parent's."""
     ours = of("self")
     return {
         controllers: path
@@ -47,64 +40,37 @@ def folder(controllers: str, path: str) -> str:
     return (unified if os.path.isdir(unified) else ROOT) + path
 
 
-class OomWatch:
-    """Counts kills by the kernel's out-of-memory killer in one memory cgroup and calls `told` when there are more."""
+def memory(cgroups: dict[str, str]) -> str:
+    """The file that counts the container's out-of-memory kills; "" when it has no memory cgroup of its own."""
+    candidates = {key: path for key, path in own(cgroups).items() if key == "" or "memory" in key.split(",")}
+    for controllers in sorted(candidates, reverse=True):  # v1 first: a hybrid host's v2 has no memory controller
+        where = folder(controllers, candidates[controllers])
+        file = f"{where}/memory.oom_control" if controllers else f"{where}/memory.events"
+        if os.path.exists(file):
+            return file
+    return ""
 
-    def __init__(self, loop: Loop, cgroups: dict[str, str], told: Callable[[], None]) -> None:
-        """Watches nothing where the container has no memory cgroup of its own."""
-        self._loop = loop
-        self._told = told
-        self._fds: list[int] = []
-        self._file = ""
-        memory = {key: path for key, path in own(cgroups).items() if key == "" or "memory" in key.split(",")}
-        try:
-            for controllers in sorted(memory, reverse=True):  # v1 first: on a hybrid host v2 has no memory controller
-                where = folder(controllers, memory[controllers])
-                file = f"{where}/memory.oom_control" if controllers else f"{where}/memory.events"
-                if os.path.exists(file):
-                    self._start(where, file, bool(controllers))
-                    break
-        except OSError:
-            self.close()  # a container that is gone already, or no permission: no notices, the exit is still told
-        self.kills = self._count()
 
-    def _start(self, where: str, file: str, legacy: bool) -> None:
-        self._file = file
-        if not legacy:
-            self._fds = [libc.watch_modifications(file)]
-        else:
-            event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._fds = [event, os.open(file, os.O_RDONLY)]
-            with open(f"{where}/cgroup.event_control", "w") as control:
-                control.write(f"{event} {self._fds[1]}")
-        self._loop.watch(self._fds[0], select.POLLIN, self._ready)
+def watch_memory(file: str) -> int:
+    """A descriptor that becomes readable when the kernel kills in that cgroup, and now and then without a kill."""
+    if file.endswith("/memory.events"):
+        return libc.watch_modifications(file)
+    event, control = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), os.open(file, os.O_RDONLY)
+    try:
+        with open(f"{os.path.dirname(file)}/cgroup.event_control", "w") as register:
+            register.write(f"{event} {control}")
+    except OSError:
+        os.close(event)
+        raise
+    finally:
+        os.close(control)
+    return event
 
-    def _count(self) -> int:
-        if not self._file:
-            return 0
-        try:
-            with open(self._file) as file:
-                return sum(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
-        except OSError:
-            return 0
 
-    def _ready(self, _: int) -> None:
-        try:
-            os.read(self._fds[0], 4096)
-        except BlockingIOError:
-            return
-        self.check()
-
-    def check(self) -> None:
-        """Look at the counter now: the kernel tells before it kills, and tells nothing about the last kill of all."""
-        count = self._count()
-        if count > self.kills:
-            self.kills = count
-            self._told()
-
-    def close(self) -> None:
-        """Stop watching; a second call does nothing."""
-        for fd in self._fds:
-            self._loop.unwatch(fd)
-            os.close(fd)
-        self._fds = []
+def oom_kills(file: str) -> int:
+    """How many processes the kernel has killed in that cgroup for want of memory; 0 when it is gone."""
+    try:
+        with open(file) as lines:
+            return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    except OSError:
+        return 0

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from wherry_task.monitor import cgroups, container, libc, monitor, mounts, records, wire
-from wherry_task.monitor.loop import Loop
-from wherry_task.monitor.runtime import Runtime
+from wherry_task.monitor import cgroups, compact, libc, mounts, operations, records, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,28 +17,30 @@ _ROUNDS, _PAUSE = 200, 0.02
 DIED = {"exit_status": 128 + libc.SIGKILL, "shim_died": True}
 
 
-def main(fd: int, request: Args) -> None:
+def main(fd: int, request: int, body: bytes) -> None:
     """Clean the bundle that the request names, and answer on the connection."""
-    libc.rename_process("wherry-cleanup")
+    libc.rename_process(b"wherry-cleanup")
     try:
-        reply: Args = {"id": request.get("id"), "ok": _clean(request)}
-    except wire.Failure as error:
-        reply = {"id": request.get("id"), "error": {"code": error.code, "message": error.message}}
+        arguments = compact.loads(body)
+        if not isinstance(arguments, dict):
+            raise ValueError("not an object")
+        frame = wire.frame(request, wire.OK, compact.dumps(_clean(arguments)))
+    except ValueError as error:
+        frame = wire.frame(request, wire.INVALID, str(error).encode())
+    except wire.Failure as failure:
+        frame = wire.frame(request, failure.code, failure.message.encode())
     except OSError as error:
-        failure = wire.failure_of(error, "cleanup")
-        reply = {"id": request.get("id"), "error": {"code": failure.code, "message": failure.message}}
-    os.write(fd, wire.encode(reply))
+        translated = wire.failure_of(error, "cleanup")
+        frame = wire.frame(request, translated.code, translated.message.encode())
+    os.write(fd, frame)
 
 
 def _clean(request: Args) -> Args:
     """Returns {exits, warnings}. Raises Failure, with EXISTS when a monitor is alive. May be repeated at will."""
-    about = monitor.about(request)
-    monitor.enter_bundle(about["bundle"])
-    monitor.lock_bundle()
-    try:
-        about |= records.read(records.ABOUT)
-    except (OSError, ValueError):
-        pass  # a monitor that died before it wrote anything: the request says enough  # noqa: S110
+    about = operations.describe_bundle(request)
+    operations.enter_bundle(about["bundle"])
+    operations.lock_bundle()
+    about |= _written_by_the_monitor()
     warnings: list[str] = []
     own = cgroups.own(about.get("cgroups") or _cgroups_of_spec())
     _kill_init(about.get("init") or {})
@@ -49,9 +49,16 @@ def _clean(request: Args) -> Args:
     mounts.enter_namespace(os.getcwd())
     _runtime_delete(about, warnings)
     _remove_cgroups(own, warnings)
-    records.remove(monitor.SOCKET)
+    records.remove(operations.SOCKET)
     _write_missing_exits(about.get("init") or {})
     return {"exits": records.exits(), "warnings": warnings}
+
+
+def _written_by_the_monitor() -> Args:
+    try:
+        return records.read(records.ABOUT)
+    except (OSError, ValueError):
+        return {}  # it died before it wrote anything: the request says enough
 
 
 def _cgroups_of_spec() -> dict[str, str]:
@@ -75,7 +82,7 @@ def _kill_init(init: Args) -> None:
     except OSError:
         return
     # Only after the pidfd is open does an equal start time prove that it is still the same process.
-    if container.start_time(pid) == init.get("start_time"):
+    if operations.start_time(pid) == init.get("start_time"):
         libc.kill(pid, libc.SIGKILL)
     os.close(fd)
 
@@ -122,16 +129,10 @@ def _write(path: str, value: str) -> None:
 
 
 def _runtime_delete(about: Args, warnings: list[str]) -> None:
-    loop = Loop(lambda pid, status: None, lambda: None)
-    runtime = Runtime(loop, about["runtime"], about["root"], about["container"], about["options"])
-
-    def done(_: Any, error: BaseException | None) -> None:
-        if error is not None:
-            warnings.append(str(error))
-        loop.running = False
-
-    loop.start(runtime.run("delete", "--force"), done)
-    loop.run()
+    try:
+        operations.runtime_of(about).run("delete", "--force")
+    except wire.Failure as failure:
+        warnings.append(failure.message)
 
 
 def _remove_cgroups(own: dict[str, str], warnings: list[str]) -> None:

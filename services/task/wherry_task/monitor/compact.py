@@ -1,4 +1,4 @@
-"""JSON by the C scanner and encoder alone: importing `json` would cost every monitor the private pages of re and enum."""
+"""JSON by the C scanner and encoder alone: `json` itself would bring re and enum, a third of the zygote's memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _refuse(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-_scan = _json.make_scanner(_Rules)
+_scan = _json.make_scanner(_Rules)  # type: ignore[arg-type]
 _encode = _json.make_encoder(None, _refuse, _json.encode_basestring_ascii, None, ":", ",", False, False, False)
 
 

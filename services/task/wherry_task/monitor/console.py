@@ -5,7 +5,7 @@ from __future__ import annotations
 import _socket
 import os
 
-from wherry_task.monitor import wire
+from wherry_task.monitor import libc, wire
 
 _MSG_CMSG_CLOEXEC = 0x40000000
 
@@ -23,7 +23,7 @@ class ConsoleSocket:
     def master(self) -> int:
         """The descriptor that the runtime, which has ended by now, left in the socket. Raises Failure when none."""
         try:
-            connection = _socket.socket(fileno=wire.accept(self._listener))
+            connection = _socket.socket(fileno=libc.accept(self._listener))
         except OSError as error:
             raise wire.failure_of(error, "the runtime did not connect to the console socket") from None
         connection.settimeout(5)

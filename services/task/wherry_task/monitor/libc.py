@@ -31,11 +31,11 @@ MAX_MESSAGE = 160 << 10  # below the default buffer of a SOCK_SEQPACKET socket
 
 
 class _Iovec(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]  # noqa: RUF012
+    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
 
 
 class _Message(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("name", ctypes.c_void_p), ("name_length", ctypes.c_uint32), ("iov", ctypes.c_void_p),
         ("iov_length", ctypes.c_size_t), ("control", ctypes.c_void_p), ("control_length", ctypes.c_size_t),
         ("flags", ctypes.c_int),
@@ -138,7 +138,7 @@ def receive(fd: int) -> tuple[bytes, list[int]]:
         raw = _control.raw
         for at in range(16, int.from_bytes(raw[:8], "little"), 4):
             fds.append(int.from_bytes(raw[at : at + 4], "little"))
-    return _data.raw[:size] if size > 4096 else _data[:size], fds
+    return ctypes.string_at(_data, size), fds
 
 
 def kill(pid: int, signal: int) -> None:

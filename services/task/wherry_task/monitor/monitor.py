@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import select
 
-from wherry_task.monitor import libc, pump, wire, worker
+from wherry_task.monitor import libc, pump, records, wire, worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,13 +30,14 @@ _AFTERWARDS = {wire.CREATE: CREATED, wire.START: RUNNING, wire.RESUME: RUNNING, 
 
 
 class Process:
-    """The init (named b"") or an exec. `pid` is 0 until it runs; `exit` is its record's JSON once that is on disk."""
+    """The init (named b"") or an exec. `pid` is 0 unless it runs; `exit` is its record's JSON once that is on disk."""
 
-    __slots__ = ("exit", "held", "master", "name", "pid", "pumps", "stdin", "told", "waiters")
+    __slots__ = ("ended", "exit", "held", "master", "name", "pid", "pumps", "stdin", "told", "waiters")
 
     def __init__(self, name: bytes) -> None:
         self.name = name
         self.pid = 0
+        self.ended = False
         self.exit = b""
         self.told = False
         self.stdin = -1
@@ -79,6 +80,7 @@ class Monitor:
         self.processes = {b"": self.init}
         self.sequence = 0
         self.oom_kills = 0
+        self.logs: dict[str, pump.LogFile] = {}
         self._running = True
         self._leaving = False
         self._poll = select.poll()
@@ -103,7 +105,10 @@ class Monitor:
                 # A handler earlier in this round may have closed this one.
                 handler = self._handlers.get(fd)
                 if handler is not None:
-                    handler(fd, events)
+                    try:
+                        handler(fd, events)
+                    except Exception as error:
+                        worker.note(error)  # a mistake here is bad; a container killed by it would be worse
             if self._pending:
                 calls, self._pending = self._pending, []
                 self._pending += [call for call in calls if not call()]
@@ -120,18 +125,41 @@ class Monitor:
 
     # -- clients --------------------------------------------------------------------------------------------------
 
-    def adopt(self, fd: int, inbox: bytearray) -> Client:
-        """Serve one more connection, of which `inbox` was read already."""
+    def begin(self, fd: int, inbox: bytearray, request: int, body: bytes) -> None:
+        """Have a worker prepare the place that the request on this connection names; `inbox` was read behind it."""
         client = self._clients[fd] = Client(fd, inbox)
+        # Further frames of this client wait until the bundle has been entered.
+        self._work(wire.SPAWN, b"", body, client, request)
+
+    def rehearse(self, fd: int, inbox: bytearray, place: list[int]) -> None:
+        """As `begin`, but with a place that was prepared already, and with a process that ends at once."""
+        client = self._clients[fd] = Client(fd, inbox)
+        self._settle(*place)
+        self._watch_place = place
         self.watch(fd, select.POLLIN, self._received)
-        return client
+        self._deliver(client)
+        pid = os.fork()
+        if not pid:
+            os._exit(0)
+        self.init.pid = pid
+        self.state=RUNNING
+        def end():
+            if not self.init.ended or self._jobs: return False
+            self.state=EMPTY
+            self._drop(client)
+            return True
+        self._pending.append(end)
+    def close(self):
+        for fd in list(self._handlers): self.unwatch(fd); os.close(fd)
+        os.close(self._watch_place[1])
 
     def _accept(self, listener: int, _: int) -> None:
         try:
             fd = libc.accept(listener)
         except OSError:
             return
-        self.adopt(fd, bytearray())
+        self._clients[fd] = Client(fd, bytearray())
+        self.watch(fd, select.POLLIN, self._received)
 
     def _received(self, fd: int, events: int) -> None:
         client = self._clients[fd]
@@ -203,11 +231,11 @@ class Monitor:
             self._queue.append((operation, name, rest, client, request))
             self._next()
         elif operation == wire.WATCH:
-            self._add_watcher(client, request, int(rest or b"0"))
+            self._add_watcher(client, request, _number(rest or b"0"))
         elif operation == wire.WAIT:
             self._wait(client, request, self._find(name))
         elif operation == wire.KILL:
-            self._kill(client, request, self._find(name), int(rest))
+            self._kill(client, request, self._find(name), _number(rest))
         elif operation == wire.CLOSE_STDIN:
             self._close_stdin(self._find(name))
             self._send(client, wire.frame(request, wire.OK))
@@ -216,8 +244,10 @@ class Monitor:
                 raise wire.Failure(wire.PRECONDITION, f"the container is {self.state}")
             self._send(client, wire.frame(request, wire.OK))
             self._leave()
-        else:
+        elif wire.CREATE <= operation < wire.EXITED:
             self._work(operation, name, rest, client, request)
+        else:
+            raise wire.Failure(wire.UNIMPLEMENTED, f"operation {operation}")
 
     def _next(self) -> None:
         """Begin the first of the waiting exclusive operations, if none is under way."""
@@ -254,7 +284,7 @@ class Monitor:
             process.waiters.append(tell)
 
     def _kill(self, client: Client, request: int, process: Process, signal: int) -> None:
-        if process.exit or not process.pid:
+        if not process.pid:
             raise wire.Failure(wire.NOT_FOUND, f"process {process.name.decode() or 'init'} has ended or not begun")
         try:
             # An unreaped child of ours: its pid cannot have passed to another process, so no runtime is asked.
@@ -297,7 +327,7 @@ class Monitor:
         self.watch(mine, select.POLLIN, self._reported)
 
     def _reported(self, fd: int, _: int) -> None:
-        """A worker's one message: `status pid role...`, a newline and the reply; the roles say what its fds are for."""
+        """A worker's one message: `status pid role...` with tabs, a newline, the reply. A role says what fds are for."""
         try:
             message, fds = libc.receive(fd)
         except OSError:
@@ -307,14 +337,15 @@ class Monitor:
         job = self._jobs.pop(fd)
         head, _, body = message.partition(b"\n")
         if not head:
-            head, body = b"%d 0" % wire.INTERNAL, b"the worker died; monitor.log in the bundle may tell why"
-        status, pid, *roles = head.split(b"\t" if b"\t" in head else b" ")
-        if int(status) == wire.OK:
-            self._succeeded(job, int(pid), roles, fds, body)
+            head, body = b"%d\t0" % wire.INTERNAL, b"the worker died; monitor.log in the bundle may tell why"
+        words = head.split(b"\t")
+        status = int(words[0])
+        if status == wire.OK:
+            self._succeeded(job, int(words[1]), words[2:], fds, body)
         elif job.operation == wire.EXEC:
             del self.processes[job.name]
         if job.client is not None:
-            self._send(job.client, wire.frame(job.request, int(status), body))
+            self._send(job.client, wire.frame(job.request, status, body))
         self._launching -= job.operation in _LAUNCHING
         if not self._launching:
             self._early.clear()
@@ -323,15 +354,18 @@ class Monitor:
             self._next()
         # Whatever was held back until the reply had gone out follows it.
         self._tell()
+        if job.operation == wire.SPAWN and job.client is not None:
+            self._deliver(job.client) if status == wire.OK else self._leave()
 
     def _succeeded(self, job: Job, pid: int, roles: list[bytes], fds: list[int], body: bytes) -> None:
         operation = job.operation
         if operation == wire.SPAWN:
             self._settle(*fds)
         elif operation == wire.EXITED:
+            self._out_of_memory(pid)
             self.processes[job.name].exit = body
         elif operation == wire.OOM:
-            self._out_of_memory(pid, body)
+            self._out_of_memory(pid)
         elif operation == wire.DELETE:
             self.state = DELETED
             self._leave()
@@ -341,12 +375,12 @@ class Monitor:
             if roles:
                 self._attach(process, roles, fds)
         if operation in _AFTERWARDS:
-            self.state = _AFTERWARDS[operation]
+            self.state = STOPPED if self.init.ended else _AFTERWARDS[operation]
         if pid in self._early and operation in _LAUNCHING:
             self._ended(self.processes[job.name], self._early.pop(pid))
 
     def _settle(self, directory: int, lock: int, listener: int, namespace: int) -> None:
-        """Take over the place that the first worker prepared: `lock` is only held, for as long as this process lives."""
+        """Take over the place that the first worker prepared; `lock` is only held, as long as this process lives."""
         libc.enter_mounts(namespace)
         os.fchdir(directory)
         os.close(namespace)
@@ -401,7 +435,7 @@ class Monitor:
             self._work(wire.EXITED, process.name, b"%d %d" % (process.pid, code), None, 0)
         except wire.Failure:
             self._pending.append(lambda: self._ended_again(process, status))
-        process.pid = 0
+        process.pid, process.ended = 0, True
         if not process.name and self.state in (RUNNING, PAUSED):
             self.state = STOPPED
 
@@ -446,20 +480,22 @@ class Monitor:
         except (OSError, wire.Failure):
             return  # the exit's worker looks at the same counter
 
-    def _out_of_memory(self, kills: int, body: bytes) -> None:
+    def _out_of_memory(self, kills: int) -> None:
         if kills > self.oom_kills:
             self.oom_kills = kills
             # Of several the last is enough, so that their number does not grow what is kept.
             self._notices = [old for old in self._notices if old[1] != b"*"]
-            self._notice(wire.OOM_NOTICE, b"*", body)
+            self._notice(wire.OOM_NOTICE, b"*", b'{"kills":%d}' % kills)
 
     # -- going away -----------------------------------------------------------------------------------------------
 
     def _delete(self, name: bytes, rest: bytes, client: Client, request: int) -> None:
         """Forget an exec that has ended, or have the container taken away; with `force` it is killed first."""
         process = self._find(name)
-        if not process.told and (process.pid or process.exit or self._workers):
-            if rest != b"force":
+        if process.name and not process.pid and not process.ended:
+            raise wire.Failure(wire.PRECONDITION, f"exec {name.decode()} is being started")
+        if process.pid or (process.ended and not process.told):
+            if process.pid and rest != b"force":
                 raise wire.Failure(wire.PRECONDITION, f"process {name.decode() or 'init'} has not ended")
             if process.pid:
                 libc.kill(process.pid, libc.SIGKILL)
@@ -492,10 +528,7 @@ class Monitor:
         if process.name:
             self.processes.pop(process.name, None)
             self._notices = [old for old in self._notices if old[1] != process.name]
-            try:
-                os.unlink(b"exits/exec-" + process.name)
-            except FileNotFoundError:
-                pass  # the disk was full when the exit should have been written  # noqa: S110
+            records.remove(records.exit_path(process.name.decode()))
             self._send(client, wire.frame(request, wire.OK, process.exit))
             self._next()
             return
@@ -540,14 +573,17 @@ class Monitor:
             return
 
 
+def _number(text: bytes) -> int:
+    if not text.isdigit():
+        raise wire.Failure(wire.INVALID, f"{text[:20]!r} is not a number")
+    return int(text)
+
+
 def main(fd: int, inbox: bytearray, request: int, body: bytes) -> None:
     """Be the monitor that the request on this connection asks for; returns when its work is over."""
     libc.rename_process(b"wherry-monitor")
     libc.forbid_dumps()
     libc.become_subreaper()
     monitor = Monitor()
-    client = monitor.adopt(fd, inbox)
-    # Frames that came right behind the spawn wait in the inbox: the bundle has to be entered first.
-    monitor.unwatch(fd)
-    monitor.spawn(client, request, body)
+    monitor.begin(fd, inbox, request, body)
     monitor.run()

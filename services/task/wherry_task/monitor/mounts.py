@@ -75,7 +75,7 @@ def _hide_unified() -> None:
 
 
 def mount_rootfs(mounts: Sequence[dict[str, Any]], target: str) -> None:
-    """Mount a snapshot's mounts ({type, source, options}) one over the other. Raises Failure; leaves none behind then."""
+    """Mount a snapshot's mounts ({type, source, options}) one over the other. Raises Failure, and leaves none."""
     if len(mounts) > _MAX_MOUNTS:
         raise wire.Failure(wire.INVALID, f"{len(mounts)} mounts for one root file system")
     os.makedirs(target, 0o755, exist_ok=True)

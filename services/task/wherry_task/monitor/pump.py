@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
 
-    from wherry_task.monitor.loop import Loop
+    from wherry_task.monitor.monitor import Monitor
 
     class Sink(Protocol):
         """Where bytes go. `write` takes what it can and returns the rest; `fd` tells when to try again."""
@@ -29,16 +29,16 @@ _LINE = 16384
 class Pump:
     """Reads only while nothing is pending, so a sink that does not take bytes stops the writer behind the source."""
 
-    def __init__(self, loop: Loop, source: int, sink: Sink) -> None:
+    def __init__(self, monitor: Monitor, source: int, sink: Sink) -> None:
         self.source = source
         self.sink = sink
-        self._loop = loop
+        self._monitor = monitor
         self._pending = b""
         self.open = True
         os.set_blocking(source, False)
-        loop.watch(source, select.POLLIN, self._readable)
+        monitor.watch(source, select.POLLIN, self._readable)
 
-    def _readable(self, _: int) -> None:
+    def _readable(self, fd: int, events: int) -> None:
         try:
             data = os.read(self.source, _CHUNK)
         except BlockingIOError:
@@ -53,17 +53,22 @@ class Pump:
     def _push(self, data: bytes) -> None:
         self._pending = self.sink.write(data)
         if self._pending:
-            self._loop.unwatch(self.source)
-            self._loop.watch(self.sink.fd, select.POLLOUT, self._writable)
+            self._monitor.unwatch(self.source)
+            self._monitor.watch(self.sink.fd, select.POLLOUT, self._writable)
 
-    def _writable(self, events: int) -> None:
+    def _writable(self, fd: int, events: int) -> None:
         before = len(self._pending)
         self._pending = self.sink.write(self._pending)
         if self._pending and len(self._pending) == before and events & (select.POLLHUP | select.POLLERR):
             self.close()  # a hung-up terminal takes nothing and would wake us for ever
         elif not self._pending:
-            self._loop.unwatch(self.sink.fd)
-            self._loop.watch(self.source, select.POLLIN, self._readable)
+            self._monitor.unwatch(self.sink.fd)
+            self._monitor.watch(self.source, select.POLLIN, self._readable)
+
+    def release(self) -> None:
+        """The writers have ended: an unread FIFO is no longer to stop the pump."""
+        if isinstance(self.sink, FifoSink):
+            self.sink.release()
 
     def drained(self) -> bool:
         """Move what can be moved now; True when nothing is left between the source and the sink."""
@@ -72,14 +77,14 @@ class Pump:
             readable.register(self.source, select.POLLIN)
             if not readable.poll(0):
                 return True
-            self._readable(0)
+            self._readable(self.source, 0)
         return not self.open
 
     def close(self) -> None:
         """Close both ends; what is pending is lost. A second call does nothing."""
         if self.open:
             self.open = False
-            self._loop.unwatch(self.sink.fd if self._pending else self.source)
+            self._monitor.unwatch(self.sink.fd if self._pending else self.source)
             os.close(self.source)
             self.sink.close()
 
@@ -133,17 +138,13 @@ class FileSink:
 class LogFile:
     """A file of `TIME STREAM P|F LINE` lines (the CRI log format) that is rotated by size; shared by both streams."""
 
-    def __init__(self, path: str, max_size: int, max_files: int) -> None:
+    def __init__(self, fd: int, path: str, max_size: int, max_files: int) -> None:
+        self.fd = fd
         self.path = path
         self._max_size = max_size
         self._max_files = max_files
         self._users = 0
-        self._open()
-
-    def _open(self) -> None:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        self.fd = os.open(self.path, flags, 0o600)
-        self._size = os.fstat(self.fd).st_size
+        self._size = os.fstat(fd).st_size
 
     def append(self, data: bytes) -> None:
         """Whole lines; rotates first when they would pass the size. A full disk loses them."""
@@ -161,8 +162,9 @@ class LogFile:
                 os.rename(older, f"{self.path}.{number}")
         if self._max_files <= 1:
             os.unlink(self.path)
-        old = self.fd
-        self._open()
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        fresh, old = os.open(self.path, flags, 0o600), self.fd
+        self.fd, self._size = fresh, 0
         os.close(old)
 
     def sink(self, stream: str) -> LogSink:
@@ -174,6 +176,11 @@ class LogFile:
         self._users -= 1
         if not self._users:
             os.close(self.fd)
+
+    @property
+    def users(self) -> int:
+        """How many streams still write into it."""
+        return self._users
 
 
 class LogSink:
@@ -204,6 +211,28 @@ class LogSink:
             self._file.append(self._format(_timestamp(), self._rest, b"P"))
             self._rest = b""
         self._file.release()
+
+
+def make(monitor: Monitor, role: bytes, fds: list[int]) -> Pump:
+    """The pump that a worker's role describes, with its descriptors taken from the front of `fds`.
+
+    `input` (source, sink), `file` (source, sink), `fifo` (source, sink, held reader), and
+    `log:STREAM:MAX_SIZE:MAX_FILES:PATH` (source, sink).
+    """
+    source, out = fds.pop(0), fds.pop(0)
+    if role == b"fifo":
+        return Pump(monitor, source, FifoSink(out, fds.pop(0)))
+    if role == b"input":
+        return Pump(monitor, source, FifoSink(out))
+    if role == b"file":
+        return Pump(monitor, source, FileSink(out))
+    _, stream, size, files, path = role.decode().split(":", 4)
+    file = monitor.logs.get(path)
+    if file is None or not file.users:
+        file = monitor.logs[path] = LogFile(out, path, int(size), int(files))
+    else:
+        os.close(out)  # both streams of a process, and those of its execs, share one file and one rotation
+    return Pump(monitor, source, file.sink(stream))
 
 
 def _timestamp() -> str:

@@ -9,15 +9,12 @@ from wherry_task.monitor import compact, libc, records, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from wherry_task.monitor.loop import Loop, Task
+    from collections.abc import Sequence
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LOG_TAIL = 1 << 16
 # How the waiting init of a runtime is let go: crun's reads a byte from exec.fifo, runc's writes one into it.
 _FIFO_READS = {"runc": os.O_RDONLY, "crun": os.O_WRONLY}
-_WAIT_FOR_INIT = 0.1
 
 
 class Runtime:
@@ -26,29 +23,26 @@ class Runtime:
     `binary` is a path or a name to be found on PATH; `root` is the runtime's state directory (`--root`).
     """
 
-    def __init__(self, loop: Loop, binary: str, root: str, container: str, options: Sequence[str] = ()) -> None:
+    def __init__(self, binary: str, root: str, container: str, options: Sequence[str] = ()) -> None:
         self.binary = binary
         self.name = os.path.basename(binary)
         self.state = os.path.join(root, container)
-        self._loop = loop
         self._container = container
         self._options = ["--root", root, *options]
-        self._calls = 0
         self._null = os.open("/dev/null", os.O_RDWR)
 
-    def run(self, verb: str, *arguments: str, stdio: Sequence[int] = (), log: str = "", tail: str = "") -> Task[None]:
+    def run(self, verb: str, *arguments: str, stdio: Sequence[int] = (), log: str = "", tail: str = "") -> None:
         """Run one verb on the container and wait for it. Raises Failure with the runtime's last error message.
 
         `stdio` are the descriptors for 0, 1 and 2 (/dev/null without). `log` keeps its log under that name; else the
         call has a log of its own that goes with it, so that calls at the same time do not mix their words.
         """
-        self._calls += 1
-        path = log or f"log-{self._calls}.json"
+        path = log or f"log-{os.getpid()}.json"
         line = [self.binary, *self._options, "--log", path, "--log-format", "json", verb, *arguments, self._container]
         start = os.path.getsize(path) if log and os.path.exists(path) else 0
         pid = self._spawn([*line, tail] if tail else line, stdio or (self._null,) * 3)
         try:
-            status: int = yield self._loop.child(pid)
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             if status:
                 words = last_error(path, start) or f"{self.name} ended with status {status}"
                 raise wire.Failure(wire.UNKNOWN, f"OCI runtime {verb} failed: {words}")
@@ -67,7 +61,7 @@ class Runtime:
         except OSError as error:
             raise wire.failure_of(error, f"OCI runtime {self.binary} cannot be run") from None
 
-    def release(self, ended: Callable[[], bool]) -> Task[bool]:
+    def release(self, pid: int) -> bool:
         """Let the created init go on by its exec.fifo, as the runtime's own `start` would, without running it.
 
         False when that is not possible: another runtime, no fifo, an init that is gone. `start` then tells why.
@@ -82,23 +76,25 @@ class Runtime:
         except OSError:
             return False
         try:
-            if direction == os.O_WRONLY:
-                return os.write(fd, b"\0") == 1 and _unlinked(fifo)
-            # Opened non-blocking, a fifo is silent until its first writer: runc's init may not have come so far yet.
-            while not (yield self._loop.ready(fd, select.POLLIN, _WAIT_FOR_INIT)):
-                if ended():
-                    return False
-            return bool(os.read(fd, 1)) and _unlinked(fifo)
+            done = os.write(fd, b"\0") == 1 if direction == os.O_WRONLY else _read_of_init(fd, pid)
         except OSError:
             return False
         finally:
             os.close(fd)
+        if done:
+            records.remove(fifo)  # the runtimes tell created from running by this file
+        return done
 
 
-def _unlinked(fifo: str) -> bool:
-    # The runtimes tell created from running by this file.
-    records.remove(fifo)
-    return True
+def _read_of_init(fifo: int, pid: int) -> bool:
+    """Opened non-blocking, a fifo is silent until its first writer: runc's init may not have come so far yet."""
+    init = os.pidfd_open(pid)
+    waiting = select.poll()
+    waiting.register(fifo, select.POLLIN)
+    waiting.register(init, select.POLLIN)
+    ready = waiting.poll()
+    os.close(init)
+    return any(fd == fifo for fd, _ in ready) and bool(os.read(fifo, 1))
 
 
 def last_error(path: str, start: int = 0) -> str:

@@ -19,30 +19,23 @@ from __future__ import annotations
 import os
 import stat
 
-from wherry_task.monitor import pump, wire
+from wherry_task.monitor import wire
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from wherry_task.monitor.loop import Loop
-
-_LOG_SIZE, _LOG_FILES = 16 << 20, 5
+_LOG_SIZE, _LOG_FILES, _MAX_LOG_FILES = 16 << 20, 5, 1000
 
 
 class Stdio:
-    """The three streams of one process. `child` are the descriptors for it; close them once it has its copies."""
+    """The three streams of one process, opened by a worker: `child` is for the process, `kept` for the monitor.
 
-    def __init__(self, loop: Loop, copy: bool = False) -> None:
+    `kept` are (role, descriptors) pairs, as pump.make and Monitor take them.
+    """
+
+    def __init__(self, copy: bool = False) -> None:
         self.child: list[int] = []
-        self.master = -1
-        self._loop = loop
+        self.kept: list[tuple[str, list[int]]] = []
         self._copy = copy
-        self._held: list[int] = []
-        self._stdin_writer = -1
-        self._input: pump.Pump | None = None
-        self._outputs: list[pump.Pump] = []
         self._terminal_in = -1
-        self._terminal_out: pump.Sink | None = None
-        self._logs: dict[str, pump.LogFile] = {}
+        self._terminal_out: tuple[str, list[int]] | None = None
 
     def open(self, stdin: str, stdout: str, stderr: str, terminal: bool) -> None:
         """Open the client's ends; "" is /dev/null. With a terminal, `attach` follows. Raises Failure; never blocks."""
@@ -54,71 +47,34 @@ class Stdio:
             for stream, uri in (("stdout", stdout), ("stderr", stderr)):
                 self.child.append(self._open_output(stream, uri))
         except OSError as error:
-            self.close()
             raise wire.failure_of(error, f"open stdio {error.filename or ''}".rstrip()) from None
-        except wire.Failure:
-            self.close()
-            raise
 
     def attach(self, master: int) -> None:
-        """Join a terminal's master to the opened ends; it belongs to this object from now on."""
-        self.master = master
+        """Join a terminal's master to the opened ends; it goes to the monitor as well, for its size."""
+        self.kept.append(("master", [master]))
         if self._terminal_in >= 0:
-            self._input = pump.Pump(self._loop, self._terminal_in, pump.FifoSink(os.dup(master)))
-            self._terminal_in = -1
+            self.kept.append(("input", [self._terminal_in, os.dup(master)]))
         if self._terminal_out is not None:
-            self._outputs.append(pump.Pump(self._loop, os.dup(master), self._terminal_out))
-            self._terminal_out = None
+            role, fds = self._terminal_out
+            self.kept.append((role, [os.dup(master), *fds]))
 
     def _open_for_terminal(self, stdin: str, stdout: str) -> None:
         if stdin:
             self._terminal_in = _fifo(stdin)
-            self._stdin_writer = _reopen(self._terminal_in, os.O_WRONLY)
+            self.kept.append(("stdin", [_reopen(self._terminal_in, os.O_WRONLY)]))
         # With no stdout the output is still read, or the container would stop at a full terminal.
         self._terminal_out = self._sink("stdout", stdout)
-
-    def release_child(self) -> None:
-        """The process has its descriptors: drop ours, so that the streams end when it ends."""
-        for fd in self.child:
-            os.close(fd)
-        self.child.clear()
-
-    def close_stdin(self) -> None:
-        """Close exactly the held writing end; the end of input comes once the client's is gone too."""
-        if self._stdin_writer >= 0:
-            os.close(self._stdin_writer)
-            self._stdin_writer = -1
-
-    def drained(self) -> bool:
-        """Of a process that has ended: move on what it left behind; True when nothing is left to move."""
-        for each in self._outputs:
-            if isinstance(each.sink, pump.FifoSink):
-                each.sink.release()
-        return all([each.drained() for each in self._outputs])
-
-    def close(self) -> None:
-        """Close everything; a second call does nothing."""
-        self.release_child()
-        self.close_stdin()
-        for each in [*self._outputs, *([self._input] if self._input else [])]:
-            each.close()
-        if self._terminal_out is not None:
-            self._terminal_out.close()
-        for fd in [*self._held, self._terminal_in, self.master]:
-            if fd >= 0:
-                os.close(fd)
-        self._held, self._terminal_in, self._terminal_out, self.master = [], -1, None, -1
 
     def _open_stdin(self, path: str) -> int:
         if not path:
             return os.open("/dev/null", os.O_RDONLY)
         reader = _fifo(path)
-        self._stdin_writer = _reopen(reader, os.O_WRONLY)
+        self.kept.append(("stdin", [_reopen(reader, os.O_WRONLY)]))
         if not self._copy:
             os.set_blocking(reader, True)
             return reader
         inner, writer = os.pipe()
-        self._input = pump.Pump(self._loop, reader, pump.FifoSink(writer))
+        self.kept.append(("input", [reader, writer]))
         return inner
 
     def _open_output(self, stream: str, uri: str) -> int:
@@ -126,43 +82,47 @@ class Stdio:
             return os.open("/dev/null", os.O_WRONLY)
         if not self._copy and _is_fifo(uri):
             held = _fifo(uri)
-            self._held.append(held)
+            self.kept.append(("hold", [held]))
             writer = _reopen(held, os.O_WRONLY)
             os.set_blocking(writer, True)
             return writer
-        sink = self._sink(stream, uri)
+        role, fds = self._sink(stream, uri)
         reader, writer = os.pipe()
-        self._outputs.append(pump.Pump(self._loop, reader, sink))
+        self.kept.append((role, [reader, *fds]))
         return writer
 
-    def _sink(self, stream: str, uri: str) -> pump.Sink:
+    def _sink(self, stream: str, uri: str) -> tuple[str, list[int]]:
         """Where a pump writes: a FIFO or plain file by its path, `file:///path`, or `log:///path?max_size=&max_files=`."""
         if not uri:
-            return pump.FileSink(os.open("/dev/null", os.O_WRONLY))
+            return "file", [os.open("/dev/null", os.O_WRONLY)]
         scheme, separator, rest = uri.partition("://")
         if not separator:
             if _is_fifo(uri):
                 held = _fifo(uri)
-                return pump.FifoSink(_reopen(held, os.O_WRONLY), held)
-            return pump.FileSink(_append_to(uri, 0))
+                return "fifo", [_reopen(held, os.O_WRONLY), held]
+            return "file", [_append_to(uri, 0)]
         path, _, query = rest.partition("?")
+        if scheme not in ("file", "log"):
+            raise wire.Failure(wire.UNIMPLEMENTED, f"stdio scheme {scheme}:// is not known")
+        if not path.startswith("/") or not path.isprintable():
+            raise wire.Failure(wire.INVALID, f"{uri!r} does not name a file")
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        fd = _append_to(path, os.O_CREAT)
         if scheme == "file":
-            os.makedirs(os.path.dirname(path) or "/", 0o700, exist_ok=True)
-            return pump.FileSink(_append_to(path, os.O_CREAT))
-        if scheme == "log":
-            return self._log(path, query).sink(stream)
-        raise wire.Failure(wire.UNIMPLEMENTED, f"stdio scheme {scheme}:// is not known")
+            return "file", [fd]
+        size, files = _log_limits(query)
+        return f"log:{stream}:{size}:{files}:{path}", [fd]
 
-    def _log(self, path: str, query: str) -> pump.LogFile:
-        if path not in self._logs:
-            options = dict(word.split("=", 1) for word in query.split("&") if "=" in word)
-            try:
-                size, files = int(options.get("max_size", _LOG_SIZE)), int(options.get("max_files", _LOG_FILES))
-            except ValueError:
-                raise wire.Failure(wire.INVALID, f"log options {query!r}: not numbers") from None
-            os.makedirs(os.path.dirname(path) or "/", 0o700, exist_ok=True)
-            self._logs[path] = pump.LogFile(path, size, files)
-        return self._logs[path]
+
+def _log_limits(query: str) -> tuple[int, int]:
+    options = dict(word.split("=", 1) for word in query.split("&") if "=" in word)
+    try:
+        size, files = int(options.get("max_size", _LOG_SIZE)), int(options.get("max_files", _LOG_FILES))
+    except ValueError:
+        raise wire.Failure(wire.INVALID, f"log options {query!r}: not numbers") from None
+    if size < 0 or not 1 <= files <= _MAX_LOG_FILES:
+        raise wire.Failure(wire.INVALID, f"log options {query!r}: out of bounds")
+    return size, files
 
 
 def _is_fifo(path: str) -> bool:

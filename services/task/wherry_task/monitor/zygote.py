@@ -25,9 +25,10 @@ import fcntl
 import gc
 import select
 
-from wherry_task.monitor import cleanup, libc, monitor, wire
+from wherry_task.monitor import cleanup, compact, libc, monitor, wire, worker
 
 _REQUEST_SECONDS = 10
+_REHEARSALS = 12  # the interpreter specializes what has run eight times
 
 
 def _serve(listener: int, signals: int) -> int:
@@ -44,7 +45,7 @@ def _serve(listener: int, signals: int) -> int:
                 _bury(children)
                 continue
             try:
-                fd = wire.accept(listener)
+                fd = libc.accept(listener)
                 pid = os.fork()
             except OSError:
                 continue  # a stranger, or no process to be had: the connection ends, and its client sees that
@@ -55,16 +56,22 @@ def _serve(listener: int, signals: int) -> int:
 
 
 def _bury(children: set[int]) -> None:
-    """Reap; then kill what dead monitors left: whoever is our child and was not forked by us."""
+    """Reap; where a monitor died, kill what it left: whoever is our child and was not forked by us."""
+    look = False
     try:
-        while pid := os.waitpid(-1, os.WNOHANG)[0]:
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            # An orphan's death brings its own children to us, so it counts as well.
+            look |= bool(status) or pid not in children
             children.discard(pid)
     except ChildProcessError:
         return
-    for orphan in _children(os.getpid()):
-        if orphan not in children:
-            # Its death brings its own children to us, and so calls us again.
-            libc.kill(orphan, libc.SIGKILL)
+    if look:
+        for orphan in _children(os.getpid()):
+            if orphan not in children:
+                libc.kill(orphan, libc.SIGKILL)
 
 
 def _children(pid: int) -> list[int]:
@@ -83,32 +90,30 @@ def _become(fd: int) -> None:
     inbox = bytearray()
     waiting = select.poll()
     waiting.register(3, select.POLLIN)
-    message = None
-    while message is None:
+    found = None
+    while found is None:
         if not waiting.poll(_REQUEST_SECONDS * 1000):
             return
         data = os.read(3, 1 << 16)
         if not data:
             return
         inbox += data
-        message = wire.take(inbox)
-    if message.get("op") == "spawn":
-        monitor.main(3, inbox, message)
-    elif message.get("op") == "cleanup":
-        cleanup.main(3, message)
-    else:
-        os.write(3, wire.encode({"id": message.get("id"), **_answer(message.get("op"))}))
-
-
-def _answer(operation: object) -> dict[str, object]:
-    zygote = os.getppid()
-    if operation == "ping":
+        found = wire.take(inbox)
+    request, operation, body = found
+    if operation == wire.SPAWN:
+        monitor.main(3, inbox, request, body)
+    elif operation == wire.CLEANUP:
+        cleanup.main(3, request, body)
+    elif operation == wire.PING:
+        zygote = os.getppid()
         children = [pid for pid in _children(zygote) if pid != os.getpid()]
-        return {"ok": {"pid": zygote, "version": monitor.VERSION, "children": children}}
-    if operation == "quit":
-        os.kill(zygote, libc.SIGTERM)
-        return {"ok": {}}
-    return {"error": {"code": wire.UNIMPLEMENTED, "message": f"operation {operation!r}"}}
+        answer = {"pid": zygote, "version": monitor.VERSION, "children": children}
+        os.write(3, wire.frame(request, wire.OK, compact.dumps(answer)))
+    elif operation == wire.QUIT:
+        os.kill(os.getppid(), libc.SIGTERM)
+        os.write(3, wire.frame(request, wire.OK))
+    else:
+        os.write(3, wire.frame(request, wire.UNIMPLEMENTED, b"operation %d" % operation))
 
 
 def _detach(oom_score_adj: str) -> int:
@@ -136,7 +141,7 @@ def _detach(oom_score_adj: str) -> int:
             with open("/proc/self/oom_score_adj", "w") as file:
                 file.write(oom_score_adj)
         except (OSError, ValueError):
-            pass  # lowering it takes CAP_SYS_RESOURCE, and serving without is better than not serving  # noqa: S110
+            pass  # lowering it takes CAP_SYS_RESOURCE, and serving without is better than not serving
     return writer
 
 
@@ -157,17 +162,35 @@ def _settle(path: str) -> int:
     return wire.listen(name)
 
 
+def _rehearse() -> None:
+    """Play a monitor's life until the interpreter has specialized its code and filled its caches.
+
+    What it writes here, once, no child has to write into a copy of its own: a quarter of a monitor's private memory.
+    """
+    place = (".", "/dev/null", "/dev/null", "/proc/self/ns/mnt")
+    for _ in range(_REHEARSALS):
+        ours, its = libc.message_pair()
+        frames = [wire.frame(2, wire.WATCH, b" 0"), wire.frame(3, wire.STATE, b" "), wire.frame(4, wire.WAIT, b" ")]
+        inbox = bytearray(b"".join(frames))
+        probe = monitor.Monitor()
+        probe.rehearse(its, inbox, [os.open(each, os.O_RDONLY) for each in place])
+        os.close(ours)
+        probe.run()
+        probe.close()
+
+
 def main(path: str, oom_score_adj: str = "") -> None:
     """Daemonize and serve; every forked child ends in here too."""
     writer = _detach(oom_score_adj)
     try:
-        libc.rename_process("wherry-zygote")
+        libc.rename_process(b"wherry-zygote")
         libc.become_subreaper()
         listener = _settle(path)
-        signals = libc.signal_descriptor(libc.SIGCHLD, libc.SIGTERM, libc.SIGINT, libc.SIGHUP)
+        signals = libc.signal_descriptor()
     except (OSError, wire.Failure) as error:
         os.write(writer, str(error).encode()[:4000])
         os._exit(1)
+    _rehearse()
     os.write(writer, b"ready")
     os.close(writer)
     # What lives now lives for ever; frozen, no collection in a child will touch and so copy its pages.
@@ -184,7 +207,7 @@ def main(path: str, oom_score_adj: str = "") -> None:
         status = int(stop.code or 0)
     except BaseException as error:
         status = 70
-        monitor.note(error)
+        worker.note(error)
     finally:
         os._exit(status)
 

@@ -1,0 +1,192 @@
+"""How each row is measured. A function measures the rows that it names; a run takes them in this file's order."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from .lab import Lab, settle
+from .node import Node
+
+MIB = 1 << 20
+GIB = 1 << 30
+CALLERS, MANY, SUBSCRIBERS = 16, 50, 10
+START_CALLERS = 10
+LISTED = 10_000
+
+
+def requests(lab: Lab) -> None:
+    """Latency and throughput of the smallest request, and of durable metadata."""
+    name = "bench/requested"
+    latency, rate = lab.seldom(1000, 500), lab.seldom(8000, 3000)
+    created: set[Node] = set()
+
+    def prepared(node: Node) -> Node:
+        if node not in created:
+            node.driver.call("create_image", name=name)
+            created.add(node)
+        return node
+
+    def one_caller(node: Node) -> Mapping[str, float]:
+        times = prepared(node).driver.call("request_times", name=name, count=latency)
+        return {"request_p50": statistics.median(times) * 1e6}
+
+    def many_callers(node: Node) -> Mapping[str, float]:
+        found = prepared(node).driver.call("request_rate", name=name, count=rate, callers=CALLERS)
+        return {"request_throughput_16": found}
+
+    def durable(node: Node) -> Mapping[str, float]:
+        count = lab.seldom(800, 320)
+        return {"create_delete_16": node.driver.call("create_delete_rate", count=count, callers=CALLERS)}
+
+    lab.alternate(["request_p50"], lab.runs, one_caller, warm_up=1)
+    lab.alternate(["request_throughput_16"], lab.runs, many_callers, warm_up=1)
+    settle()
+    lab.alternate(["create_delete_16"], lab.runs, durable, warm_up=1)
+
+
+def events(lab: Lab) -> None:
+    """Fan-out to ten subscribers with a connection each."""
+
+    def last(node: Node) -> Mapping[str, float]:
+        times = node.driver.call("event_times", subscribers=SUBSCRIBERS, count=lab.seldom(300, 100))
+        return {"event_last_of_10_p50": statistics.median(times) * 1e6}
+
+    def deliveries(node: Node) -> Mapping[str, float]:
+        count = lab.seldom(3000, 1500)
+        return {
+            "event_deliveries_10": node.driver.call("event_rate", subscribers=SUBSCRIBERS, count=count, callers=CALLERS)
+        }
+
+    lab.alternate(["event_last_of_10_p50"], lab.runs, last, warm_up=1)
+    lab.alternate(["event_deliveries_10"], lab.runs, deliveries, warm_up=1)
+
+
+def lives(lab: Lab) -> None:
+    """The shortest life of a container: through the API, on the command line, and as an exec."""
+    times = lab.seldom(20, 5)
+
+    def life(row: str, runtime: str) -> Callable[[Node], Mapping[str, float]]:
+        def measure(node: Node) -> Mapping[str, float]:
+            image = lab.with_image(node, "busybox")
+            took = node.driver.call("life_time", image=image.reference, top=image.top, runtime=runtime)
+            return {row: took * 1e3}
+
+        return measure
+
+    def command_line(node: Node) -> Mapping[str, float]:
+        return {"run_cli": node.run_cli(lab.with_image(node, "busybox").reference) * 1e3}
+
+    busy: set[Node] = set()
+
+    def an_exec(node: Node) -> Mapping[str, float]:
+        if node not in busy:
+            image = lab.with_image(node, "busybox")
+            node.driver.call("run_busy", image=image.reference, top=image.top, runtime="runc")
+            busy.add(node)
+        return {"exec": node.driver.call("exec_time") * 1e3}
+
+    lab.alternate(["life_runc"], times, life("life_runc", "runc"), warm_up=1)
+    lab.alternate(["life_default"], times, life("life_default", ""), warm_up=1)
+    lab.alternate(["run_cli"], lab.seldom(10, 3), command_line, warm_up=1)
+    lab.alternate(["exec"], times, an_exec, warm_up=1)
+    for node in busy:
+        if not lab.results.failed(["exec"], node.side):
+            node.driver.call("end_busy")
+
+
+def fifty(lab: Lab) -> None:
+    """Fifty containers at once: time up, memory, time down."""
+    rows = ["start_50", "stop_50", "monitor_pss", "node_pss_50"]
+
+    def measure(node: Node) -> Mapping[str, float]:
+        image = lab.with_image(node, "busybox")
+        before = node.pids()
+        start = node.driver.call(
+            "start_many", image=image.reference, top=image.top, runtime="runc", count=MANY, callers=START_CALLERS
+        )
+        monitors = node.pss(node.pids() - before) / MANY
+        whole = node.pss()
+        stop = node.driver.call("stop_many", callers=START_CALLERS)
+        return {
+            "start_50": start, "stop_50": stop, "monitor_pss": monitors / MIB, "node_pss_50": whole / MIB,
+        }  # fmt: skip
+
+    lab.alternate(rows, lab.runs, measure)
+
+
+def listing(lab: Lab) -> None:
+    """A list of many. Nothing that is measured after it shares its node's metadata but content."""
+    filled: set[Node] = set()
+
+    def measure(node: Node) -> Mapping[str, float]:
+        if node not in filled:
+            node.driver.call("fill", count=LISTED, callers=CALLERS)
+            filled.add(node)
+        return {"list_10k": node.driver.call("list_time", at_least=LISTED) * 1e3}
+
+    lab.alternate(["list_10k"], lab.runs, measure, warm_up=1)
+
+
+def _source(path: Path, number: int) -> str:
+    """A file of 1 GiB in the page cache, different for each number; answers its digest."""
+    if not path.exists():
+        block = os.urandom(16 * MIB)
+        with path.open("wb") as file:
+            for _ in range(GIB // len(block)):
+                file.write(block)
+    with path.open("r+b") as file:
+        file.write(number.to_bytes(16, "big"))
+    settle()
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def content(lab: Lab) -> None:
+    """A gigabyte in and out again."""
+    path = lab.base / "gigabyte"
+    runs: Counter[str] = Counter()
+    digests: dict[int, str] = {}
+
+    def measure(side: str) -> Mapping[str, float]:
+        node = lab.node(side)
+        runs[side] += 1
+        number = runs[side]
+        if number not in digests:
+            digests[number] = _source(path, number)
+        settle()
+        took = node.driver.call("ingest_time", path=str(path), size=GIB, digest=digests[number])
+        return {"ingest_1g": took, "read_1g": node.driver.call("read_time", size=GIB, digest=digests[number])}
+
+    lab.alternate_sides(["ingest_1g", "read_1g"], lab.runs, measure)
+
+
+def pulls(lab: Lab) -> None:
+    """Pull and unpack, each time by services that were started for it on fresh directories."""
+
+    def one(name: str, row: str) -> Callable[[str], Mapping[str, float]]:
+        def measure(side: str) -> Mapping[str, float]:
+            image = lab.image(name)
+            with lab.fresh(side) as node:
+                settle()
+                cpu = node.cgroup.cpu_seconds()
+                wall = node.driver.call("pull", reference=image.reference)
+                cpu = node.cgroup.cpu_seconds() - cpu
+                node.driver.call("has_snapshot", chain_id=image.top)
+            return {f"{row}_wall": wall, f"{row}_cpu": cpu}
+
+        return measure
+
+    large = lab.seldom(lab.runs, min(lab.runs, 1))
+    lab.alternate_sides(["pull_layers_wall"], lab.runs, one("layers", "pull_layers"))
+    for encoding in ("gzip", "zstd"):
+        row = f"pull_{encoding}"
+        lab.alternate_sides([f"{row}_wall", f"{row}_cpu"], large, one(f"many-{encoding}", row))
+
+
+# What fills the disk comes last.
+ALL: tuple[Callable[[Lab], None], ...] = (requests, events, lives, fifty, listing, content, pulls)

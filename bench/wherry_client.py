@@ -1,0 +1,317 @@
+"""What is measured, done with Wherry: the same steps as containerd_client's, through the rich client's proxies."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+
+import wherry
+from wherry.client import walk
+from wherry_shared import streams
+from wherry_shared.api.container import Container as Record
+from wherry_shared.api.container import Runtime
+from wherry_shared.api.events import Envelope
+from wherry_shared.api.image import Image
+from wherry_shared.values import Descriptor
+
+from . import spec
+from .containerd_client import EVENT_LABELS, KEEP
+from .driver import MeasureError
+
+_SNAPSHOTTER = "overlay"
+_TOPIC = "/bench/event"
+_CHUNK = 1 << 20
+
+
+class Container:
+    """One container and its snapshot, step by step."""
+
+    def __init__(self, client: wherry.Client, id: str, image: str, top: str, runtime: str) -> None:
+        self._client = client
+        self._image, self._top, self._runtime = image, top, runtime
+        self.id = id
+
+    async def create(self, args: Sequence[str]) -> None:
+        client = self._client
+        mounts = await client.snapshots.prepare(_SNAPSHOTTER, self.id, self._top, labels=KEEP)
+        record = Record(
+            id=self.id, image=self._image, runtime=Runtime(name=self._runtime), spec=spec.make("", args),
+            snapshotter=_SNAPSHOTTER, snapshot_key=self.id,
+        )  # fmt: skip
+        await client.containers.create(record)
+        await client.tasks.create(self.id, mounts)
+
+    async def start(self) -> None:
+        await self._client.tasks.start(self.id)
+
+    async def kill(self) -> None:
+        await self._client.tasks.kill(self.id, 9)
+
+    async def wait(self, exec_id: str = "") -> int:
+        exit = await self._client.tasks.wait(self.id, exec_id, patience=20.0)
+        if exit is None:
+            raise MeasureError(f"{self.id} had not ended after 20 s")
+        return exit.exit_status
+
+    async def delete(self) -> None:
+        await self._client.tasks.delete(self.id)
+        await self._client.containers.delete(self.id)
+        await self._client.snapshots.remove(_SNAPSHOTTER, self.id)
+
+    async def exec(self, name: str, args: Sequence[str]) -> int:
+        """Run a process in it to its end; answers its exit code."""
+        tasks = self._client.tasks
+        await tasks.exec(self.id, name, spec.process(args))
+        await tasks.start(self.id, name)
+        status = await self.wait(name)
+        await tasks.delete(self.id, name)
+        return status
+
+
+class WherryClient:
+    """The methods that bench.driver calls; times in seconds unless told otherwise."""
+
+    def __init__(self, client: wherry.Client, settings: dict[str, str]) -> None:
+        self._client = client
+        self._settings = settings
+        self._busy: Container | None = None
+        self._many: list[Container] = []
+        self._serial = 0
+
+    @classmethod
+    async def connect(cls, settings: dict[str, str]) -> WherryClient:
+        client = await wherry.connect(state=settings["state"], namespace=settings["namespace"])
+        return cls(client, settings)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def ping(self) -> None:
+        await self._client.ensure_namespace()
+
+    # ---- images
+
+    async def pull(self, reference: str) -> float:
+        began = time.perf_counter()
+        await self._client.pull(reference, unpack=True)
+        return time.perf_counter() - began
+
+    async def has_snapshot(self, chain_id: str) -> bool:
+        await self._client.snapshots.stat(_SNAPSHOTTER, chain_id)
+        return True
+
+    def _image(self, name: str) -> Image:
+        target = Descriptor(
+            media_type="application/vnd.oci.image.manifest.v1+json", digest=f"sha256:{'0' * 64}", size=1234
+        )
+        return Image(name=name, target=target)
+
+    async def create_image(self, name: str) -> None:
+        await self._client.images.create(self._image(name))
+
+    async def request_times(self, name: str, count: int) -> list[float]:
+        """One caller: the time of each `get`."""
+        get, times = self._client.images.get, []
+        for _ in range(count):
+            began = time.perf_counter()
+            await get(name)
+            times.append(time.perf_counter() - began)
+        return times
+
+    async def request_rate(self, name: str, count: int, callers: int) -> float:
+        """`get`s per second."""
+        get = self._client.images.get
+        took = await _side_by_side(get, [name] * count, callers)
+        return count / took
+
+    async def create_delete_rate(self, count: int, callers: int) -> float:
+        """Creates and deletes per second, each caller deleting what it created."""
+        self._serial += 1
+        images = self._client.images
+
+        async def both(name: str) -> None:
+            await images.create(self._image(name))
+            await images.delete(name)
+
+        took = await _side_by_side(both, [f"r{self._serial}/n{number}" for number in range(count)], callers)
+        return 2 * count / took
+
+    async def fill(self, count: int, callers: int) -> None:
+        names = [f"list/image-{number:05}" for number in range(count)]
+        await _side_by_side(self.create_image, names, callers)
+
+    async def list_time(self, at_least: int) -> float:
+        """All images, their names taken out of the answers."""
+        began = time.perf_counter()
+        names = [image.name for image in await walk(self._client.images.walk)]
+        took = time.perf_counter() - began
+        if len(names) < at_least:
+            raise MeasureError(f"{len(names)} images were listed")
+        return took
+
+    # ---- containers
+
+    async def _container(self, image: str, top: str, runtime: str) -> Container:
+        self._serial += 1
+        return Container(self._client, f"bench-{self._serial}", image, top, runtime)
+
+    async def life_time(self, image: str, top: str, runtime: str) -> float:
+        """Snapshot, container and task made, started, waited for and deleted. runtime "": the node's default."""
+        container = await self._container(image, top, runtime or await self._client.default_runtime())
+        began = time.perf_counter()
+        await container.create(["true"])
+        await container.start()
+        status = await container.wait()
+        await container.delete()
+        took = time.perf_counter() - began
+        if status:
+            raise MeasureError(f"`true` ended with status {status}")
+        return took
+
+    async def run_busy(self, image: str, top: str, runtime: str) -> None:
+        """A container that execs go into."""
+        self._busy = await self._container(image, top, runtime)
+        await self._busy.create(["sleep", "1000000"])
+        await self._busy.start()
+
+    async def exec_time(self) -> float:
+        assert self._busy is not None
+        self._serial += 1
+        began = time.perf_counter()
+        status = await self._busy.exec(f"exec-{self._serial}", ["true"])
+        took = time.perf_counter() - began
+        if status:
+            raise MeasureError(f"`true` ended with status {status}")
+        return took
+
+    async def end_busy(self) -> None:
+        assert self._busy is not None
+        await self._busy.kill()
+        await self._busy.wait()
+        await self._busy.delete()
+
+    async def start_many(self, image: str, top: str, runtime: str, count: int, callers: int) -> float:
+        """Containers that sleep, made and started by so many callers at once."""
+        self._many = [await self._container(image, top, runtime) for _ in range(count)]
+
+        async def up(container: Container) -> None:
+            await container.create(["sleep", "1000000"])
+            await container.start()
+
+        return await _side_by_side(up, self._many, callers)
+
+    async def stop_many(self, callers: int) -> float:
+        """All of them killed, waited for and deleted."""
+
+        async def down(container: Container) -> None:
+            await container.kill()
+            await container.wait()
+            await container.delete()
+
+        return await _side_by_side(down, self._many, callers)
+
+    # ---- events
+
+    async def event_times(self, subscribers: int, count: int) -> list[float]:
+        """From the publish call until the last subscriber has it, for one event after the other."""
+        times = []
+        async with Audience(self._settings, subscribers) as audience:
+            for number in range(count):
+                began = time.perf_counter()
+                published = asyncio.ensure_future(self._publish(number))
+                await audience.heard(subscribers)
+                times.append(time.perf_counter() - began)
+                await published
+        return times
+
+    async def event_rate(self, subscribers: int, count: int, callers: int) -> float:
+        """Deliveries per second, with so many publish calls under way at once."""
+        async with Audience(self._settings, subscribers) as audience:
+            began = time.perf_counter()
+            publishing = asyncio.ensure_future(_side_by_side(self._publish, range(count), callers))
+            await audience.heard(count * subscribers)
+            took = time.perf_counter() - began
+            await publishing
+        return count * subscribers / took
+
+    async def _publish(self, number: int) -> Envelope:
+        return await self._client.events.publish(_TOPIC, {"name": f"bench-{number}", "labels": EVENT_LABELS})
+
+    # ---- content
+
+    async def ingest_time(self, path: str, size: int, digest: str) -> float:
+        began = time.perf_counter()
+        with open(path, "rb") as source:
+            async with streams.BlobWriter(self._client.content, digest[7:23], total=size, expected=digest) as writer:
+                while chunk := source.read(_CHUNK):
+                    await writer.write(chunk)
+                await writer.commit(labels=KEEP)
+        return time.perf_counter() - began
+
+    async def read_time(self, size: int, digest: str) -> float:
+        began = time.perf_counter()
+        got = 0
+        async for chunk in streams.read_blob(self._client.content, digest):
+            got += len(chunk)
+        took = time.perf_counter() - began
+        if got < size:
+            raise MeasureError(f"{got} of {size} bytes were read")
+        return took
+
+
+class Audience:
+    """Subscribers with a connection each, counting what they hear."""
+
+    def __init__(self, settings: dict[str, str], size: int) -> None:
+        self._settings = settings
+        self._size = size
+        self._stack = AsyncExitStack()
+        self._count = 0
+        self._wanted = 0
+        self._reached = asyncio.Event()
+
+    async def __aenter__(self) -> Audience:
+        for _ in range(self._size):
+            client = await self._stack.enter_async_context(
+                wherry.connect(state=self._settings["state"], namespace=self._settings["namespace"])
+            )
+            subscriber = await client.bus.subscribe(namespace=self._settings["namespace"], topic=_TOPIC)
+            await self._stack.enter_async_context(subscriber)
+            listening = asyncio.ensure_future(self._listen(subscriber))
+            self._stack.callback(listening.cancel)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._stack.aclose()
+
+    async def _listen(self, subscriber: Any) -> None:
+        async for _ in subscriber:
+            self._count += 1
+            if self._count >= self._wanted:
+                self._reached.set()
+
+    async def heard(self, more: int) -> None:
+        """Return when so many more deliveries than the last time were made."""
+        self._wanted += more
+        self._reached.clear()
+        if self._count < self._wanted:
+            async with asyncio.timeout(60):
+                await self._reached.wait()
+
+
+async def _side_by_side(work: Callable[[Any], Awaitable[Any]], items: Iterable[Any], callers: int) -> float:
+    """Each item by one of `callers` tasks; how long all of it took."""
+    waiting = iter(items)
+
+    async def caller() -> None:
+        for item in waiting:
+            await work(item)
+
+    began = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(callers):
+            group.create_task(caller())
+    return time.perf_counter() - began

@@ -1,0 +1,415 @@
+"""What the workers do: one function per operation, given the monitor as of the fork, the exec id and the arguments.
+
+They check the state that they found - the monitor lets only one of those run at a time that change it - and raise
+Failure. Everything here runs in the bundle's directory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import time
+
+from wherry_task.monitor import cgroups, compact, libc, mounts, records, wire
+from wherry_task.monitor.console import ConsoleSocket
+from wherry_task.monitor.runtime import Runtime
+from wherry_task.monitor.stdio import Stdio
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from wherry_task.monitor.monitor import Monitor, Process
+
+    Args = dict[str, Any]
+
+SOCKET, LOCK, LOG = "monitor.sock", "monitor.lock", "log.json"
+_EMPTY, _CREATED, _RUNNING, _PAUSED = "empty", "created", "running", "paused"
+_TIOCSWINSZ = 0x5414
+_ID_BYTES = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+class Result:
+    """What a worker reports: the reply's body (text for a Failure), a pid or a count, and descriptors to keep."""
+
+    def __init__(
+        self, body: Args | str, pid: int = 0, kept: Sequence[tuple[str, list[int]]] = (), status: int = wire.OK
+    ) -> None:
+        self.body = body
+        self.pid = pid
+        self.kept = kept
+        self.status = status
+
+
+# -- the bundle ---------------------------------------------------------------------------------------------------
+
+
+def spawn(monitor: Monitor, name: str, args: Args) -> Result:
+    """Prepare the place in which the monitor will work; it takes it over by the descriptors."""
+    about = describe_bundle(args)
+    enter_bundle(about["bundle"])
+    lock = lock_bundle()
+    mounts.enter_namespace(os.getcwd())
+    os.makedirs(records.EXITS, 0o700, exist_ok=True)
+    records.write(records.ABOUT, about, durable=False)
+    records.remove(SOCKET)
+    listener = wire.listen(SOCKET)
+    namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+    here = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+    return Result({"pid": os.getppid(), "version": 1}, kept=[("place", [here, lock, listener, namespace])])
+
+
+def describe_bundle(args: Args) -> Args:
+    """What a spawn or a cleanup says of a container, checked. Raises Failure."""
+    found: Args = {key: text(args, key) for key in ("bundle", "container", "runtime", "root")}
+    for key in ("bundle", "root"):
+        if not found[key].startswith("/") or os.path.normpath(found[key]) != found[key]:
+            raise wire.Failure(wire.INVALID, f"{key} {found[key]!r} must be a clean absolute path")
+    if not found["runtime"]:
+        raise wire.Failure(wire.INVALID, "runtime is missing")
+    identifier(found["container"], "container")
+    return {**found, "options": words(args, "options"), "cgroups": {}, "oom_file": ""}
+
+
+def enter_bundle(path: str) -> None:
+    """Make the bundle the working directory. Raises Failure unless it is ours alone to write."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise wire.failure_of(error, f"bundle {path}") from None
+    status = os.fstat(fd)
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
+        raise wire.Failure(wire.DENIED, f"bundle {path} can be written by others")
+    os.fchdir(fd)
+    os.close(fd)
+
+
+def lock_bundle() -> int:
+    """Hold the working directory's bundle, as its monitor or cleaner, for as long as the fd lives. Raises Failure."""
+    fd = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise wire.Failure(wire.EXISTS, "the bundle has a living monitor or is being cleaned") from None
+    return fd
+
+
+def runtime_of(about: Args) -> Runtime:
+    """The runtime that a bundle's description names."""
+    return Runtime(about["runtime"], about["root"], about["container"], about["options"])
+
+
+# -- creating and starting ----------------------------------------------------------------------------------------
+
+
+def create(monitor: Monitor, name: str, args: Args) -> Result:
+    """Mount the root file system and make the container; its init waits for `start`, which may have to restore it."""
+    if monitor.state != _EMPTY:
+        raise wire.Failure(wire.EXISTS, f"the container is {monitor.state}")
+    about = records.read(records.ABOUT)
+    runtime, rootfs = runtime_of(about), os.path.join(about["bundle"], "rootfs")
+    mounts.mount_rootfs(_mount_list(args), rootfs)
+    about["poststart"] = bool(args.get("poststart"))
+    try:
+        if args.get("restore"):
+            about["restore"] = args
+            records.write(records.ABOUT, about, durable=False)
+            return Result({"pid": 0, "cgroups": {}})
+        flags = ["--bundle", about["bundle"], *words(args, "flags")]
+        return _init_result(about, runtime, *_launch(runtime, "create", "init", flags, args, LOG))
+    except BaseException:
+        mounts.unmount_rootfs(rootfs)
+        raise
+
+
+def _init_result(about: Args, runtime: Runtime, pid: int, stdio: Stdio) -> Result:
+    """Write down what a cleaner would need, and watch the memory cgroup."""
+    about["cgroups"] = cgroups.of(pid)
+    about["init"] = {"pid": pid, "start_time": start_time(pid)}
+    about["own_pid_namespace"] = _first_of_its_namespace(pid)
+    about["oom_file"] = cgroups.memory(about["cgroups"])
+    try:
+        records.write(records.ABOUT, about, durable=False)
+        kept = [*stdio.kept, *_oom_watch(about["oom_file"])]
+    except OSError:
+        runtime.run("delete", "--force")
+        raise
+    return Result({"pid": pid, "cgroups": about["cgroups"]}, pid, kept)
+
+
+def _oom_watch(file: str) -> list[tuple[str, list[int]]]:
+    try:
+        return [("oom", [cgroups.watch_memory(file)])] if file else []
+    except FileNotFoundError:
+        return []  # the init has ended already and its cgroup is gone
+
+
+def start(monitor: Monitor, name: str, args: Args) -> Result:
+    """Let the init run the container's program, or restore the checkpoint that `create` was given."""
+    if monitor.state != _CREATED or monitor.init.ended:
+        raise wire.Failure(wire.PRECONDITION, f"cannot start a {monitor.state} container")
+    about = records.read(records.ABOUT)
+    runtime = runtime_of(about)
+    if about.get("restore"):
+        return _restore(about, runtime)
+    pid = monitor.init.pid
+    if about["poststart"] or not runtime.release(pid):
+        runtime.run("start", log=LOG)
+    return Result({"pid": pid}, pid)
+
+
+def _restore(about: Args, runtime: Runtime) -> Result:
+    args: Args = about["restore"]
+    where: Args = args["restore"]
+    flags = ["--detach", "--bundle", about["bundle"], "--image-path", text(where, "image"), *words(where, "flags")]
+    if where.get("work"):
+        flags += ["--work-path", text(where, "work")]
+    return _init_result(about, runtime, *_launch(runtime, "restore", "init", flags, args, LOG))
+
+
+def execute(monitor: Monitor, name: str, args: Args) -> Result:
+    """Run one more process in the container; its OCI process object lies in a file of the bundle."""
+    identifier(name, "exec id")
+    spec = identifier(text(args, "process"), "process")
+    if monitor.state not in (_CREATED, _RUNNING) or monitor.init.ended:
+        raise wire.Failure(wire.PRECONDITION, f"cannot exec in a {monitor.state} container")
+    runtime = runtime_of(records.read(records.ABOUT))
+    flags = ["--process", spec, "--detach"]
+    pid, stdio = _launch(runtime, "exec", f"exec-{name}", flags, args, "")
+    return Result({"pid": pid}, pid, stdio.kept)
+
+
+def _launch(runtime: Runtime, verb: str, name: str, flags: list[str], args: Args, log: str) -> tuple[int, Stdio]:
+    """Open the streams, run the verb, learn the pid. On Failure the process that it may have made is killed."""
+    terminal, pid, pid_file = bool(args.get("terminal")), 0, f"{name}.pid"
+    stdio = Stdio(bool(args.get("copy")))
+    stdio.open(text(args, "stdin"), text(args, "stdout"), text(args, "stderr"), terminal)
+    console = ConsoleSocket(f"{name}.tty") if terminal else None
+    try:
+        if console:
+            flags = [*flags, "--console-socket", console.name]
+        runtime.run(verb, *flags, "--pid-file", pid_file, stdio=stdio.child, log=log)
+        pid = _read_pid(pid_file)
+        if console:
+            stdio.attach(console.master())
+    except BaseException:
+        if pid:
+            libc.kill(pid, libc.SIGKILL)
+            if verb != "exec":
+                runtime.run("delete", "--force")
+        raise
+    finally:
+        if console:
+            console.close()
+        if verb == "exec":
+            records.remove(pid_file)
+    # Closed before the report, so that the client's reply finds the process the only writer.
+    for fd in stdio.child:
+        os.close(fd)
+    return pid, stdio
+
+
+# -- ends ---------------------------------------------------------------------------------------------------------
+
+
+def exited(monitor: Monitor, name: str, args: str) -> Result:
+    """Put the exit of a process on record; the report counts the out-of-memory kills so far."""
+    now = time.time_ns()
+    pid, status = (int(word) for word in args.split())
+    about = records.read(records.ABOUT)
+    kills = cgroups.oom_kills(about["oom_file"]) if about["oom_file"] else 0
+    record: Args = {"id": name, "pid": pid, "exit_status": status, "exited_at": now}
+    if not name:
+        record["oom"] = kills > 0 and status == 128 + libc.SIGKILL
+        if not about.get("own_pid_namespace", True):
+            _kill_the_rest(runtime_of(about))
+    try:
+        records.write(records.exit_path(name), record)
+    except OSError as error:
+        # Better told from memory than never; the service sees that the disk does not have it.
+        record["not_durable"] = str(error)
+    return Result(record, kills)
+
+
+def _kill_the_rest(runtime: Runtime) -> None:
+    """Without a pid namespace of its own the kernel does not end the others with the init."""
+    try:
+        runtime.run("kill", "--all", tail="KILL")
+    except wire.Failure:
+        return  # nobody is left
+
+
+def oom(monitor: Monitor, name: str, args: Args) -> Result:
+    """Count the out-of-memory kills: the kernel wakes us before it kills, and without a kill too."""
+    file = records.read(records.ABOUT)["oom_file"]
+    before = monitor.oom_kills
+    for _ in range(10):
+        if (kills := cgroups.oom_kills(file)) > before:
+            break
+        time.sleep(0.02)
+    return Result({}, kills)
+
+
+def delete(monitor: Monitor, name: str, args: Args) -> Result:
+    """Take the container away; the bundle's files stay. Gives the init's exit, {} if it was never begun."""
+    about = records.read(records.ABOUT)
+    runtime = runtime_of(about)
+    if monitor.init.ended:
+        try:
+            runtime.run("delete", log=LOG)
+        except wire.Failure:
+            # Forced, a runtime also forgives what is gone already and what will not die by itself.
+            runtime.run("delete", "--force", log=LOG)
+    mounts.unmount_rootfs(os.path.join(about["bundle"], "rootfs"))
+    return Result(monitor.init.exit.decode() or "{}")
+
+
+# -- the running container ----------------------------------------------------------------------------------------
+
+
+def state(monitor: Monitor, name: str, args: Args) -> Result:
+    """Everything that a service needs to adopt the container again."""
+
+    def process(each: Process) -> Args:
+        return {"pid": each.pid, "exit": compact.loads(each.exit) if each.told else None}
+
+    about = records.read(records.ABOUT)
+    return Result({
+        "state": monitor.state, **process(monitor.init),
+        "execs": {each.name.decode(): process(each) for each in monitor.processes.values() if each.name},
+        **{key: about[key] for key in ("container", "bundle", "runtime", "root", "options", "cgroups")},
+        "monitor": os.getppid(), "seq": monitor.sequence, "oom_kills": monitor.oom_kills, "version": 1,
+    })  # fmt: skip
+
+
+def kill_all(monitor: Monitor, name: str, args: str) -> Result:
+    """Send a signal to every process of the container."""
+    if not args.isdigit() or int(args) > 64:
+        raise wire.Failure(wire.INVALID, f"{args!r} is not a signal")
+    _expect(monitor, "kill", (_CREATED, _RUNNING, _PAUSED))
+    _run("kill", "--all", tail=args)
+    return Result({})
+
+
+def pause(monitor: Monitor, name: str, args: Args) -> Result:
+    """Freeze every process of the container."""
+    _expect(monitor, "pause", (_RUNNING,))
+    _run("pause")
+    return Result({})
+
+
+def resume(monitor: Monitor, name: str, args: Args) -> Result:
+    """Let a paused container go on."""
+    _expect(monitor, "resume", (_PAUSED,))
+    _run("resume")
+    return Result({})
+
+
+def update(monitor: Monitor, name: str, args: Args) -> Result:
+    """Change the limits: `resources` is an OCI LinuxResources object."""
+    _expect(monitor, "update", (_CREATED, _RUNNING, _PAUSED))
+    records.write("resources.json", args.get("resources") or {}, durable=False)
+    try:
+        _run("update", "--resources", "resources.json")
+    finally:
+        records.remove("resources.json")
+    return Result({})
+
+
+def checkpoint(monitor: Monitor, name: str, args: Args) -> Result:
+    """Write a CRIU image of the container; without the flag --leave-running it ends."""
+    _expect(monitor, "checkpoint", (_RUNNING, _PAUSED))
+    flags = ["--image-path", text(args, "image"), *words(args, "flags")]
+    if args.get("work"):
+        flags += ["--work-path", text(args, "work")]
+    _run("checkpoint", *flags)
+    return Result({})
+
+
+def resize(monitor: Monitor, name: str, args: str) -> Result:
+    """Set the size of a process's terminal to "WIDTH HEIGHT"."""
+    process = monitor.processes.get(name.encode())
+    if process is None:
+        raise wire.Failure(wire.NOT_FOUND, f"process {name or 'init'}")
+    if process.master < 0:
+        raise wire.Failure(wire.PRECONDITION, "the process has no terminal")
+    try:
+        width, height = (int(word).to_bytes(2, "little") for word in args.split())
+    except (ValueError, OverflowError):
+        raise wire.Failure(wire.INVALID, f"{args!r} is not a size") from None
+    fcntl.ioctl(process.master, _TIOCSWINSZ, height + width + bytes(4))
+    return Result({})
+
+
+def _expect(monitor: Monitor, verb: str, states: Sequence[str]) -> None:
+    if monitor.state not in states or monitor.init.ended:
+        raise wire.Failure(wire.PRECONDITION, f"cannot {verb} a {monitor.state} container")
+
+
+def _run(verb: str, *flags: str, tail: str = "") -> None:
+    runtime_of(records.read(records.ABOUT)).run(verb, *flags, tail=tail)
+
+
+# -- arguments ----------------------------------------------------------------------------------------------------
+
+
+def text(args: Args, key: str) -> str:
+    """A string of the arguments; "" when absent. Raises Failure."""
+    value = args.get(key) or ""
+    if not isinstance(value, str) or "\0" in value:
+        raise wire.Failure(wire.INVALID, f"{key} must be a string")
+    return value
+
+
+def words(args: Args, key: str) -> list[str]:
+    """A list of strings of the arguments; [] when absent. Raises Failure."""
+    value = args.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(word, str) and "\0" not in word for word in value):
+        raise wire.Failure(wire.INVALID, f"{key} must be a list of strings")
+    return value
+
+
+def identifier(value: str, what: str) -> str:
+    """The value, if it is safe as a name: of a file, and as a runtime's argument. Raises Failure."""
+    if not 0 < len(value) <= 140 or value[0] in "._-" or not _ID_BYTES.issuperset(value):
+        raise wire.Failure(wire.INVALID, f"{what} {value[:80]!r} is not an identifier")
+    return value
+
+
+def _mount_list(args: Args) -> list[Args]:
+    value = args.get("mounts") or []
+    if not isinstance(value, list) or not all(isinstance(each, dict) and each.get("type") for each in value):
+        raise wire.Failure(wire.INVALID, "mounts must be a list of {type, source, options}")
+    return value
+
+
+def _read_pid(path: str) -> int:
+    try:
+        with open(path) as file:
+            return int(file.read(32))
+    except (OSError, ValueError) as error:
+        raise wire.Failure(wire.UNKNOWN, f"the runtime wrote no usable {path}: {error}") from None
+
+
+def _first_of_its_namespace(pid: int) -> bool:
+    """Whether the process is pid 1 of a namespace of its own: the kernel then ends the others with it."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            for line in file:
+                if line.startswith("NSpid:"):
+                    numbers = line.split()[1:]
+                    return len(numbers) > 1 and numbers[-1] == "1"
+    except OSError:
+        return True  # gone already, and who is left of a shared namespace is killed by delete
+    return False
+
+
+def start_time(pid: int) -> str:
+    """The kernel's start time of a process, in clock ticks since boot: with the pid it names one process for good."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read(4096).rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""

@@ -1,0 +1,173 @@
+"""The whole pipeline: digests, sizes, what is left behind when it fails, and full disks."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import zstandard
+from wherry_diff.apply import Applied, apply
+from wherry_diff.extract import Target
+from wherry_diff.limits import Limits
+from wherry_shared.errors import (
+    DataLoss,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    Unimplemented,
+    WherryError,
+)
+
+from .conftest import Place
+from .layers import DIR, FILE, TAR, archive, entry, look, put
+
+BODY = os.urandom(3_000_000)
+LAYER = archive(
+    entry(b"d", DIR), entry(b"d/big", FILE, BODY), *(entry(b"d/f%d" % at, FILE, b"x" * at) for at in range(2000))
+)
+PACKED = gzip.compress(LAYER, 1)
+
+
+def zstd(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor(level=1).compress(data)
+
+
+@pytest.mark.parametrize("pack", [lambda data: data, gzip.compress, zstd], ids=["tar", "gzip", "zstd"])
+def test_digest_size_and_tree(place: Place, pack: Callable[[bytes], bytes]) -> None:
+    applied = apply(io.BytesIO(pack(LAYER)), TAR + "+gzip", Target(str(place.root), place.overlay))
+    assert applied == Applied(f"sha256:{hashlib.sha256(LAYER).hexdigest()}", len(LAYER), 2002)
+    assert (place.root / "d" / "big").read_bytes() == BODY
+    assert [(place.root / "d" / f"f{at}").stat().st_size for at in range(2000)] == list(range(2000))
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 9216, b"garbage", b"x" * 1_000_000], ids=["zeros", "garbage", "long"])
+def test_the_digest_covers_what_follows_the_archive(place: Place, tail: bytes) -> None:
+    applied = apply([gzip.compress(LAYER + tail, 1)], TAR, Target(str(place.root), place.overlay))
+    assert applied.diff_id == f"sha256:{hashlib.sha256(LAYER + tail).hexdigest()}"
+    assert applied.size == len(LAYER) + len(tail)
+
+
+def test_an_empty_layer(place: Place) -> None:
+    assert put(b"", place.root, overlay=place.overlay) == Applied(f"sha256:{hashlib.sha256().hexdigest()}", 0, 0)
+    assert put(archive(), place.root, overlay=place.overlay).size == 1024
+
+
+def failing(error: BaseException) -> Iterator[bytes]:
+    yield PACKED[: len(PACKED) // 2]
+    raise error
+
+
+class Interrupted(BaseException):
+    """As a cancellation is, no `Exception`."""
+
+
+@pytest.mark.parametrize(
+    ("source", "media_type", "limits", "expected"),
+    [
+        ([PACKED[:-100]], TAR, Limits(), DataLoss),
+        ([gzip.compress(LAYER[:1_000_000])], TAR, Limits(), InvalidArgument),
+        ([gzip.compress(b"no archive" * 100_000)], TAR, Limits(), InvalidArgument),
+        ([PACKED], "text/plain", Limits(), Unimplemented),
+        ([PACKED], TAR, Limits(max_bytes=2_000_000), ResourceExhausted),
+        ([PACKED], TAR, Limits(max_entries=100), ResourceExhausted),
+        (failing(ConnectionResetError("by peer")), TAR, Limits(), Unavailable),
+        (failing(ValueError("of the source")), TAR, Limits(), ValueError),
+        (failing(Interrupted()), TAR, Limits(), Interrupted),
+    ],
+)
+def test_errors_leave_nothing_behind(
+    place: Place, source: list[bytes], media_type: str, limits: Limits, expected: type[BaseException]
+) -> None:
+    """`place` looks for descriptors and threads."""
+    with pytest.raises(expected):
+        apply(source, media_type, Target(str(place.root), place.overlay), limits)
+
+
+def test_a_missing_root_is_told_before_the_layer_is_read_to_its_end(tmp_path: Path) -> None:
+    taken = 0
+
+    def source() -> Iterator[bytes]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield entry(b"f%d" % taken, FILE, bytes(100_000))
+
+    with pytest.raises(NotFound):
+        apply(source(), TAR, Target(str(tmp_path / "none"), overlay=True))
+    assert taken < 100
+    before = taken
+    time.sleep(0.05)
+    assert taken == before
+
+
+def test_the_reader_keeps_a_bounded_distance(place: Place) -> None:
+    """A slow disk must not make a fast source fill the memory: the pieces that wait are counted."""
+    gate = threading.Event()
+    taken = 0
+
+    def source() -> Iterator[bytes]:
+        nonlocal taken
+        while taken < 500:
+            taken += 1
+            if taken == 400:
+                gate.wait(10)  # reached only once the extraction has moved on
+            yield entry(b"f%d" % taken, FILE, bytes(10_000))
+        yield bytes(1024)
+
+    os.mkfifo(place.root / "f1")
+    gate.set()
+    assert apply(source(), TAR, Target(str(place.root), place.overlay)).entries == 500
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    at = tmp_path / "small"
+    at.mkdir()
+
+    def mount(options: str) -> Path:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", at], check=True)
+        return at
+
+    yield mount
+    subprocess.run(["umount", at], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "layer"),
+    [
+        ("size=1m", LAYER),
+        ("nr_inodes=50", LAYER),
+        ("nr_inodes=20", archive(*(entry(b"d%d" % at, DIR) for at in range(50)))),
+        ("nr_inodes=20", archive(entry(b"d/" * 50 + b"f"))),
+        ("nr_inodes=20", archive(*(entry(b"s%d" % at, b"2", link=b"x") for at in range(50)))),
+        ("nr_inodes=20", archive(*(entry(b"p%d" % at, b"6") for at in range(50)))),
+        ("nr_inodes=20", archive(*(entry(b".wh.f%d" % at) for at in range(50)))),
+    ],
+)
+def test_a_full_disk_is_named(small: Callable[[str], Path], options: str, layer: bytes) -> None:
+    with pytest.raises(ResourceExhausted, match="No space left on device"):
+        put(layer, small(options))
+
+
+def test_a_read_only_disk_is_our_error_too(small: Callable[[str], Path]) -> None:
+    with pytest.raises(WherryError, match="Read-only"):
+        put(LAYER, small("ro"))
+
+
+def test_the_same_layer_twice_is_the_same_tree(tmp_path: Path) -> None:
+    roots = [tmp_path / "one", tmp_path / "two"]
+    for root in roots:
+        root.mkdir()
+        put(LAYER, root)
+    one, two = (look(root) for root in roots)
+    one.pop(b""), two.pop(b"")
+    assert one == two and len(one) == 2002

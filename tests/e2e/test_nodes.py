@@ -1,0 +1,107 @@
+"""Nodes side by side, on top of each other, taken down, and brought up again around living containers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+from images import Registry
+from node import WHERRY, Node, children, clean_environment, eventually
+
+
+def descendants(pid: int) -> set[int]:
+    found = set(children(pid))
+    return found.union(*(descendants(child) for child in found))
+
+
+def test_a_second_node_on_the_same_root_is_refused(node: Node) -> None:
+    done = subprocess.run(
+        [WHERRY, "up", "--root", node.root, "--state", node.state], capture_output=True, text=True, timeout=30,
+        env=clean_environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "already runs" in done.stderr and str(node.root) in done.stderr
+    assert len(node.services()) == 10
+
+
+def test_two_nodes_do_not_disturb_each_other(node: Node, busybox_ref: str, namespace: str, tmp_path: Path) -> None:
+    with Node(tmp_path, "--node", "other") as other:
+        for each in (node, other):
+            each.run("run", "-n", namespace, "-d", "--name", "same", busybox_ref, "sleep", "1000")
+        mine, theirs = (each.json("ps", "-n", namespace)[0]["pid"] for each in (node, other))
+        assert mine != theirs
+        other.run("rm", "-n", namespace, "-f", "same")
+        assert other.json("ps", "-n", namespace, "-a") == []
+        assert node.json("ps", "-n", namespace)[0]["pid"] == mine
+    assert node.run("exec", "-n", namespace, "same", "echo", "alive").stdout == "alive\n"
+    node.run("rm", "-n", namespace, "-f", "same")
+
+
+def test_ctrl_c_takes_everything_down(busybox_ref: str, tmp_path: Path) -> None:
+    made = Node(tmp_path).start()
+    made.run("run", "-d", "--name", "a", busybox_ref, "sleep", "1000")
+    made.run("run", "-d", "--name", "b", "--runtime", "runc", busybox_ref, "sleep", "1000")
+    inits = [row["pid"] for row in made.json("ps")]
+    everything = descendants(made.pid)
+    groups = [line for line in Path(f"/proc/{inits[0]}/cgroup").read_text().splitlines() if "/wherry/" in line]
+    assert made.stop(signal.SIGINT) == 0
+    assert not [pid for pid in [*everything, *inits] if os.path.exists(f"/proc/{pid}")]
+    assert made.mounts() == []
+    path = groups[0].rpartition(":")[2]
+    for hierarchy in Path("/sys/fs/cgroup").iterdir():
+        assert not (hierarchy / path.lstrip("/")).parent.exists()
+    assert not left_of(made)
+
+
+def left_of(node: Node) -> list[str]:
+    """Command lines of processes that mention the node's directories."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if str(node.state) in line:
+                found.append(line)
+    return found
+
+
+def test_containers_outlive_their_node(busybox_ref: str, tmp_path: Path) -> None:
+    made = Node(tmp_path).start()
+    made.run("run", "-d", "--name", "stays", busybox_ref, "sleep", "1000")
+    made.run("run", "-d", "--name", "ends", busybox_ref, "sh", "-c", "sleep 2; exit 5")
+    pid = {row["id"]: row["pid"] for row in made.json("ps")}
+    assert made.stop(signal.SIGTERM) == 0
+    assert os.path.exists(f"/proc/{pid['stays']}")
+    eventually(lambda: not os.path.exists(f"/proc/{pid['ends']}"), "it does not end")
+    with made:
+        rows = {row["id"]: row for row in made.json("ps", "-a")}
+        assert rows["stays"]["status"] == "running" and rows["stays"]["pid"] == pid["stays"]
+        assert rows["ends"]["status"] == "stopped (5)"
+        events = made.run("events", "--since", "5m", "--no-follow", "--filter", "topic==/tasks/exit").stdout
+        assert events.count('"container_id": "ends"') == 1
+        assert made.run("exec", "stays", "echo", "here").stdout == "here\n"
+        made.run("rm", "ends")
+    assert not os.path.exists(f"/proc/{pid['stays']}")
+
+
+def test_content_scaled(registry: Registry, busybox_ref: str, tmp_path: Path) -> None:
+    with Node(tmp_path, "--scale", "content=3") as made:
+        assert [s["name"] for s in made.services()].count("content") == 3
+        for _ in range(3):
+            assert made.run("run", "--rm", busybox_ref, "echo", "hi").stdout == "hi\n"
+        assert len({row["digest"] for row in made.json("content", "ls")}) == 3
+
+
+def test_unprivileged_services(busybox_ref: str, tmp_path: Path) -> None:
+    for directory in (tmp_path, *tmp_path.parents):
+        if directory == Path("/tmp"):
+            break
+        directory.chmod(0o755)  # pytest makes these for us alone
+    with Node(tmp_path, "--user", "nobody") as made:
+        uids = {name: os.stat(f"/proc/{made.service_pid(name)}").st_uid for name in ("content", "image", "task")}
+        assert uids["content"] == uids["image"] == 65534 and uids["task"] == 0
+        assert made.run("run", "--rm", busybox_ref, "echo", "hi").stdout == "hi\n"
