@@ -78,6 +78,13 @@ class Cgroup:
                     time.sleep(0.02)
 
 
+def remove_everywhere(name: str) -> None:
+    """End a group of this name in every hierarchy: runtimes leave the parents of their containers' groups."""
+    for path in (*Path("/sys/fs/cgroup").glob(f"*/{name}"), Path("/sys/fs/cgroup", name)):
+        if path.is_dir():
+            Cgroup(path).end()
+
+
 def pss_bytes(pids: Iterable[int]) -> int:
     """Proportional set size: private pages, and each shared page divided by those who share it."""
     total = 0

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .grpc import Connection, GrpcError
-from .node import CONTAINER_CGROUP, Node
+from .node import Node
 
 # Fixed in its shim: where runc's state lies, whatever containerd's own state directory is.
 _RUNC_STATE = Path("/run/containerd/runc")
@@ -53,7 +53,7 @@ class ContainerdNode(Node):
         return True
 
     def settings(self) -> dict[str, str]:
-        return {"socket": str(self.socket), "namespace": self.namespace, "container_cgroup": CONTAINER_CGROUP}
+        return {"socket": str(self.socket), "namespace": self.namespace, "container_cgroup": f"/{self.namespace}"}
 
     def environment(self) -> dict[str, str]:
         return {"CONTAINERD_ADDRESS": str(self.socket), "CONTAINERD_NAMESPACE": self.namespace}

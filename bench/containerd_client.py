@@ -136,7 +136,7 @@ class ContainerdClient:
         times = []
         for _ in range(count):
             began = time.perf_counter()
-            call(method, body)
+            _image_of(call(method, body))
             times.append(time.perf_counter() - began)
         return times
 
@@ -144,7 +144,7 @@ class ContainerdClient:
         """`get`s per second."""
         requests = [(f"{IMAGES}/Get", encode({1: name}))] * count
         began = time.perf_counter()
-        self._connection.flood(callers, requests)
+        self._connection.flood(callers, requests, _image_of)
         return count / (time.perf_counter() - began)
 
     def create_delete_rate(self, count: int, callers: int) -> float:
@@ -349,6 +349,19 @@ class ContainerdClient:
 
 # An event of about 400 bytes, as a container's creation is.
 EVENT_LABELS = {f"org.example.bench.label-{number}": "x" * 40 for number in range(5)}
+
+
+def _image_of(answer: bytes) -> dict[str, Any]:
+    """The image in an answer, decoded as any client does before it has one."""
+    image = decode(nested(decode(answer), 1)[0])
+    target = decode(nested(image, 3)[0])
+    labels = [decode(entry) for entry in nested(image, 2)]
+    times = [decode(stamp) for field in (7, 8) for stamp in nested(image, field)]
+    return {
+        "name": text(image, 1), "labels": {text(label, 1): text(label, 2) for label in labels},
+        "target": (text(target, 1), text(target, 2), integer(target, 3)),
+        "times": [integer(stamp, 1) + integer(stamp, 2) / 1e9 for stamp in times],
+    }  # fmt: skip
 
 
 def _number_of(envelope: bytes) -> int:

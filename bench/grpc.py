@@ -11,9 +11,10 @@ from __future__ import annotations
 import select
 import socket
 import struct
-import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Self
+
+from .headers import status
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RST, _SETTINGS, _PING, _GOAWAY, _WINDOW = 0, 1, 3, 4, 6, 7, 8
@@ -66,16 +67,8 @@ class Stream:
 
     def error(self) -> GrpcError:
         """Why it ended without a message."""
-        try:
-            from hpack import Decoder
-        except ImportError:
-            return GrpcError(self.method, "Unknown", "refused (the package hpack would tell why)")
-        found: dict[str, str] = {}
-        for block in self.headers:
-            found |= {str(name): str(value) for name, value in Decoder().decode(block)}
-        status = found.get("grpc-status", "2")
-        code = _CODES[int(status)] if status.isdigit() and int(status) < len(_CODES) else status
-        return GrpcError(self.method, code, urllib.parse.unquote(found.get("grpc-message", "the stream was reset")))
+        number, message = status(self.headers)
+        return GrpcError(self.method, _CODES[number] if number < len(_CODES) else str(number), message)
 
 
 class Connection:
@@ -158,8 +151,8 @@ class Connection:
         if not seen and stream.headers:
             raise stream.error()
 
-    def flood(self, callers: int, requests: Sequence[tuple[str, bytes]]) -> None:
-        """All requests, `callers` of them under way at any time."""
+    def flood(self, callers: int, requests: Sequence[tuple[str, bytes]], take: Callable[[bytes], object] = len) -> None:
+        """All requests, `callers` of them under way at any time; `take` gets each answer."""
         waiting = iter(requests)
         underway = [self.start(*request) for request in _take(waiting, callers)]
         while underway:
@@ -171,6 +164,7 @@ class Connection:
                     continue
                 if not stream.messages:
                     raise stream.error()
+                take(stream.messages[0])
                 still += [self.start(*request) for request in _take(waiting, 1)]
             underway = still
 

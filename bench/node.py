@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import subprocess
 import time
 from abc import ABC, abstractmethod
@@ -13,12 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from .accounting import Cgroup, pss_bytes
+from .accounting import Cgroup, pss_bytes, remove_everywhere
 from .driver import Driver, MeasureError
 
 START_SECONDS = 90.0
 STOP_SECONDS = 30.0
-CONTAINER_CGROUP = f"/wherry-bench-{os.getpid()}-containers"
 _numbers = itertools.count()
 
 
@@ -26,6 +26,7 @@ class Node(ABC):
     """Used as a context manager. Everything of it lies in `place`, which stays until the whole run has ended."""
 
     side: str
+    stop_signal = signal.SIGTERM
 
     def __init__(self, base: Path) -> None:
         self.number = next(_numbers)
@@ -34,7 +35,7 @@ class Node(ABC):
 
     @abstractmethod
     def command(self) -> Sequence[str]:
-        """What starts the services; it ends with them, on SIGTERM."""
+        """What starts the services; it ends with them, on `stop_signal`."""
 
     @abstractmethod
     def ready(self) -> bool:
@@ -76,12 +77,13 @@ class Node(ABC):
         if self._driver is not None:
             self._driver.close()
         if self._process is not None:
-            self._process.terminate()
+            self._process.send_signal(self.stop_signal)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_SECONDS)
         self.cgroup.end()
         if self._process is not None:
             self._process.wait()
+        remove_everywhere(self.namespace)
         _unmount_below(self.place)
         self.tidy()
 

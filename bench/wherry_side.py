@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ WHERRY = str(Path(sys.executable).with_name("wherry"))
 
 class WherryNode(Node):
     side = "wherry"
+    stop_signal = signal.SIGINT  # takes its containers along
 
     @property
     def _state(self) -> Path:

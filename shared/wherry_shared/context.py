@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from .errors import FailedPrecondition
 
@@ -42,8 +42,7 @@ class Replayed(Exception):
         self.reply = reply
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(NamedTuple):
     """One request's context.
 
     deadline: unix time in seconds, 0 for none. key: the idempotency key of the request in hand, "" for none; encode:
@@ -99,8 +98,7 @@ def use(
     deadline = old.deadline
     if timeout is not None:
         deadline = min(deadline, time.time() + timeout) if deadline else time.time() + timeout
-    new = replace(
-        old,
+    new = old._replace(
         namespace=old.namespace if namespace is None else namespace,
         lease=old.lease if lease is None else lease,
         deadline=deadline,

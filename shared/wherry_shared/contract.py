@@ -20,15 +20,19 @@ from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import msgpack
-from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 
 from .errors import DataLoss, InvalidArgument, WherryError
 from .values import Model, explain
 
 F = TypeVar("F", bound=Callable[..., Any])
 _DECLARED = "__wherry_endpoint__"
-# Bounds of a decoded body: a body is under 1 MiB, so no element count or length can be larger.
+# Bounds of a decoded body: a body is under 1 MiB, so no text or bytes can be longer.
 _LIMIT = 1 << 20
+# How many lists and maps, and entries in one of them, a body may have.
+CONTAINERS_MAX = 1 << 16
+# How deep lists and maps may be nested in a request: an OCI specification needs 8.
+DEPTH_MAX = 64
 
 
 def endpoint(
@@ -56,11 +60,16 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """The value of one msgpack document. DataLoss when it is malformed, nested too deep, or of foreign types."""
+    """The value of one msgpack document.
+
+    DataLoss when it is malformed, nested too deep, of foreign types, or of more than 65536 lists and maps: each of
+    them takes a hundred times its byte in memory.
+    """
+    hook = _Counter() if len(data) > CONTAINERS_MAX else None
     try:
         return msgpack.unpackb(
             data, timestamp=3, strict_map_key=True, ext_hook=_no_extension, max_str_len=_LIMIT, max_bin_len=_LIMIT,
-            max_array_len=_LIMIT, max_map_len=_LIMIT, max_ext_len=16,
+            max_array_len=CONTAINERS_MAX, max_map_len=CONTAINERS_MAX, max_ext_len=16, list_hook=hook, object_hook=hook,
         )  # fmt: skip
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as e:
         raise DataLoss(f"message body is not a valid msgpack document: {type(e).__name__}") from None
@@ -68,6 +77,36 @@ def unpack(data: bytes) -> Any:
 
 def _no_extension(code: int, data: bytes) -> Any:
     raise ValueError(f"extension type {code}")
+
+
+class _Counter:
+    """Counts the lists and maps of one document while it is decoded."""
+
+    def __init__(self) -> None:
+        self._left = CONTAINERS_MAX
+
+    def __call__(self, value: Any) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError("too many lists and maps")
+        return value
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    """Whether lists and maps are nested in each other more than `levels` times."""
+    while isinstance(value, list | dict):
+        children = [v for v in (value.values() if isinstance(value, dict) else value) if isinstance(v, list | dict)]
+        if levels == 0:
+            return True
+        levels -= 1
+        if len(children) != 1:
+            return any(_deeper_than(child, levels) for child in children)
+        value = children[0]
+    return False
+
+
+class _Request(Model):
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class Endpoint:
@@ -93,13 +132,17 @@ class Endpoint:
         return tuple(inspect.signature(self.function).parameters)[1:]
 
     @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.parameters)
+
+    @cached_property
     def request(self) -> type[BaseModel]:
         """The request as a pydantic model: one field a parameter."""
         fields: dict[str, Any] = {}
         for name, parameter in list(inspect.signature(self.function).parameters.items())[1:]:
             default = ... if parameter.default is parameter.empty else parameter.default
             fields[name] = (self._hints[name], default)
-        return create_model(f"{self.contract.__name__}_{self.name}", __base__=Model, **fields)
+        return create_model(f"{self.contract.__name__}_{self.name}", __base__=_Request, **fields)
 
     @cached_property
     def reply(self) -> TypeAdapter[Any]:
@@ -110,13 +153,19 @@ class Endpoint:
         return self._hints["return"] is bytes
 
     def encode_request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-        """The request's body. InvalidArgument when an argument does not validate: nothing is sent then."""
-        if args:
-            kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        """The request's body. InvalidArgument when an argument does not validate: nothing is sent then.
+
+        TypeError for arguments that the operation does not have, as of any function.
+        """
+        arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
+        if len(arguments) != len(args) + len(kwargs) or not arguments.keys() <= self._names:
+            inspect.signature(self.function).bind(None, *args, **kwargs)  # says what is wrong
         try:
-            return pack(self.request(**kwargs).model_dump(exclude_defaults=True))
+            return pack(self.request(**arguments).model_dump(exclude_defaults=True))
         except ValidationError as e:
             raise InvalidArgument(f"{self.contract.service}.{self.name}: {explain(e)}") from None
+        except (TypeError, ValueError, OverflowError) as e:  # in a field of any type: what msgpack cannot carry
+            raise InvalidArgument(f"{self.contract.service}.{self.name}: an argument cannot be sent: {e}") from None
 
     def decode_request(self, data: bytes) -> dict[str, Any]:
         """The arguments of a request. InvalidArgument when they do not validate."""
@@ -124,12 +173,13 @@ class Endpoint:
             body = unpack(data) if data else {}
             if not isinstance(body, dict):
                 raise InvalidArgument(f"{self.contract.service}.{self.name}: the body is not a map")
-            model = self.request(**body)
+            if len(data) > DEPTH_MAX and _deeper_than(body, DEPTH_MAX):
+                raise InvalidArgument(f"{self.contract.service}.{self.name}: nested deeper than {DEPTH_MAX} levels")
+            return self.request(**body).__dict__
         except ValidationError as e:
             raise InvalidArgument(f"{self.contract.service}.{self.name}: {explain(e)}") from None
         except (DataLoss, TypeError) as e:
             raise InvalidArgument(f"{self.contract.service}.{self.name}: {e}") from None
-        return {name: getattr(model, name) for name in self.parameters}
 
     def encode_reply(self, value: Any) -> bytes:
         return value if self._opaque else pack(self.reply.dump_python(value))

@@ -31,7 +31,7 @@ from typing import Any
 
 from .bus import Bus, connect
 from .contract import Contract
-from .errors import FailedPrecondition, Unavailable, WherryError
+from .errors import FailedPrecondition, InvalidArgument, Unavailable, WherryError
 from .outbox import Outbox
 from .sqlite import Database
 from .values import check_identifier
@@ -91,6 +91,8 @@ class Settings:
         )
         a = parser.parse_args(arguments)
         node = check_identifier(a.node, "node")
+        if a.instance and (not a.instance.isalnum() or not a.instance.isascii() or len(a.instance) > 64):
+            raise InvalidArgument(f"instance {a.instance!r} stands in subjects: 1 to 64 letters and digits do")
         prefix = f"WHERRY_{service.upper()}_"
         options = {k.removeprefix(prefix).lower(): v for k, v in os.environ.items() if k.startswith(prefix)}
         options |= dict(item.partition("=")[::2] for item in a.set)

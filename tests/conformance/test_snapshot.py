@@ -579,13 +579,15 @@ async def test_introspection_is_told(shelf: Shelf) -> None:
 
 
 async def test_nobody_else_can_walk_into_the_snapshots(shelf: Shelf) -> None:
+    at = shelf.house.root / "root/snapshot" / shelf.name / "snapshots"
+    for path in (at, at.parent):
+        path.chmod(0o755)
     old = os.umask(0)
     try:
         await shelf.house.restart()
         await shelf.layer("one", "", put(a="1"))
     finally:
         os.umask(old)
-    at = shelf.house.root / "root/snapshot" / shelf.name / "snapshots"
     assert [p.stat().st_mode & 0o777 for p in (at, at.parent)] == [0o700, 0o700]
 
 

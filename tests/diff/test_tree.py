@@ -1,4 +1,4 @@
-"""The cache of open directories: after every entry, each cached path still names the directory behind its descriptor."""
+"""The cache of open directories: after every entry each cached path still names the directory of its descriptor."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import wherry
@@ -85,7 +86,7 @@ async def test_exits_while_the_task_service_is_down(node: Node, busybox_ref: str
         exits: list[str] = []
 
         async def read() -> bool:
-            window = await client.events.replay(filters=["topic==/tasks/exit"])
+            window = await client.events.replay(filters=['topic=="/tasks/exit"'])
             exits[:] = [str(e.event["container_id"]) for e in window.events]
             return len(exits) >= 4
 
@@ -110,7 +111,7 @@ async def test_a_monitor_that_dies_costs_its_own_container_only(
         monitor = int(json.loads(_status(pid))["PPid"])
         os.kill(monitor, signal.SIGKILL)
         assert (await task.wait()).code == 137
-        window = await client.events.replay(filters=["topic==/tasks/exit"])
+        window = await client.events.replay(filters=['topic=="/tasks/exit"'])
         assert [e.event.get("shim_died") for e in window.events] == [True]
         await task.delete()
         await container.delete(snapshot=True)
@@ -119,7 +120,7 @@ async def test_a_monitor_that_dies_costs_its_own_container_only(
 
 
 def _status(pid: int) -> str:
-    lines = open(f"/proc/{pid}/status").read().splitlines()
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return json.dumps(dict(line.split(":", 1) for line in lines))
 
 

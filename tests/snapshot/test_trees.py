@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -239,8 +241,8 @@ def test_what_is_moved_out_takes_nobody_along(victim: Path, canary: Path) -> Non
 
 def test_what_is_still_written_to_goes_too(victim: Path) -> None:
     (victim / "busy").mkdir()
-    counter = iter(range(10_000_000))
-    with Racer(lambda: (victim / f"busy/{next(counter)}").mkdir()):
+    counter = itertools.count()
+    with Racer(lambda: (victim / f"busy/{next(counter)}").mkdir(), lambda: time.sleep(0.0005)):
         for _ in range(20):
             try:
                 remove(victim)

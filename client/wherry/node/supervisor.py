@@ -216,7 +216,7 @@ class Supervisor:
         module, _, function = entry.partition(":")
         plan = self._plan
         getattr(importlib.import_module(module), function)(
-            ["--node", plan.node, "--root", str(plan.root), "--state", str(plan.state),
+            ["--node", plan.node, "--nats", self._url, "--root", str(plan.root), "--state", str(plan.state),
              "--log-level", plan.log_level]
         )  # fmt: skip
 

@@ -71,7 +71,7 @@ def extract(reader: Reader, target: Target, limits: Limits) -> int:
     `FailedPrecondition` (see `Target.standalone`), `PermissionDenied`, `NotFound` (the root or a parent). What has been
     extracted by then stays: the caller throws the snapshot away.
     """
-    parents = Parents(target.parents)
+    parents = Parents(target.parents if target.overlay else ())
     try:
         tree = Tree(target.root, parents, limits, overlay=target.overlay, standalone=target.standalone)
         try:

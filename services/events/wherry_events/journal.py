@@ -10,14 +10,15 @@ from typing import Any
 
 from wherry_shared.api.events import Envelope, Replay, Stream
 from wherry_shared.bus import Bus, events, subjects
-from wherry_shared.bus.transport import EventLog
+from wherry_shared.bus.transport import EventLog, LogState
 from wherry_shared.errors import InvalidArgument, OutOfRange
 from wherry_shared.filters import compile_filters
 from wherry_shared.values import now
 
 LIMIT_MAX = 1000
 EVENT_BYTES_MAX = 256 << 10
-WINDOW_BYTES = 512 << 10
+# Of events as they stand in the stream. Numbers may take twice as much in an answer, which must stay under 1 MiB.
+WINDOW_BYTES = 384 << 10
 
 
 class Journal:
@@ -55,10 +56,12 @@ class Journal:
         self, namespace: str, *, since: datetime | None, token: str, filters: list[str], limit: int
     ) -> Replay:
         """A window of the stream. OutOfRange: what follows the token is gone, or it is of another stream."""
+        if since is not None and since.tzinfo is None:
+            raise InvalidArgument(f"since {since.isoformat()} has no time zone")
         matches = compile_filters(filters)
         limit = max(1, min(limit, LIMIT_MAX))
         state = await self._log.state()
-        after = self._position(token, state.epoch, state.first) if token else 0
+        after = _position(token, state) if token else 0
         stored = await self._log.read(
             after=after, since=None if token else since, limit=limit,
             subject=events.pattern(self._bus.node, namespace, "") if namespace else "",
@@ -66,7 +69,7 @@ class Journal:
         found: list[Envelope] = []
         position, size = after, 0
         for entry in stored:
-            if size > WINDOW_BYTES:
+            if size and size + len(entry.data) > WINDOW_BYTES:
                 break
             position, size = entry.sequence, size + len(entry.data)
             envelope = events.decode(entry.data)
@@ -76,18 +79,22 @@ class Journal:
         complete = len(stored) < limit and (not stored or position == stored[-1].sequence)
         if complete:
             position = max(position, state.last)
-        return Replay(events=found, token=f"{state.epoch}/{position}", more=not complete)
+        return Replay(events=found, token=f"{state.epoch}/{position}", more=position < state.last)
 
-    @staticmethod
-    def _position(token: str, epoch: str, first: int) -> int:
-        of, _, number = token.rpartition("/")
-        if not number.isdigit() or len(number) > 19:
-            raise InvalidArgument("the token is not one of this service's")
-        if of != epoch:
-            raise OutOfRange("the stream was made anew since this token was given: read the state again")
-        if int(number) + 1 < first:
-            raise OutOfRange(f"{first - int(number) - 1} events after this token are no longer kept")
-        return int(number)
+
+def _position(token: str, state: LogState) -> int:
+    """The number that a token stands for. OutOfRange when the stream does not go on from there."""
+    of, _, number = token.rpartition("/")
+    if not (number.isascii() and number.isdigit()) or len(number) > 19:
+        raise InvalidArgument("the token is not one of this service's")
+    position = int(number)
+    if of != state.epoch:
+        raise OutOfRange("the stream was made anew since this token was given: read the state again")
+    if position + 1 < state.first:
+        raise OutOfRange(f"{state.first - position - 1} events after this token are no longer kept")
+    if position > state.last:  # a crash took the stream's end: what comes next would get numbers that were read before
+        raise OutOfRange(f"the stream ends {position - state.last} events before this token: read the state again")
+    return position
 
 
 def field_of(envelope: Envelope) -> Callable[[tuple[str, ...]], str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from wherry_shared.api.introspection import Introspection
@@ -17,7 +16,7 @@ async def build(host: Host) -> Introspection:
     root = host.settings.own_root
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     host.lock(root / "lock")
-    return IntrospectionService(Node.open(root / "uuid", host.settings.node), host.bus, os.getpid())
+    return IntrospectionService(Node.open(root / "uuid", host.settings.node), host.bus)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -28,9 +28,8 @@ class Node:
         """Read the id, or make it. DataLoss when the file holds none: a node does not change who it is by itself."""
         if not path.exists():
             write_atomic(path, f"{uuid.uuid4()}\n".encode())
-        text = path.read_text().strip()
         try:
-            known = str(uuid.UUID(text))
+            known = str(uuid.UUID(path.read_text().strip()))
         except ValueError:
             raise DataLoss(f"{path} holds no uuid: restore it, or remove it to make a new one") from None
         return cls(known, name, BOOT_ID.read_text().strip(), now())

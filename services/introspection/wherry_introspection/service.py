@@ -15,17 +15,17 @@ from wherry_shared.runtime import package_version
 
 from .node import Node
 
-# The services of a node answer within a few milliseconds; this long is waited for those that do not.
-PATIENCE = 0.5
+# Services answer within a few milliseconds. Nobody knows how many processes there are (scaled services, other nodes on
+# the same bus), so all of QUICK is waited; when a service of this node has not answered then, they are asked again.
+QUICK, PATIENT = 0.15, 0.5
 
 
 class IntrospectionService(Introspection):
     """Asks the bus, keeps nothing: what does not answer is not there."""
 
-    def __init__(self, node: Node, bus: Bus, pid: int) -> None:
+    def __init__(self, node: Node, bus: Bus) -> None:
         self._node = node
         self._bus = bus
-        self._pid = pid
 
     async def server(self) -> Server:
         node = self._node
@@ -48,9 +48,20 @@ class IntrospectionService(Introspection):
         return [_status(answer) for answer in await self._ask("STATS")]
 
     async def _ask(self, verb: str) -> list[dict[str, Any]]:
-        # With at least one process of each service, more than these answer only where some are scaled.
-        answers = await discovery.ask_all(self._bus.transport, verb, wait=PATIENCE, expect=len(contracts()))
-        return [a for a in answers if a.get("metadata", {}).get("node") == self._node.name]
+        services = {contract.service for contract in contracts()}
+        answers: list[dict[str, Any]] = []
+        for wait in (QUICK, PATIENT):
+            answers = await discovery.ask_all(self._bus.transport, verb, wait=wait)
+            answers = [a for a in answers if _node_of(a) == self._node.name]
+            if services <= {a["name"] for a in answers}:
+                break
+        return answers
+
+
+def _node_of(answer: dict[str, Any]) -> Any:
+    """None for what is on the bus but none of Wherry's services."""
+    metadata = answer.get("metadata")
+    return metadata.get("node") if isinstance(metadata, dict) else None
 
 
 def _plugins_of(answer: dict[str, Any]) -> list[Plugin]:

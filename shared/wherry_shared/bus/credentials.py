@@ -136,7 +136,7 @@ def issue(directory: Path, node: str, tenants: Iterable[str] = (), leaves: Itera
 def service_permissions(service: str, node: str) -> dict[str, Any]:
     """What a service may do: serve its own operations, call those it needs, publish its own events."""
     own = subjects.encode_token(node)
-    publish = [f"{subjects.RPC}.{own}.*.{other}.*" for other in CALLS[service]]
+    publish = [f"{subjects.RPC}.{own}.*.{other}.>" for other in CALLS[service]]
     publish += [f"{subjects.EV}.{own}.*.{topic}.>" for topic in topics(service)]
     subscribe = [f"{subjects.RPC}.{own}.*.{service}.>", *_discovery(service)]
     if service == "namespace":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import context
 from ..contract import Endpoint
-from ..errors import DeadlineExceeded, FailedPrecondition, Unavailable, from_code
+from ..errors import DeadlineExceeded, Unavailable, from_code
 from . import subjects
 from .transport import Message, NoResponders, Transport
 
@@ -25,7 +25,8 @@ RETRY = "Wherry-Retry"
 ERROR, ERROR_CODE = "Nats-Service-Error", "Nats-Service-Error-Code"
 
 # A request that got lost with its service is sent again after this long: 2 s, then 4, then 8.
-FIRST_ATTEMPT = 2.0
+FIRST_ATTEMPT, LAST_ATTEMPT = 2.0, 8.0
+_SUBJECTS_MAX = 1024
 _token = random.SystemRandom().getrandbits
 
 
@@ -37,11 +38,13 @@ class Caller:
         self._node = node
         self._namespace = namespace
         self._instance = instance
+        self._subjects: dict[tuple[Endpoint, str], str] = {}
 
     def at(self, instance: str) -> Caller:
         """The same caller, bound to one replica."""
         bound = copy(self)
         bound._instance = instance
+        bound._subjects = {}
         return bound
 
     @property
@@ -58,6 +61,8 @@ class Caller:
         headers = {DEADLINE: f"{deadline:.3f}"}
         if endpoint.mutates:
             headers[KEY] = now.call_key or f"{_token(96):024x}"
+        elif endpoint.waits:  # sent again, it joins the one under way
+            headers[KEY] = f"{_token(96):024x}"
         if now.lease:
             headers[LEASE] = now.lease
         if now.trace:
@@ -66,41 +71,39 @@ class Caller:
         return endpoint.decode_reply(message.data)
 
     def _subject(self, endpoint: Endpoint, now: context.Context) -> str:
-        contract = endpoint.contract
-        if contract.namespaced is False:
-            namespace = context.NO_NAMESPACE
-        else:
-            namespace = self._namespace or now.namespace
-            if not namespace and contract.namespaced is None:
-                namespace = context.NO_NAMESPACE
-            if not namespace:
-                raise FailedPrecondition(f"{contract.service}.{endpoint.name}: namespace is required")
-        return subjects.rpc(self._node, namespace, contract.service, endpoint.name, self._instance)
+        namespace = self._namespace or now.namespace
+        subject = self._subjects.get((endpoint, namespace))
+        if subject is None:
+            contract = endpoint.contract
+            token = subjects.namespace_of(contract.namespaced, namespace, f"{contract.service}.{endpoint.name}")
+            subject = subjects.rpc(self._node, token, contract.service, endpoint.name, self._instance)
+            if len(self._subjects) >= _SUBJECTS_MAX:
+                self._subjects.clear()
+            self._subjects[endpoint, namespace] = subject
+        return subject
 
     async def _ask(
         self, endpoint: Endpoint, subject: str, body: bytes, headers: dict[str, str], deadline: float
     ) -> Message:
         """Send until there is an answer. The same key makes a second delivery of a mutation harmless."""
-        attempt, pause = FIRST_ATTEMPT, 0.02
-        name = f"{endpoint.contract.service}.{endpoint.name}"
+        attempt = LAST_ATTEMPT if endpoint.waits else FIRST_ATTEMPT
+        pause = 0.02
         while True:
             left = deadline - time.time()
             if left <= 0:
-                raise DeadlineExceeded(f"{name}: no answer within the deadline")
+                raise DeadlineExceeded(f"{_name(endpoint)}: no answer within the deadline")
             try:
-                message = await self._transport.request(
-                    subject, body, headers=headers, timeout=left if endpoint.waits else min(left, attempt)
-                )
+                message = await self._transport.request(subject, body, headers=headers, timeout=min(left, attempt))
             except NoResponders:
                 if self._instance:
-                    raise Unavailable(f"{name}: its instance {self._instance} is gone") from None
+                    raise Unavailable(f"{_name(endpoint)}: its instance {self._instance} is gone") from None
                 if deadline - time.time() <= pause:
-                    raise Unavailable(f"{name}: no service answers on the bus") from None
+                    raise Unavailable(f"{_name(endpoint)}: no service answers on the bus") from None
             except DeadlineExceeded:
-                attempt = min(attempt * 2, 8.0)
+                attempt = min(attempt * 2, LAST_ATTEMPT)
                 continue
             else:
-                if not message.headers or not (retry := raise_error(message.headers)):
+                if not (answer := message.headers) or not (retry := raise_error(answer, message.data)):
                     return message
                 if self._instance or deadline - time.time() <= pause:
                     raise retry
@@ -108,12 +111,20 @@ class Caller:
             pause = min(pause * 2, 0.25)
 
 
-def raise_error(headers: Mapping[str, str]) -> Unavailable | None:
-    """Raise the error that an answer carries; return it when its service is stopping and another may answer."""
+def _name(endpoint: Endpoint) -> str:
+    return f"{endpoint.contract.service}.{endpoint.name}"
+
+
+def raise_error(headers: Mapping[str, str], data: bytes = b"") -> Unavailable | None:
+    """Raise the error that an answer carries; return it when its service is stopping and another may answer.
+
+    The header has the error's text in one line; the body has it exactly, where that is something else.
+    """
     code = headers.get(ERROR_CODE)
     if code is None:
         return None
-    error = from_code(int(code) if code.isdigit() else 2, headers.get(ERROR, ""))
+    text = data.decode("utf-8", "replace") if data else headers.get(ERROR, "")
+    error = from_code(int(code) if code.isdecimal() and len(code) < 4 else 2, text)
     if RETRY in headers and isinstance(error, Unavailable):
         return error
     raise error

@@ -9,18 +9,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 from .. import context
 from ..context import Context, Identity, Replayed
 from ..contract import Contract, Endpoint
 from ..errors import (
+    Aborted,
     DeadlineExceeded,
     Internal,
     InvalidArgument,
@@ -31,37 +29,49 @@ from ..errors import (
     WherryError,
 )  # fmt: skip
 from . import subjects
+from .answers import Answer, Answers
+from .discovery import Card
 from .proxy import DEADLINE, ERROR, ERROR_CODE, KEY, LEASE, RETRY, TRACE
 from .transport import Message, Subscription, Transport
 
 log = logging.getLogger("wherry.serve")
 
 RUNNING_MAX = 256
+WAITS_MAX = 8192
 BACKLOG_MAX = 8192
-# Answers of mutations are kept this long, so that a second delivery of the same key gets the same one.
-REMEMBER_SECONDS = 120.0
-REMEMBER_MAX = 4096
+BACKLOG_BYTES = 64 << 20
+KEY_MAX = 128
+# A deadline further away is brought here: nobody waits that long, and timers are finite.
+DEADLINE_MAX = 24 * 3600.0
+ERROR_LINE_MAX, ERROR_MAX = 2048, 64 << 10
+_ROUTES_MAX = 4096
+# An answer of these says that the same call may succeed when it is made again: it is not kept under the key.
+_TRANSIENT = (Unavailable, DeadlineExceeded, ResourceExhausted, Aborted)
 
 IdentityOf = Callable[[str], Identity | None]
 
 
-@dataclass
-class Stats:
-    """What `$SRV.STATS` tells of one endpoint."""
+class Request:
+    """One request in hand. `late` is set when its deadline has passed and its task was cancelled for it."""
 
-    requests: int = 0
-    errors: int = 0
-    last_error: str = ""
-    nanoseconds: int = 0
+    __slots__ = ("context", "data", "endpoint", "late", "reply", "task")
 
+    def __init__(self, endpoint: Endpoint, message: Message, ctx: Context) -> None:
+        self.endpoint = endpoint
+        self.data = message.data
+        self.reply = message.reply
+        self.context = ctx
+        self.late = False
+        self.task: asyncio.Task[None] | None = None
 
-@dataclass
-class Pending:
-    """A mutation under way or done: who waits for the answer, and the answer."""
+    @property
+    def name(self) -> str:
+        return f"{self.endpoint.contract.service}.{self.endpoint.name}"
 
-    waiting: list[str] = field(default_factory=list)
-    answer: tuple[bytes, dict[str, str] | None] | None = None
-    at: float = 0.0
+    def expire(self) -> None:
+        self.late = True
+        if self.task is not None:
+            self.task.cancel()
 
 
 class Server:
@@ -72,50 +82,66 @@ class Server:
         metadata: dict[str, str],
     ) -> None:  # fmt: skip
         self._transport = transport
-        self._implementation = implementation
         self._contract = type(implementation)
-        self._node = node
+        self._prefix = f"{subjects.RPC}.{subjects.encode_token(node, 'node')}"
+        self._instance_token = subjects.encode_token(instance, "instance")
         self.instance = instance
         self._identity_of = identity_of
-        self._metadata = metadata
         self._endpoints = self._contract.endpoints
         for name, endpoint in self._endpoints.items():
             if getattr(self._contract, name) is endpoint.function:
                 raise Unimplemented(f"{self._contract.__name__} does not implement {self._contract.service}.{name}")
         self._methods = {name: getattr(implementation, name) for name in self._endpoints}
-        self._stats = {name: Stats() for name in self._endpoints}
-        self._started = datetime.now(UTC).isoformat()
+        self._card = Card(self._contract, node=node, prefix=self._prefix, instance=instance, metadata=metadata)
+        self._loop = asyncio.get_running_loop()
         self._subscriptions: list[Subscription] = []
-        self._running = 0
-        self._backlog: deque[tuple[Endpoint, Message, Context]] = deque()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._waits: set[asyncio.Task[None]] = set()
-        self._pending: dict[str, Pending] = {}
+        self._routes: dict[str, tuple[Endpoint, str]] = {}
+        self._running: set[Request] = set()
+        self._waits: set[Request] = set()
+        self._backlog: deque[Request] = deque()
+        self._backlog_bytes = 0
+        self._answers = Answers()
         self._draining = False
 
     async def start(self) -> None:
-        """Subscribe: from here on requests are answered."""
+        """Subscribe: from here on requests are answered. PermissionDenied when this user may not serve that."""
         service = self._contract.service
-        prefix = f"{subjects.RPC}.{subjects.encode_token(self._node, 'node')}.*.{service}.*"
+        prefix = f"{self._prefix}.*.{service}.*"
         subscribe = self._transport.subscribe
-        for verb, answer in (("PING", self._ping), ("INFO", self._info), ("STATS", self._statistics)):
-            for subject in (f"$SRV.{verb}", f"$SRV.{verb}.{service}", f"$SRV.{verb}.{service}.{self.instance}"):
-                self._subscriptions.append(await subscribe(subject, self._discovery(answer)))
-        self._subscriptions.append(await subscribe(f"{prefix}.{self.instance}", self._on_message))
-        self._subscriptions.append(await subscribe(prefix, self._on_message, queue=service))
+        wanted = [subscribe(subject, self._discovery(answer)) for subject, answer in self._card.subjects()]
+        wanted.append(subscribe(f"{prefix}.{self._instance_token}", self._on_message))
+        wanted.append(subscribe(prefix, self._on_message, queue=service))
+        made = await asyncio.gather(*wanted, return_exceptions=True)
+        self._subscriptions = [s for s in made if not isinstance(s, BaseException)]
+        refused = next((s for s in made if isinstance(s, BaseException)), None)
+        if refused is not None:
+            await self.drain(0.0)
+            raise refused
 
     async def drain(self, timeout: float = 10.0) -> None:
-        """Take no more requests, let the running ones end, and send the waiting ones elsewhere."""
+        """Take no more requests, let the running ones end, and send the waiting ones elsewhere.
+
+        What the bus has handed over by now is answered too, with the request to ask another.
+        """
         self._draining = True
-        for subscription in self._subscriptions:
-            await subscription.unsubscribe()
-        for task in self._waits:
+        await asyncio.gather(*(s.drain() for s in self._subscriptions), return_exceptions=True)
+        self._subscriptions = []
+        while self._backlog:
+            self._finish(self._backlog.popleft(), _stopping())
+        self._backlog_bytes = 0
+        await asyncio.sleep(0)  # a task that never ran could not answer its cancellation
+        await self._end(self._waits, 0.0)
+        await self._end(self._running, timeout)
+
+    @staticmethod
+    async def _end(requests: set[Request], patience: float) -> None:
+        tasks = [r.task for r in requests if r.task is not None]
+        if tasks and patience > 0:
+            _, tasks = await asyncio.wait(tasks, timeout=patience)  # type: ignore[assignment]
+        for task in tasks:
             task.cancel()
-        rest = self._tasks | self._waits
-        if rest:
-            _, late = await asyncio.wait(rest, timeout=timeout)
-            for task in late:
-                task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
 
     # ---- a request comes in
 
@@ -127,217 +153,171 @@ class Server:
             log.warning("request on %s with a reply outside every known inbox: dropped", message.subject)
             return
         try:
-            endpoint, ctx = self._admit(message, identity)
+            request = self._admit(message, identity)
         except WherryError as e:
-            self._answer_error([message.reply], e)
+            self._send(message.reply, error_answer(e))
             return
+        ctx = request.context
         if ctx.deadline and ctx.deadline <= time.time():
             return  # its caller has given up: no command runs late
-        if self._draining:
-            self._answer_error([message.reply], Unavailable("the service is stopping"), retry=True)
-        elif not endpoint.mutates or self._first_delivery(ctx, message.reply):
-            self._schedule(endpoint, message, ctx)
+        kept = self._answers.kept(ctx.key) if ctx.key else None
+        if kept is not None:
+            self._send(message.reply, kept)
+        elif self._draining:
+            self._send(message.reply, _stopping())
+        elif not ctx.key or self._answers.first(ctx.key, message.reply):
+            self._schedule(request)
 
-    def _admit(self, message: Message, identity: Identity) -> tuple[Endpoint, Context]:
-        """The endpoint and the context of a request; every token is validated again."""
-        parts = message.subject.split(".")
-        token, method = parts[4], parts[6]
-        endpoint = self._endpoints.get(method)
-        if endpoint is None:
-            raise Unimplemented(f"{self._contract.service} {self._contract.version} has no operation {method!r}")
-        namespace = token
-        if token == context.NO_NAMESPACE:
-            if self._contract.namespaced:
-                raise InvalidArgument(f"{self._contract.service}.{method}: namespace is required")
-        elif self._contract.namespaced is False:
-            raise InvalidArgument(f"{self._contract.service}.{method} belongs to no namespace")
-        else:
-            namespace = subjects.decode_token(token, "namespace")
+    def _admit(self, message: Message, identity: Identity) -> Request:
+        """The request with its context; every token is validated again."""
+        endpoint, namespace = self._routes.get(message.subject) or self._route(message.subject)
         if identity.namespace and namespace != identity.namespace:
             raise PermissionDenied(f"{identity.name} may not act in namespace {namespace!r}")
         headers = message.headers or {}
         key = headers.get(KEY, "")
-        try:
-            deadline = float(headers.get(DEADLINE, "0"))
-        except ValueError:
-            raise InvalidArgument(f"{DEADLINE} is not a time") from None
-        if len(key) > 128:
-            raise InvalidArgument(f"{KEY} is longer than 128 characters")
-        return endpoint, Context(
-            namespace=namespace, lease=headers.get(LEASE, ""), deadline=deadline, identity=identity,
-            key=f"{identity.name}/{token}/{method}/{key}" if key and endpoint.mutates else "",
-            trace=headers.get(TRACE, ""), encode=endpoint.encode_reply,
-        )  # fmt: skip
+        if len(key) > KEY_MAX:
+            raise InvalidArgument(f"{KEY} is longer than {KEY_MAX} characters")
+        if key:
+            key = f"{identity.name}/{namespace}/{endpoint.name}/{key}" if endpoint.mutates or endpoint.waits else ""
+        return Request(endpoint, message, Context(
+            namespace, headers.get(LEASE, ""), _deadline(headers.get(DEADLINE)), identity, key, headers.get(TRACE, ""),
+            endpoint.encode_reply,
+        ))  # fmt: skip
 
-    def _first_delivery(self, ctx: Context, reply: str) -> bool:
-        """Whether this key is new. A known one gets the answer of its first delivery, now or when there is one."""
-        if not ctx.key:
-            return True
-        known = self._pending.get(ctx.key)
-        if known is None:
-            self._forget_old()
-            self._pending[ctx.key] = Pending(waiting=[reply])
-            return True
-        if known.answer is None:
-            known.waiting.append(reply)
+    def _route(self, subject: str) -> tuple[Endpoint, str]:
+        """The endpoint and the namespace that a subject stands for."""
+        contract, parts = self._contract, subject.split(".")
+        token, method = parts[4], parts[6]
+        endpoint = self._endpoints.get(method)
+        if endpoint is None:
+            raise Unimplemented(f"{contract.service} {contract.version} has no operation {method[:76]!r}")
+        if token == context.NO_NAMESPACE:
+            if contract.namespaced:
+                raise InvalidArgument(f"{contract.service}.{method}: namespace is required")
+            namespace = token
+        elif contract.namespaced is False:
+            raise InvalidArgument(f"{contract.service}.{method} belongs to no namespace")
         else:
-            self._send(reply, *known.answer)
-        return False
-
-    def _forget_old(self) -> None:
-        """Insertion order is age: drop from the front what is answered and old, or over the bound."""
-        limit = time.monotonic() - REMEMBER_SECONDS
-        while self._pending:
-            key, first = next(iter(self._pending.items()))
-            if first.answer is None or (first.at > limit and len(self._pending) < REMEMBER_MAX):
-                return
-            del self._pending[key]
+            namespace = subjects.decode_token(token, "namespace")
+        if len(self._routes) >= _ROUTES_MAX:
+            self._routes.clear()
+        self._routes[subject] = endpoint, namespace
+        return endpoint, namespace
 
     # ---- it runs
 
-    def _schedule(self, endpoint: Endpoint, message: Message, ctx: Context) -> None:
-        if endpoint.waits:
-            self._spawn(self._waits, endpoint, message, ctx)
-        elif self._running < RUNNING_MAX:
-            self._running += 1
-            self._spawn(self._tasks, endpoint, message, ctx)
-        elif len(self._backlog) < BACKLOG_MAX:
-            self._backlog.append((endpoint, message, ctx))
+    def _schedule(self, request: Request) -> None:
+        if request.endpoint.waits and len(self._waits) < WAITS_MAX:
+            self._spawn(self._waits, request)
+        elif not request.endpoint.waits and len(self._running) < RUNNING_MAX:
+            self._spawn(self._running, request)
+        elif (
+            not request.endpoint.waits
+            and len(self._backlog) < BACKLOG_MAX
+            and self._backlog_bytes + len(request.data) <= BACKLOG_BYTES
+        ):
+            self._backlog.append(request)
+            self._backlog_bytes += len(request.data)
         else:
-            self._pending.pop(ctx.key, None)
-            self._answer_error([message.reply], ResourceExhausted(f"{self._contract.service}: too many requests"))
+            error = ResourceExhausted(f"{self._contract.service}: too many requests")
+            self._finish(request, error_answer(error), error)
 
-    def _spawn(self, group: set[asyncio.Task[None]], endpoint: Endpoint, message: Message, ctx: Context) -> None:
-        task = asyncio.get_running_loop().create_task(self._run(endpoint, message, ctx))
-        group.add(task)
-        task.add_done_callback(group.discard)
+    def _spawn(self, group: set[Request], request: Request) -> None:
+        group.add(request)
+        request.task = self._loop.create_task(self._run(group, request))
 
-    async def _run(self, endpoint: Endpoint, message: Message, ctx: Context) -> None:
+    async def _run(self, group: set[Request], request: Request) -> None:
         started = time.perf_counter_ns()
-        stats = self._stats[endpoint.name]
-        answer: tuple[bytes, dict[str, str] | None]
+        context.enter(request.context)
+        timer = self._loop.call_later(request.context.remaining(request.endpoint.timeout), request.expire)
+        error: WherryError | None = None
         try:
-            answer = await self._answer(endpoint, message, ctx)
+            arguments = request.endpoint.decode_request(request.data)
+            value = await self._methods[request.endpoint.name](**arguments)
+            answer: Answer = (request.endpoint.encode_reply(value), None)
         except Replayed as e:
             answer = (e.reply, None)
         except WherryError as e:
-            stats.errors += 1
-            stats.last_error = f"{e.code}:{e}"
-            answer = (b"", error_headers(e))
+            error, answer = e, error_answer(e)
         except asyncio.CancelledError:
-            answer = (b"", error_headers(Unavailable("the service is stopping"), retry=True))
-        finally:
-            stats.requests += 1
-            stats.nanoseconds += time.perf_counter_ns() - started
-            if not endpoint.waits:
-                self._next()
-        pending = self._pending.get(ctx.key) if ctx.key else None
-        if pending is None:
-            self._send(message.reply, *answer)
-            return
-        if answer[1] is not None and RETRY in answer[1]:
-            del self._pending[ctx.key]
-        pending.answer, pending.at = answer, time.monotonic()
-        for reply in pending.waiting:
-            self._send(reply, *answer)
-        pending.waiting = []
-
-    async def _answer(self, endpoint: Endpoint, message: Message, ctx: Context) -> tuple[bytes, dict[str, str] | None]:
-        context.enter(ctx)
-        arguments = endpoint.decode_request(message.data)
-        try:
-            async with asyncio.timeout(ctx.remaining(endpoint.timeout)):
-                value = await self._methods[endpoint.name](**arguments)
-            return endpoint.encode_reply(value), None
-        except TimeoutError:
-            raise DeadlineExceeded(f"{self._contract.service}.{endpoint.name}: the deadline passed") from None
-        except (WherryError, Replayed):
-            raise
+            error = DeadlineExceeded(f"{request.name}: the deadline passed")
+            answer = error_answer(error) if request.late else _stopping()
         except Exception:
-            log.exception("%s.%s failed", self._contract.service, endpoint.name)
-            raise Internal(f"{self._contract.service}.{endpoint.name}: internal error, see the service's log") from None
+            log.exception("%s failed", request.name)
+            error = Internal(f"{request.name}: internal error, see the service's log")
+            answer = error_answer(error)
+        timer.cancel()
+        group.discard(request)
+        self._card.count(request.endpoint.name, time.perf_counter_ns() - started, error)
+        self._finish(request, answer, error)
+        if self._backlog:
+            self._next()
 
     def _next(self) -> None:
-        self._running -= 1
-        while self._backlog and self._running < RUNNING_MAX:
-            endpoint, message, ctx = self._backlog.popleft()
-            if ctx.deadline and ctx.deadline <= time.time():
-                self._pending.pop(ctx.key, None)
-                continue
-            self._running += 1
-            self._spawn(self._tasks, endpoint, message, ctx)
+        """Fill the free places from the backlog; what has become late there is let go."""
+        while self._backlog and len(self._running) < RUNNING_MAX:
+            request = self._backlog.popleft()
+            self._backlog_bytes -= len(request.data)
+            if request.context.deadline and request.context.deadline <= time.time():
+                self._answers.settle(request.context.key, None)
+            else:
+                self._spawn(self._running, request)
 
     # ---- the answer goes out
 
-    def _answer_error(self, replies: list[str], error: WherryError, *, retry: bool = False) -> None:
-        for reply in replies:
-            self._send(reply, b"", error_headers(error, retry=retry))
+    def _finish(self, request: Request, answer: Answer, error: WherryError | None = None) -> None:
+        """Answer everybody who waits for it."""
+        key = request.context.key
+        if not key:
+            self._send(request.reply, answer)
+            return
+        transient = isinstance(error, _TRANSIENT) or (answer[1] is not None and RETRY in answer[1])
+        for reply in self._answers.settle(key, None if transient else answer):
+            self._send(reply, answer)
 
-    def _send(self, reply: str, data: bytes, headers: dict[str, str] | None) -> None:
+    def _send(self, reply: str, answer: Answer) -> None:
+        data, headers = answer
         try:
             if len(data) > self._transport.max_payload:
                 error = ResourceExhausted(f"the answer of {len(data)} bytes is larger than a message may be")
-                data, headers = b"", error_headers(error)
+                data, headers = error_answer(error)
             self._transport.publish(reply, data, headers=headers)
-        except Unavailable:
-            log.info("an answer found no connection; its caller will ask again")
-
-    # ---- NATS micro discovery (ADR-32)
+        except WherryError as e:
+            log.info("an answer could not be sent, its caller will ask again: %s", e)
 
     def _discovery(self, answer: Callable[[], dict[str, Any]]) -> Callable[[Message], None]:
         def reply(message: Message) -> None:
-            if message.reply:
-                self._send(message.reply, json.dumps(answer()).encode(), None)
+            # An answer to somewhere else would be a message that its sender may not publish itself.
+            if message.reply and self._identity_of(message.reply) is not None:
+                self._send(message.reply, (json.dumps(answer()).encode(), None))
 
         return reply
 
-    def _identity(self, kind: str) -> dict[str, Any]:
-        return {
-            "type": f"io.nats.micro.v1.{kind}_response",
-            "name": self._contract.service,
-            "id": self.instance,
-            "version": self._contract.version,
-            "metadata": {**self._metadata, "node": self._node, "pid": str(os.getpid())},
-        }
 
-    def _ping(self) -> dict[str, Any]:
-        return self._identity("ping")
-
-    def _info(self) -> dict[str, Any]:
-        endpoints = [
-            {
-                "name": name,
-                "subject": f"{subjects.RPC}.{self._node}.*.{self._contract.service}.{name}",
-                "queue_group": self._contract.service,
-                "metadata": {"schema": json.dumps(endpoint.request.model_json_schema(), separators=(",", ":"))},
-            }
-            for name, endpoint in self._endpoints.items()
-        ]
-        declared = next(iter(self._endpoints.values())).contract
-        description = (declared.__doc__ or "").strip()
-        return {**self._identity("info"), "description": description, "endpoints": endpoints}
-
-    def _statistics(self) -> dict[str, Any]:
-        endpoints = [
-            {
-                "name": name,
-                "subject": f"{subjects.RPC}.{self._node}.*.{self._contract.service}.{name}",
-                "queue_group": self._contract.service,
-                "num_requests": s.requests,
-                "num_errors": s.errors,
-                "last_error": s.last_error,
-                "processing_time": s.nanoseconds,
-                "average_processing_time": s.nanoseconds // max(1, s.requests),
-            }
-            for name, s in self._stats.items()
-        ]
-        return {**self._identity("stats"), "started": self._started, "endpoints": endpoints}
+def _deadline(header: str | None) -> float:
+    """The time that a header says, 0 for none. InvalidArgument when it says none."""
+    if header is None:
+        return 0.0
+    try:
+        deadline = float(header)
+    except ValueError:
+        deadline = -1.0
+    if not 0 <= deadline < float("inf"):
+        raise InvalidArgument(f"{DEADLINE} {header[:40]!r} is not a time")
+    return min(deadline, time.time() + DEADLINE_MAX)
 
 
-def error_headers(error: WherryError, *, retry: bool = False) -> dict[str, str]:
-    """The headers of an error's answer; control characters cannot stand in a header, and 2 KiB say enough."""
-    text = "".join(c if c.isprintable() else " " for c in str(error))[:2048]
-    headers = {ERROR: text, ERROR_CODE: str(error.code)}
-    if retry:
-        headers[RETRY] = "1"
-    return headers
+def _stopping() -> Answer:
+    body, headers = error_answer(Unavailable("the service is stopping"))
+    return body, {**(headers or {}), RETRY: "1"}
+
+
+def error_answer(error: WherryError) -> Answer:
+    """An error as an answer: its text in one line of the header, and exactly in the body if that is something else.
+
+    Control characters cannot stand in a header, blanks around a value are none of it, and 2 KiB say enough there.
+    """
+    text = str(error)
+    line = "".join(c if c.isprintable() else " " for c in text[:ERROR_LINE_MAX]).strip()
+    body = b"" if line == text else text.encode("utf-8", "backslashreplace")[:ERROR_MAX]
+    return body, {ERROR: line, ERROR_CODE: str(error.code)}

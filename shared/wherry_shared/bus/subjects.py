@@ -8,7 +8,7 @@ identifier travels as `~`, which no identifier contains. Tokens that do not vali
 from __future__ import annotations
 
 from ..context import NO_NAMESPACE
-from ..errors import InvalidArgument
+from ..errors import FailedPrecondition, InvalidArgument
 from ..values import check_identifier
 
 RPC = "wherry.rpc.v1"
@@ -32,10 +32,22 @@ def namespace_token(namespace: str) -> str:
     return namespace if namespace == NO_NAMESPACE else encode_token(namespace, "namespace")
 
 
+def namespace_of(namespaced: bool | None, namespace: str, what: str) -> str:
+    """The namespace that a call of a contract is made in: `namespace`, or `_` where it belongs to none.
+
+    namespaced: Contract.namespaced. FailedPrecondition, naming `what`, when the call needs one and there is none.
+    """
+    if namespaced is False or (namespaced is None and not namespace):
+        return NO_NAMESPACE
+    if not namespace or (namespaced and namespace == NO_NAMESPACE):
+        raise FailedPrecondition(f"{what}: namespace is required")
+    return namespace
+
+
 def rpc(node: str, namespace: str, service: str, method: str, instance: str = "") -> str:
     """The subject of one operation. `instance` names one replica instead of the service's queue group."""
     subject = f"{RPC}.{encode_token(node, 'node')}.{namespace_token(namespace)}.{service}.{method}"
-    return f"{subject}.{instance}" if instance else subject
+    return f"{subject}.{encode_token(instance, 'instance')}" if instance else subject
 
 
 def check_topic(topic: str) -> list[str]:

@@ -120,8 +120,8 @@ class Descent:
         left, above = self._levels[-1], self._levels[-2]
         if above.fd < 0:
             above.fd = _above(left.fd, above.identity)
-        os.close(left.fd)
         self._levels.pop()
+        os.close(left.fd)
         return left.name
 
     def close(self) -> None:

@@ -17,21 +17,15 @@ _ROUNDS, _PAUSE = 200, 0.02
 DIED = {"exit_status": 128 + libc.SIGKILL, "shim_died": True}
 
 
-def main(fd: int, request: int, body: bytes) -> None:
+def main(fd: int, args: Args) -> None:
     """Clean the bundle that the request names, and answer on the connection."""
     libc.rename_process(b"wherry-cleanup")
     try:
-        arguments = compact.loads(body)
-        if not isinstance(arguments, dict):
-            raise ValueError("not an object")
-        frame = wire.frame(request, wire.OK, compact.dumps(_clean(arguments)))
-    except ValueError as error:
-        frame = wire.frame(request, wire.INVALID, str(error).encode())
+        frame = wire.reply(args.get("id"), compact.dumps(_clean(args)))
     except wire.Failure as failure:
-        frame = wire.frame(request, failure.code, failure.message.encode())
+        frame = wire.refusal(args.get("id"), failure.body())
     except OSError as error:
-        translated = wire.failure_of(error, "cleanup")
-        frame = wire.frame(request, translated.code, translated.message.encode())
+        frame = wire.refusal(args.get("id"), wire.failure_of(error, "cleanup").body())
     os.write(fd, frame)
 
 

@@ -15,6 +15,9 @@ from wherry_task.monitor import libc, pump, records, wire, worker
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
+
+    Args = dict[str, Any]
 
 VERSION = 1
 EMPTY, CREATED, RUNNING, PAUSED, STOPPED, DELETED = "empty", "created", "running", "paused", "stopped", "deleted"
@@ -23,18 +26,22 @@ _TICK = 20  # milliseconds between two looks at what cannot be polled for
 _LAST_WORDS_TICKS = 100
 _DRAIN_TICKS = 500  # 10 s, containerd's bound for output that nobody reads
 
-_LAUNCHING = (wire.CREATE, wire.START, wire.EXEC)
+_LAUNCHING = ("create", "start", "exec")
 # One at a time and in the order of arrival: each changes the state that the next one finds.
-_EXCLUSIVE = (wire.CREATE, wire.START, wire.DELETE, wire.PAUSE, wire.RESUME, wire.UPDATE, wire.CHECKPOINT)
-_AFTERWARDS = {wire.CREATE: CREATED, wire.START: RUNNING, wire.RESUME: RUNNING, wire.PAUSE: PAUSED}
+_EXCLUSIVE = ("create", "start", "delete", "pause", "resume", "update", "checkpoint")
+_AT_ANY_TIME = ("exec", "state", "resize", "kill_all")
+_AFTERWARDS = {"create": CREATED, "start": RUNNING, "resume": RUNNING, "pause": PAUSED}
+
+_NO_REPORT = [b"0", b"0"]
+_WORKER_DIED = b'{"code":13,"message":"the worker died; monitor.log in the bundle may tell why"}'
 
 
 class Process:
-    """The init (named b"") or an exec. `pid` is 0 unless it runs; `exit` is its record's JSON once that is on disk."""
+    """The init (named "") or an exec. `pid` is 0 until it runs; `exit` is its record's JSON once that is on disk."""
 
     __slots__ = ("ended", "exit", "held", "master", "name", "pid", "pumps", "stdin", "told", "waiters")
 
-    def __init__(self, name: bytes) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
         self.pid = 0
         self.ended = False
@@ -45,6 +52,11 @@ class Process:
         self.held: list[int] = []
         self.pumps: list[pump.Pump] = []
         self.waiters: list[Callable[[], None]] = []
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a process, ours to signal: it is not reaped, so its pid is its own."""
+        return self.pid > 0 and not self.ended
 
 
 class Client:
@@ -64,7 +76,7 @@ class Job:
 
     __slots__ = ("client", "name", "operation", "request")
 
-    def __init__(self, operation: int, name: bytes, client: Client | None, request: int) -> None:
+    def __init__(self, operation: str, name: str, client: Client | None, request: Any) -> None:
         self.operation = operation
         self.name = name
         self.client = client
@@ -74,10 +86,15 @@ class Job:
 class Monitor:
     """Serves until its container is deleted, or until nobody is left who could ask it to make one."""
 
+    __slots__ = (
+        "_busy", "_early", "_handlers", "_jobs", "_launching", "_leaving", "_notices", "_poll", "_queue", "_running",
+        "_workers", "clients", "init", "logs", "oom_kills", "pending", "processes", "sequence", "signals", "state",
+    )  # fmt: skip
+
     def __init__(self) -> None:
         self.state = EMPTY
-        self.init = Process(b"")
-        self.processes = {b"": self.init}
+        self.init = Process("")
+        self.processes = {"": self.init}
         self.sequence = 0
         self.oom_kills = 0
         self.logs: dict[str, pump.LogFile] = {}
@@ -85,23 +102,23 @@ class Monitor:
         self._leaving = False
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[int, int], None]] = {}
-        self._clients: dict[int, Client] = {}
+        self.clients: dict[int, Client] = {}
         self._jobs: dict[int, Job] = {}
         self._workers: set[int] = set()
         self._launching = 0
         self._early: dict[int, int] = {}
-        self._notices: list[tuple[int, bytes, bytes]] = []
-        self._queue: list[tuple[int, bytes, bytes, Client, int]] = []
+        self._notices: list[tuple[int, str, bytes]] = []
+        self._queue: list[tuple[str, str, Args, Client]] = []
         self._busy = False
         # Called every tick until they return True.
-        self._pending: list[Callable[[], bool]] = []
-        self._signals = libc.signal_descriptor()
-        self.watch(self._signals, select.POLLIN, self._signalled)
+        self.pending: list[Callable[[], bool]] = []
+        self.signals = libc.signal_descriptor()
+        self.watch(self.signals, select.POLLIN, self._signalled)
 
     def run(self) -> None:
         """Serve; returns when the work is over."""
         while self._running:
-            for fd, events in self._poll.poll(_TICK if self._pending else None):
+            for fd, events in self._poll.poll(_TICK if self.pending else None):
                 # A handler earlier in this round may have closed this one.
                 handler = self._handlers.get(fd)
                 if handler is not None:
@@ -109,9 +126,9 @@ class Monitor:
                         handler(fd, events)
                     except Exception as error:
                         worker.note(error)  # a mistake here is bad; a container killed by it would be worse
-            if self._pending:
-                calls, self._pending = self._pending, []
-                self._pending += [call for call in calls if not call()]
+            if self.pending:
+                calls, self.pending = self.pending, []
+                self.pending += [call for call in calls if not call()]
 
     def watch(self, fd: int, events: int, handler: Callable[[int, int], None]) -> None:
         """Call the handler with the descriptor and its poll events; replaces an earlier watch."""
@@ -125,44 +142,23 @@ class Monitor:
 
     # -- clients --------------------------------------------------------------------------------------------------
 
-    def begin(self, fd: int, inbox: bytearray, request: int, body: bytes) -> None:
+    def begin(self, fd: int, inbox: bytearray, args: Args) -> None:
         """Have a worker prepare the place that the request on this connection names; `inbox` was read behind it."""
-        client = self._clients[fd] = Client(fd, inbox)
+        client = self.clients[fd] = Client(fd, inbox)
         # Further frames of this client wait until the bundle has been entered.
-        self._work(wire.SPAWN, b"", body, client, request)
-
-    def rehearse(self, fd: int, inbox: bytearray, place: list[int]) -> None:
-        """As `begin`, but with a place that was prepared already, and with a process that ends at once."""
-        client = self._clients[fd] = Client(fd, inbox)
-        self._settle(*place)
-        self._watch_place = place
-        self.watch(fd, select.POLLIN, self._received)
-        self._deliver(client)
-        pid = os.fork()
-        if not pid:
-            os._exit(0)
-        self.init.pid = pid
-        self.state=RUNNING
-        def end():
-            if not self.init.ended or self._jobs: return False
-            self.state=EMPTY
-            self._drop(client)
-            return True
-        self._pending.append(end)
-    def close(self):
-        for fd in list(self._handlers): self.unwatch(fd); os.close(fd)
-        os.close(self._watch_place[1])
+        self._work("spawn", "", args, client)
 
     def _accept(self, listener: int, _: int) -> None:
         try:
             fd = libc.accept(listener)
         except OSError:
             return
-        self._clients[fd] = Client(fd, bytearray())
-        self.watch(fd, select.POLLIN, self._received)
+        self.clients[fd] = Client(fd, bytearray())
+        self.watch(fd, select.POLLIN, self.received)
 
-    def _received(self, fd: int, events: int) -> None:
-        client = self._clients[fd]
+    def received(self, fd: int, events: int) -> None:
+        """A client's socket is ready."""
+        client = self.clients[fd]
         if events & select.POLLOUT:
             self._flush(client)
         if client.fd < 0 or not events & ~select.POLLOUT:
@@ -177,17 +173,16 @@ class Monitor:
             self._drop(client)
             return
         client.inbox += data
-        self._deliver(client)
+        self.deliver(client)
 
-    def _deliver(self, client: Client) -> None:
+    def deliver(self, client: Client) -> None:
+        """Act on every whole frame that the client has sent."""
         try:
-            while client.fd >= 0 and (found := wire.take(client.inbox)):
-                request, operation, body = found
-                name, _, rest = body.partition(b" ")
+            while client.fd >= 0 and (args := wire.take(client.inbox)) is not None:
                 try:
-                    self._request(client, request, operation, name, rest)
+                    self._request(client, args)
                 except wire.Failure as failure:
-                    self._fail(client, request, failure)
+                    self._send(client, wire.refusal(args.get("id"), failure.body()))
         except ValueError:
             self._drop(client)
 
@@ -198,104 +193,107 @@ class Monitor:
             if len(client.outbox) > wire.MAX_UNSENT:
                 self._drop(client)
 
-    def _fail(self, client: Client, request: int, failure: wire.Failure) -> None:
-        self._send(client, wire.frame(request, failure.code, failure.message.encode()))
-
     def _flush(self, client: Client) -> None:
         try:
             while client.outbox:
                 del client.outbox[: os.write(client.fd, client.outbox)]
         except BlockingIOError:
-            self.watch(client.fd, select.POLLIN | select.POLLOUT, self._received)
+            self.watch(client.fd, select.POLLIN | select.POLLOUT, self.received)
             return
         except OSError:
             self._drop(client)
             return
-        self.watch(client.fd, select.POLLIN, self._received)
+        self.watch(client.fd, select.POLLIN, self.received)
 
     def _drop(self, client: Client) -> None:
         if client.fd < 0:
             return
         self.unwatch(client.fd)
         os.close(client.fd)
-        del self._clients[client.fd]
+        del self.clients[client.fd]
         client.fd = -1
         # A monitor without a container that nobody holds would stay for ever.
-        if not self._clients and self.state == EMPTY and not self._launching:
-            self._stop()
+        if not self.clients and self.state == EMPTY and not self._launching:
+            self.stop()
 
     # -- requests -------------------------------------------------------------------------------------------------
 
-    def _request(self, client: Client, request: int, operation: int, name: bytes, rest: bytes) -> None:
+    def _request(self, client: Client, args: Args) -> None:
+        operation, name = args.get("op"), args.get("exec_id") or ""
+        if not isinstance(name, str) or not isinstance(operation, str):
+            raise wire.Failure(wire.INVALID, "op and exec_id must be strings")
         if operation in _EXCLUSIVE:
-            self._queue.append((operation, name, rest, client, request))
+            self._queue.append((operation, name, args, client))
             self._next()
-        elif operation == wire.WATCH:
-            self._add_watcher(client, request, _number(rest or b"0"))
-        elif operation == wire.WAIT:
-            self._wait(client, request, self._find(name))
-        elif operation == wire.KILL:
-            self._kill(client, request, self._find(name), _number(rest))
-        elif operation == wire.CLOSE_STDIN:
+        elif operation == "watch":
+            self._add_watcher(client, args)
+        elif operation == "wait":
+            self._wait(client, args, self._find(name))
+        elif operation == "kill" and not args.get("all"):
+            self._kill(client, args, self._find(name))
+        elif operation == "close_stdin":
             self._close_stdin(self._find(name))
-            self._send(client, wire.frame(request, wire.OK))
-        elif operation == wire.SHUTDOWN:
+            self._send(client, wire.reply(args.get("id"), b""))
+        elif operation == "shutdown":
             if self.state not in (EMPTY, DELETED):
                 raise wire.Failure(wire.PRECONDITION, f"the container is {self.state}")
-            self._send(client, wire.frame(request, wire.OK))
+            self._send(client, wire.reply(args.get("id"), b""))
             self._leave()
-        elif wire.CREATE <= operation < wire.EXITED:
-            self._work(operation, name, rest, client, request)
         else:
-            raise wire.Failure(wire.UNIMPLEMENTED, f"operation {operation}")
+            operation = "kill_all" if operation == "kill" else operation
+            if operation not in _AT_ANY_TIME:
+                raise wire.Failure(wire.UNIMPLEMENTED, f"operation {operation[:40]!r}")
+            self._work(operation, name, args, client)
 
     def _next(self) -> None:
         """Begin the first of the waiting exclusive operations, if none is under way."""
         while self._queue and not self._busy:
-            operation, name, rest, client, request = self._queue.pop(0)
+            operation, name, args, client = self._queue.pop(0)
             try:
-                if operation == wire.DELETE:
-                    self._delete(name, rest, client, request)
+                if operation == "delete":
+                    self._delete(name, args, client)
                 else:
-                    self._work(operation, name, rest, client, request)
+                    self._work(operation, name, args, client)
             except wire.Failure as failure:
-                self._fail(client, request, failure)
+                self._send(client, wire.refusal(args.get("id"), failure.body()))
 
-    def _find(self, name: bytes) -> Process:
+    def _find(self, name: str) -> Process:
         process = self.processes.get(name)
         if process is None or self.state == EMPTY:
-            raise wire.Failure(wire.NOT_FOUND, f"process {name.decode(errors='replace') or 'init'}")
+            raise wire.Failure(wire.NOT_FOUND, f"process {name[:80] or 'init'}")
         return process
 
-    def _add_watcher(self, client: Client, request: int, after: int) -> None:
-        self._send(client, wire.frame(request, wire.OK, b'{"seq":%d}' % self.sequence))
+    def _add_watcher(self, client: Client, args: Args) -> None:
+        after = _number(args, "after")
+        self._send(client, wire.reply(args.get("id"), b'{"seq":%d}' % self.sequence))
         for sequence, _, frame in self._notices:
             if sequence > after:
                 self._send(client, frame)
         client.watching = True
 
-    def _wait(self, client: Client, request: int, process: Process) -> None:
+    def _wait(self, client: Client, args: Args, process: Process) -> None:
         def tell() -> None:
-            self._send(client, wire.frame(request, wire.OK, process.exit))
+            self._send(client, wire.reply(args.get("id"), process.exit))
 
         if process.told:
             tell()
         else:
             process.waiters.append(tell)
 
-    def _kill(self, client: Client, request: int, process: Process, signal: int) -> None:
-        if not process.pid:
-            raise wire.Failure(wire.NOT_FOUND, f"process {process.name.decode() or 'init'} has ended or not begun")
+    def _kill(self, client: Client, args: Args, process: Process) -> None:
+        signal = _number(args, "signal")
+        if not process.alive:
+            raise wire.Failure(wire.NOT_FOUND, f"process {process.name or 'init'} has ended or not begun")
         try:
             # An unreaped child of ours: its pid cannot have passed to another process, so no runtime is asked.
             os.kill(process.pid, signal)
         except OSError as error:
             raise wire.failure_of(error, f"signal {signal}") from None
         if self.state == PAUSED and signal == libc.SIGKILL:
-            self._queue.append((wire.RESUME, b"", b"", client, request))  # a frozen process dies once it is thawed
+            self._queue.append(("resume", "", args, client))  # a frozen process dies once it is thawed
             self._next()
         else:
-            self._send(client, wire.frame(request, wire.OK))
+            self._send(client, wire.reply(args.get("id"), b""))
 
     def _close_stdin(self, process: Process) -> None:
         if process.stdin >= 0:
@@ -304,30 +302,30 @@ class Monitor:
 
     # -- workers --------------------------------------------------------------------------------------------------
 
-    def _work(self, operation: int, name: bytes, rest: bytes, client: Client | None, request: int) -> None:
+    def _work(self, operation: str, name: str, args: Args, client: Client | None) -> None:
         """Fork a worker. Raises Failure when the operation is out of place or no process is to be had."""
-        if operation == wire.EXEC:
+        if operation == "exec":
             if name in self.processes:
-                raise wire.Failure(wire.EXISTS, f"exec {name.decode(errors='replace')!r} exists")
+                raise wire.Failure(wire.EXISTS, f"exec {name[:80]!r} exists")
             self.processes[name] = Process(name)
         try:
             mine, its = libc.message_pair()
             pid = os.fork()
         except OSError as error:
-            if operation == wire.EXEC:
+            if operation == "exec":
                 del self.processes[name]
             raise wire.failure_of(error, "fork") from None
         if not pid:
-            worker.main(self, its, operation, name, rest)
+            worker.main(self, its, operation, name, args)
         os.close(its)
         self._workers.add(pid)
-        self._jobs[mine] = Job(operation, name, client, request)
+        self._jobs[mine] = Job(operation, name, client, args.get("id"))
         self._launching += operation in _LAUNCHING
         self._busy |= operation in _EXCLUSIVE
         self.watch(mine, select.POLLIN, self._reported)
 
-    def _reported(self, fd: int, _: int) -> None:
-        """A worker's one message: `status pid role...` with tabs, a newline, the reply. A role says what fds are for."""
+    def _reported(self, fd: int, events: int) -> None:
+        """A worker's one message: `1|0 pid role...` with tabs, a newline, the reply. Roles say what the fds are for."""
         try:
             message, fds = libc.receive(fd)
         except OSError:
@@ -336,16 +334,14 @@ class Monitor:
         os.close(fd)
         job = self._jobs.pop(fd)
         head, _, body = message.partition(b"\n")
-        if not head:
-            head, body = b"%d\t0" % wire.INTERNAL, b"the worker died; monitor.log in the bundle may tell why"
-        words = head.split(b"\t")
-        status = int(words[0])
-        if status == wire.OK:
-            self._succeeded(job, int(words[1]), words[2:], fds, body)
-        elif job.operation == wire.EXEC:
+        done, pid, *roles = head.split(b"\t") if head else _NO_REPORT
+        if done == b"1":
+            self._succeeded(job, int(pid), roles, fds, body)
+        elif job.operation == "exec":
             del self.processes[job.name]
         if job.client is not None:
-            self._send(job.client, wire.frame(job.request, status, body))
+            say = wire.reply if done == b"1" else wire.refusal
+            self._send(job.client, say(job.request, body or _WORKER_DIED))
         self._launching -= job.operation in _LAUNCHING
         if not self._launching:
             self._early.clear()
@@ -354,32 +350,35 @@ class Monitor:
             self._next()
         # Whatever was held back until the reply had gone out follows it.
         self._tell()
-        if job.operation == wire.SPAWN and job.client is not None:
-            self._deliver(job.client) if status == wire.OK else self._leave()
+        if job.operation == "spawn" and job.client is not None:
+            self.deliver(job.client) if done == b"1" else self._leave()
 
     def _succeeded(self, job: Job, pid: int, roles: list[bytes], fds: list[int], body: bytes) -> None:
         operation = job.operation
-        if operation == wire.SPAWN:
-            self._settle(*fds)
-        elif operation == wire.EXITED:
+        if operation == "spawn":
+            self.settle(*fds)
+        elif operation == "exited":
             self._out_of_memory(pid)
             self.processes[job.name].exit = body
-        elif operation == wire.OOM:
+        elif operation == "oom":
             self._out_of_memory(pid)
-        elif operation == wire.DELETE:
+        elif operation == "delete":
             self.state = DELETED
             self._leave()
-        if pid and operation in _LAUNCHING:
-            process = self.processes[job.name]
-            process.pid = pid
-            if roles:
-                self._attach(process, roles, fds)
+        elif operation in _LAUNCHING:
+            self._launched(self.processes[job.name], pid, roles, fds)
         if operation in _AFTERWARDS:
             self.state = STOPPED if self.init.ended else _AFTERWARDS[operation]
-        if pid in self._early and operation in _LAUNCHING:
-            self._ended(self.processes[job.name], self._early.pop(pid))
 
-    def _settle(self, directory: int, lock: int, listener: int, namespace: int) -> None:
+    def _launched(self, process: Process, pid: int, roles: list[bytes], fds: list[int]) -> None:
+        self._attach(process, roles, fds)
+        # A started init was known, and may have ended, before; a created, restored or executed process is new.
+        if pid and not process.pid:
+            process.pid = pid
+            if pid in self._early:
+                self._ended(process, self._early.pop(pid))
+
+    def settle(self, directory: int, lock: int, listener: int, namespace: int) -> None:
         """Take over the place that the first worker prepared; `lock` is only held, as long as this process lives."""
         libc.enter_mounts(namespace)
         os.fchdir(directory)
@@ -401,6 +400,10 @@ class Monitor:
             else:
                 process.pumps.append(pump.make(self, role, fds))
 
+    def busy(self) -> bool:
+        """Whether a worker is at work."""
+        return bool(self._jobs)
+
     # -- ends -----------------------------------------------------------------------------------------------------
 
     def _signalled(self, fd: int, _: int) -> None:
@@ -420,7 +423,7 @@ class Monitor:
 
     def _reaped(self, pid: int, status: int) -> None:
         for process in self.processes.values():
-            if process.pid == pid and not process.exit:
+            if process.pid == pid and not process.ended:
                 self._ended(process, status)
                 return
         # While a runtime runs, any child may turn out to be the one that its worker will report.
@@ -432,10 +435,10 @@ class Monitor:
         code = os.waitstatus_to_exitcode(status)
         code = 128 - code if code < 0 else code
         try:
-            self._work(wire.EXITED, process.name, b"%d %d" % (process.pid, code), None, 0)
+            self._work("exited", process.name, {"pid": process.pid, "status": code}, None)
         except wire.Failure:
-            self._pending.append(lambda: self._ended_again(process, status))
-        process.pid, process.ended = 0, True
+            self.pending.append(lambda: self._ended_again(process, status))
+        process.ended = True
         if not process.name and self.state in (RUNNING, PAUSED):
             self.state = STOPPED
 
@@ -458,25 +461,26 @@ class Monitor:
 
     def _tell_one(self, process: Process) -> None:
         process.told = True
-        self._notice(wire.EXIT_NOTICE, process.name, process.exit)
+        self._notice(b"exit", process.name, process.exit)
         waiters, process.waiters = process.waiters, []
         for resume in waiters:
             resume()
         if self._leaving and not process.name:
             self._leave()
 
-    def _notice(self, kind: int, name: bytes, body: bytes) -> None:
+    def _notice(self, kind: bytes, name: str, body: bytes) -> None:
         self.sequence += 1
-        frame = wire.frame(0, kind, b'{"seq":%d,%b' % (self.sequence, body[1:]))
+        frame = wire.frame(b'{"notice":"%b","seq":%d,%b' % (kind, self.sequence, body[1:]))
         self._notices.append((self.sequence, name, frame))
-        for client in list(self._clients.values()):
+        for client in list(self.clients.values()):
             if client.watching:
                 self._send(client, frame)
 
     def _oom_event(self, fd: int, _: int) -> None:
         try:
             os.read(fd, 4096)
-            self._work(wire.OOM, b"", b"", None, 0)
+            if not self.init.ended:
+                self._work("oom", "", {}, None)
         except (OSError, wire.Failure):
             return  # the exit's worker looks at the same counter
 
@@ -484,58 +488,58 @@ class Monitor:
         if kills > self.oom_kills:
             self.oom_kills = kills
             # Of several the last is enough, so that their number does not grow what is kept.
-            self._notices = [old for old in self._notices if old[1] != b"*"]
-            self._notice(wire.OOM_NOTICE, b"*", b'{"kills":%d}' % kills)
+            self._notices = [old for old in self._notices if old[1] != "*"]
+            self._notice(b"oom", "*", b'{"kills":%d}' % kills)
 
     # -- going away -----------------------------------------------------------------------------------------------
 
-    def _delete(self, name: bytes, rest: bytes, client: Client, request: int) -> None:
+    def _delete(self, name: str, args: Args, client: Client) -> None:
         """Forget an exec that has ended, or have the container taken away; with `force` it is killed first."""
         process = self._find(name)
-        if process.name and not process.pid and not process.ended:
-            raise wire.Failure(wire.PRECONDITION, f"exec {name.decode()} is being started")
-        if process.pid or (process.ended and not process.told):
-            if process.pid and rest != b"force":
-                raise wire.Failure(wire.PRECONDITION, f"process {name.decode() or 'init'} has not ended")
-            if process.pid:
+        if process.name and not process.pid:
+            raise wire.Failure(wire.PRECONDITION, f"exec {name} is being started")
+        if process.pid and not process.told:
+            if process.alive and not args.get("force"):
+                raise wire.Failure(wire.PRECONDITION, f"process {name or 'init'} has not ended")
+            if process.alive:
                 libc.kill(process.pid, libc.SIGKILL)
-            process.waiters.append(lambda: self._delete_told(process, client, request))
+            process.waiters.append(lambda: self._delete_told(process, args, client))
             if self.state == PAUSED:
-                self._work(wire.RESUME, b"", b"", None, 0)
+                self._work("resume", "", {}, None)
             return
-        self._delete_told(process, client, request)
+        self._delete_told(process, args, client)
 
-    def _delete_told(self, process: Process, client: Client, request: int) -> None:
+    def _delete_told(self, process: Process, args: Args, client: Client) -> None:
         for each in process.pumps:
             each.release()
         if all([each.drained() for each in process.pumps]):
-            self._delete_drained(process, client, request)
+            self._delete_drained(process, args, client)
             return
         ticks = iter(range(_DRAIN_TICKS))
 
         def again() -> bool:
             if not all([each.drained() for each in process.pumps]) and next(ticks, None) is not None:
                 return False
-            self._delete_drained(process, client, request)
+            self._delete_drained(process, args, client)
             return True
 
         self._busy = True
-        self._pending.append(again)
+        self.pending.append(again)
 
-    def _delete_drained(self, process: Process, client: Client, request: int) -> None:
+    def _delete_drained(self, process: Process, args: Args, client: Client) -> None:
         self._busy = False
         self._close(process)
         if process.name:
             self.processes.pop(process.name, None)
             self._notices = [old for old in self._notices if old[1] != process.name]
-            records.remove(records.exit_path(process.name.decode()))
-            self._send(client, wire.frame(request, wire.OK, process.exit))
+            records.remove(records.exit_path(process.name))
+            self._send(client, wire.reply(args.get("id"), process.exit))
             self._next()
             return
         try:
-            self._work(wire.DELETE, b"", b"", client, request)
+            self._work("delete", "", args, client)
         except wire.Failure as failure:
-            self._fail(client, request, failure)
+            self._send(client, wire.refusal(args.get("id"), failure.body()))
 
     def _close(self, process: Process) -> None:
         self._close_stdin(process)
@@ -558,14 +562,15 @@ class Monitor:
         ticks = iter(range(_LAST_WORDS_TICKS))
 
         def unless_said() -> bool:
-            if any(client.outbox for client in self._clients.values()) and next(ticks, None) is not None:
+            if any(client.outbox for client in self.clients.values()) and next(ticks, None) is not None:
                 return False
-            self._stop()
+            self.stop()
             return True
 
-        self._pending.append(unless_said)
+        self.pending.append(unless_said)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """End the run after this round."""
         self._running = False
         try:
             os.unlink("monitor.sock")
@@ -573,17 +578,18 @@ class Monitor:
             return
 
 
-def _number(text: bytes) -> int:
-    if not text.isdigit():
-        raise wire.Failure(wire.INVALID, f"{text[:20]!r} is not a number")
-    return int(text)
+def _number(args: Args, key: str) -> int:
+    value = args.get(key) or 0
+    if not isinstance(value, int) or value < 0:
+        raise wire.Failure(wire.INVALID, f"{key} must be a number")
+    return value
 
 
-def main(fd: int, inbox: bytearray, request: int, body: bytes) -> None:
+def main(fd: int, inbox: bytearray, args: Args) -> None:
     """Be the monitor that the request on this connection asks for; returns when its work is over."""
     libc.rename_process(b"wherry-monitor")
     libc.forbid_dumps()
     libc.become_subreaper()
     monitor = Monitor()
-    monitor.begin(fd, inbox, request, body)
+    monitor.begin(fd, inbox, args)
     monitor.run()

@@ -32,15 +32,20 @@ _ID_BYTES = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234
 
 
 class Result:
-    """What a worker reports: the reply's body (text for a Failure), a pid or a count, and descriptors to keep."""
+    """What a worker reports: the reply's JSON, a pid or a count, and descriptors for the monitor to keep."""
 
-    def __init__(
-        self, body: Args | str, pid: int = 0, kept: Sequence[tuple[str, list[int]]] = (), status: int = wire.OK
-    ) -> None:
-        self.body = body
+    def __init__(self, body: Args | bytes, pid: int = 0, kept: Sequence[tuple[str, list[int]]] = ()) -> None:
+        self.body = body if isinstance(body, bytes) else compact.dumps(body)
         self.pid = pid
         self.kept = kept
-        self.status = status
+        self.done = True
+
+
+def refused(failure: wire.Failure) -> Result:
+    """The report of an operation that failed."""
+    result = Result(failure.body())
+    result.done = False
+    return result
 
 
 # -- the bundle ---------------------------------------------------------------------------------------------------
@@ -214,10 +219,10 @@ def _launch(runtime: Runtime, verb: str, name: str, flags: list[str], args: Args
 # -- ends ---------------------------------------------------------------------------------------------------------
 
 
-def exited(monitor: Monitor, name: str, args: str) -> Result:
+def exited(monitor: Monitor, name: str, args: Args) -> Result:
     """Put the exit of a process on record; the report counts the out-of-memory kills so far."""
     now = time.time_ns()
-    pid, status = (int(word) for word in args.split())
+    pid, status = args["pid"], args["status"]
     about = records.read(records.ABOUT)
     kills = cgroups.oom_kills(about["oom_file"]) if about["oom_file"] else 0
     record: Args = {"id": name, "pid": pid, "exit_status": status, "exited_at": now}
@@ -263,7 +268,7 @@ def delete(monitor: Monitor, name: str, args: Args) -> Result:
             # Forced, a runtime also forgives what is gone already and what will not die by itself.
             runtime.run("delete", "--force", log=LOG)
     mounts.unmount_rootfs(os.path.join(about["bundle"], "rootfs"))
-    return Result(monitor.init.exit.decode() or "{}")
+    return Result(monitor.init.exit or b"{}")
 
 
 # -- the running container ----------------------------------------------------------------------------------------
@@ -278,18 +283,16 @@ def state(monitor: Monitor, name: str, args: Args) -> Result:
     about = records.read(records.ABOUT)
     return Result({
         "state": monitor.state, **process(monitor.init),
-        "execs": {each.name.decode(): process(each) for each in monitor.processes.values() if each.name},
+        "execs": {each.name: process(each) for each in monitor.processes.values() if each.name},
         **{key: about[key] for key in ("container", "bundle", "runtime", "root", "options", "cgroups")},
         "monitor": os.getppid(), "seq": monitor.sequence, "oom_kills": monitor.oom_kills, "version": 1,
     })  # fmt: skip
 
 
-def kill_all(monitor: Monitor, name: str, args: str) -> Result:
+def kill_all(monitor: Monitor, name: str, args: Args) -> Result:
     """Send a signal to every process of the container."""
-    if not args.isdigit() or int(args) > 64:
-        raise wire.Failure(wire.INVALID, f"{args!r} is not a signal")
     _expect(monitor, "kill", (_CREATED, _RUNNING, _PAUSED))
-    _run("kill", "--all", tail=args)
+    _run("kill", "--all", tail=str(number(args, "signal", 64)))
     return Result({})
 
 
@@ -328,17 +331,14 @@ def checkpoint(monitor: Monitor, name: str, args: Args) -> Result:
     return Result({})
 
 
-def resize(monitor: Monitor, name: str, args: str) -> Result:
-    """Set the size of a process's terminal to "WIDTH HEIGHT"."""
-    process = monitor.processes.get(name.encode())
+def resize(monitor: Monitor, name: str, args: Args) -> Result:
+    """Set the size of a process's terminal."""
+    process = monitor.processes.get(name)
     if process is None:
         raise wire.Failure(wire.NOT_FOUND, f"process {name or 'init'}")
     if process.master < 0:
         raise wire.Failure(wire.PRECONDITION, "the process has no terminal")
-    try:
-        width, height = (int(word).to_bytes(2, "little") for word in args.split())
-    except (ValueError, OverflowError):
-        raise wire.Failure(wire.INVALID, f"{args!r} is not a size") from None
+    width, height = (number(args, key, 65535).to_bytes(2, "little") for key in ("width", "height"))
     fcntl.ioctl(process.master, _TIOCSWINSZ, height + width + bytes(4))
     return Result({})
 
@@ -368,6 +368,14 @@ def words(args: Args, key: str) -> list[str]:
     value = args.get(key) or []
     if not isinstance(value, list) or not all(isinstance(word, str) and "\0" not in word for word in value):
         raise wire.Failure(wire.INVALID, f"{key} must be a list of strings")
+    return value
+
+
+def number(args: Args, key: str, most: int) -> int:
+    """A required number from 0 to `most`. Raises Failure."""
+    value = args.get(key)
+    if not isinstance(value, int) or not 0 <= value <= most:
+        raise wire.Failure(wire.INVALID, f"{key} must be a number from 0 to {most}")
     return value
 
 

@@ -72,29 +72,34 @@ class Runtime:
         if direction is None:
             return False
         try:
-            fd = os.open(fifo, direction | os.O_NONBLOCK | os.O_NOFOLLOW)
+            init = os.pidfd_open(pid)  # first: opening the fifo already lets runc's init go on, to its very end
         except OSError:
             return False
         try:
-            done = os.write(fd, b"\0") == 1 if direction == os.O_WRONLY else _read_of_init(fd, pid)
+            fd = os.open(fifo, direction | os.O_NONBLOCK | os.O_NOFOLLOW)
+        except OSError:
+            os.close(init)
+            return False
+        try:
+            done = os.write(fd, b"\0") == 1 if direction == os.O_WRONLY else _read_of_init(fd, init)
         except OSError:
             return False
         finally:
             os.close(fd)
+            os.close(init)
         if done:
             records.remove(fifo)  # the runtimes tell created from running by this file
         return done
 
 
-def _read_of_init(fifo: int, pid: int) -> bool:
+def _read_of_init(fifo: int, init: int) -> bool:
     """Opened non-blocking, a fifo is silent until its first writer: runc's init may not have come so far yet."""
-    init = os.pidfd_open(pid)
     waiting = select.poll()
     waiting.register(fifo, select.POLLIN)
     waiting.register(init, select.POLLIN)
-    ready = waiting.poll()
-    os.close(init)
-    return any(fd == fifo for fd, _ in ready) and bool(os.read(fifo, 1))
+    waiting.poll()
+    # Read in any case: it may have written and ended between the two looks of one poll.
+    return bool(os.read(fifo, 1))
 
 
 def last_error(path: str, start: int = 0) -> str:

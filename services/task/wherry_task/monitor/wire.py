@@ -1,7 +1,7 @@
 """Frames between the task service and a monitor or the zygote; README.md says what each operation carries.
 
-A frame is a 9-byte header - body length u32, request id u32, operation or status u8, big-endian - and the body. The
-monitor itself never parses JSON: it looks at the header and at the exec id that begins the body of a request.
+A frame is a 4-byte big-endian length and one JSON object: a request {id, op, ...}, a reply {id, ok} or {id, error}, or
+a notice {notice, seq, ...}.
 """
 
 from __future__ import annotations
@@ -10,23 +10,17 @@ import _socket
 import errno
 import os
 
-HEADER = 9
-MAX_BODY = 1 << 20  # a create with 500 layers takes about 64 KiB; process specs travel as files
+from wherry_task.monitor import compact
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+MAX_FRAME = 1 << 20  # a create with 500 layers takes about 64 KiB; process specs travel as files
 MAX_UNSENT = 4 << 20  # a client this far behind is dropped: it can connect again and ask from where it was
 
-# Operations of the zygote.
-PING, SPAWN, CLEANUP, QUIT = 1, 2, 3, 4
-# Operations of a monitor. Those up to SHUTDOWN it does itself, the others in a forked worker.
-WATCH, WAIT, KILL, CLOSE_STDIN, SHUTDOWN = 16, 17, 18, 19, 20
-CREATE, START, EXEC, DELETE, STATE, RESIZE = 32, 33, 34, 35, 36, 37
-PAUSE, RESUME, UPDATE, CHECKPOINT, KILL_ALL = 38, 39, 40, 41, 42
-# Work that the monitor gives its workers of its own accord.
-EXITED, OOM = 64, 65
-# In the place of a reply's status: a notice, with request id 0.
-EXIT_NOTICE, OOM_NOTICE = 240, 241
-
-# A reply's status is OK or a code of wherry_shared.errors (gRPC's), which this package may not import.
-OK, UNKNOWN, INVALID, NOT_FOUND, EXISTS, DENIED, EXHAUSTED, PRECONDITION = 0, 2, 3, 5, 6, 7, 8, 9
+# The codes of wherry_shared.errors (gRPC's), which this package may not import.
+UNKNOWN, INVALID, NOT_FOUND, EXISTS, DENIED, EXHAUSTED, PRECONDITION = 2, 3, 5, 6, 7, 8, 9
 UNIMPLEMENTED, INTERNAL, UNAVAILABLE = 12, 13, 14
 
 _BY_ERRNO = {
@@ -43,6 +37,10 @@ class Failure(Exception):
         self.code = code
         self.message = message
 
+    def body(self) -> bytes:
+        """As a reply's `error`."""
+        return compact.dumps({"code": self.code, "message": self.message})
+
 
 def failure_of(error: OSError, what: str) -> Failure:
     """The Failure that stands for a failed system call."""
@@ -50,26 +48,35 @@ def failure_of(error: OSError, what: str) -> Failure:
     return Failure(_BY_ERRNO.get(error.errno or 0, UNKNOWN), f"{what}: {reason}")
 
 
-def frame(request: int, code: int, body: bytes = b"") -> bytes:
-    """One frame, ready to be sent."""
-    return b"%b%b%c%b" % (len(body).to_bytes(4, "big"), request.to_bytes(4, "big"), code, body)
+def frame(body: bytes) -> bytes:
+    """One frame around JSON that is ready."""
+    return b"%b%b" % (len(body).to_bytes(4, "big"), body)
 
 
-def take(inbox: bytearray) -> tuple[int, int, bytes] | None:
-    """Remove the first whole frame: (request id, operation or status, body), or None while there is none.
+def reply(request: Any, body: bytes) -> bytes:
+    """The frame of a successful reply. Whatever is not a number cannot be an id, and is answered as 0."""
+    return frame(b'{"id":%d,"ok":%b}' % (request if isinstance(request, int) else 0, body or b"{}"))
 
-    Raises ValueError when its body would be longer than MAX_BODY.
-    """
-    if len(inbox) < HEADER:
+
+def refusal(request: Any, body: bytes) -> bytes:
+    """The frame of a reply that says why not; the body is a Failure's."""
+    return frame(b'{"id":%d,"error":%b}' % (request if isinstance(request, int) else 0, body))
+
+
+def take(inbox: bytearray) -> dict[str, Any] | None:
+    """Remove the first whole frame and give its object; None while there is none. ValueError when it is no frame."""
+    if len(inbox) < 4:
         return None
-    end = HEADER + int.from_bytes(inbox[:4], "big")
-    if end > HEADER + MAX_BODY:
+    end = 4 + int.from_bytes(inbox[:4], "big")
+    if end > 4 + MAX_FRAME:
         raise ValueError("the frame is too long")
     if len(inbox) < end:
         return None
-    found = int.from_bytes(inbox[4:8], "big"), inbox[8], bytes(inbox[HEADER:end])
+    message = compact.loads(inbox[4:end])
     del inbox[:end]
-    return found
+    if not isinstance(message, dict):
+        raise ValueError("the frame holds no object")
+    return message
 
 
 def listen(name: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import _socket
 import os
 
-from wherry_task.monitor import compact, libc, operations, wire
+from wherry_task.monitor import libc, operations, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,31 +20,28 @@ if TYPE_CHECKING:
 
 TROUBLE = "monitor.log"
 _REPORT = 3
+_MAX_FDS = os.sysconf("SC_OPEN_MAX")
 _MAX_TROUBLE = 1 << 20
 
-# What is written as text, not JSON, behind the exec id.
-_TEXT = (wire.EXITED, wire.RESIZE, wire.KILL_ALL)
-
-_OPERATIONS: dict[int, Callable[[Monitor, str, Any], operations.Result]] = {
-    wire.SPAWN: operations.spawn, wire.CREATE: operations.create, wire.START: operations.start,
-    wire.EXEC: operations.execute, wire.DELETE: operations.delete, wire.STATE: operations.state,
-    wire.RESIZE: operations.resize, wire.PAUSE: operations.pause, wire.RESUME: operations.resume,
-    wire.UPDATE: operations.update, wire.CHECKPOINT: operations.checkpoint, wire.KILL_ALL: operations.kill_all,
-    wire.EXITED: operations.exited, wire.OOM: operations.oom,
+_OPERATIONS: dict[str, Callable[[Monitor, str, Any], operations.Result]] = {
+    "spawn": operations.spawn, "create": operations.create, "start": operations.start, "exec": operations.execute,
+    "delete": operations.delete, "state": operations.state, "resize": operations.resize, "pause": operations.pause,
+    "resume": operations.resume, "update": operations.update, "checkpoint": operations.checkpoint,
+    "kill_all": operations.kill_all, "exited": operations.exited, "oom": operations.oom,
 }  # fmt: skip
 
 
-def main(monitor: Monitor, report: int, operation: int, name: bytes, rest: bytes) -> NoReturn:
+def main(monitor: Monitor, report: int, operation: str, name: str, args: dict[str, Any]) -> NoReturn:
     """Do the operation and report; never returns, whatever happens."""
     try:
-        if operation == wire.RESIZE:
-            result = _do(monitor, operation, name, rest)  # the one that needs a descriptor of the monitor's
+        if operation == "resize":
+            result = _do(monitor, operation, name, args)  # the one that needs a descriptor of the monitor's
             os.dup2(report, _REPORT, inheritable=False)
         else:
             os.dup2(report, _REPORT, inheritable=False)
             # Not one of the monitor's descriptors may live on in here: a held stdin would not end when it closes it.
-            os.closerange(_REPORT + 1, os.sysconf("SC_OPEN_MAX"))
-            result = _do(monitor, operation, name, rest)
+            os.closerange(_REPORT + 1, _MAX_FDS)
+            result = _do(monitor, operation, name, args)
         _send(result)
     except BaseException as error:
         note(error)
@@ -52,43 +49,32 @@ def main(monitor: Monitor, report: int, operation: int, name: bytes, rest: bytes
         os._exit(0)
 
 
-def _do(monitor: Monitor, operation: int, name: bytes, rest: bytes) -> operations.Result:
+def _do(monitor: Monitor, operation: str, name: str, args: dict[str, Any]) -> operations.Result:
     try:
-        perform = _OPERATIONS.get(operation)
-        if perform is None:
-            raise wire.Failure(wire.UNIMPLEMENTED, f"operation {operation}")
-        return perform(monitor, name.decode(), _arguments(operation, rest))
+        return _OPERATIONS[operation](monitor, name, args)
     except wire.Failure as failure:
-        return operations.Result(failure.message, status=failure.code)
+        return operations.refused(failure)
     except OSError as error:
-        translated = wire.failure_of(error, error.filename if isinstance(error.filename, str) else "monitor")
-        return operations.Result(translated.message, status=translated.code)
+        what = error.filename if isinstance(error.filename, str) else "monitor"
+        return operations.refused(wire.failure_of(error, what))
     except Exception as error:
         note(error)
-        return operations.Result(f"{type(error).__name__}, see {TROUBLE} in the bundle", status=wire.INTERNAL)
-
-
-def _arguments(operation: int, rest: bytes) -> Any:
-    if operation in _TEXT:
-        return rest.decode()
-    try:
-        arguments = compact.loads(rest) if rest else {}
-    except ValueError as error:
-        raise wire.Failure(wire.INVALID, f"the arguments are not JSON: {error}") from None
-    if not isinstance(arguments, dict):
-        raise wire.Failure(wire.INVALID, "the arguments must be an object")
-    return arguments
+        message = f"{type(error).__name__}, see {TROUBLE} in the bundle"
+        return operations.refused(wire.Failure(wire.INTERNAL, message))
 
 
 def _send(result: operations.Result) -> None:
-    body = result.body.encode() if isinstance(result.body, str) else compact.dumps(result.body)
-    head = "\t".join([str(result.status), str(result.pid), *(role for role, _ in result.kept)])
-    message = head.encode() + b"\n" + body
+    head = "\t".join(["1" if result.done else "0", str(result.pid), *(role for role, _ in result.kept)])
+    message = head.encode() + b"\n" + result.body
     if len(message) > libc.MAX_MESSAGE:
-        message = f"{wire.EXHAUSTED}\t0\nthe reply of {len(message)} bytes is too long".encode()
+        failure = wire.Failure(wire.EXHAUSTED, f"the reply of {len(message)} bytes is too long")
+        message = b"0\t0\n" + failure.body()
     fds = b"".join(fd.to_bytes(4, "little") for _, each in result.kept for fd in each)
     ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fds)] if fds else []
-    _socket.socket(fileno=_REPORT).sendmsg([message], ancillary)
+    try:
+        _socket.socket(fileno=_REPORT).sendmsg([message], ancillary)
+    except BrokenPipeError:
+        return  # the monitor has gone: nobody wants to know
 
 
 def note(error: BaseException) -> None:

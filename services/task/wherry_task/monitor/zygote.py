@@ -25,10 +25,9 @@ import fcntl
 import gc
 import select
 
-from wherry_task.monitor import cleanup, compact, libc, monitor, wire, worker
+from wherry_task.monitor import cleanup, compact, libc, monitor, rehearsal, wire, worker
 
-_REQUEST_SECONDS = 10
-_REHEARSALS = 12  # the interpreter specializes what has run eight times
+_MAX_FDS = os.sysconf("SC_OPEN_MAX")
 
 
 def _serve(listener: int, signals: int) -> int:
@@ -86,34 +85,35 @@ def _become(fd: int) -> None:
     """In a child: keep nothing of the zygote's but the one connection, read what is wanted of us and do it."""
     os.setsid()
     os.dup2(fd, 3, inheritable=False)
-    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+    os.closerange(4, _MAX_FDS)
+    os.set_blocking(3, True)
     inbox = bytearray()
-    waiting = select.poll()
-    waiting.register(3, select.POLLIN)
-    found = None
-    while found is None:
-        if not waiting.poll(_REQUEST_SECONDS * 1000):
-            return
+    args = None
+    while args is None:
         data = os.read(3, 1 << 16)
         if not data:
             return
         inbox += data
-        found = wire.take(inbox)
-    request, operation, body = found
-    if operation == wire.SPAWN:
-        monitor.main(3, inbox, request, body)
-    elif operation == wire.CLEANUP:
-        cleanup.main(3, request, body)
-    elif operation == wire.PING:
-        zygote = os.getppid()
-        children = [pid for pid in _children(zygote) if pid != os.getpid()]
-        answer = {"pid": zygote, "version": monitor.VERSION, "children": children}
-        os.write(3, wire.frame(request, wire.OK, compact.dumps(answer)))
-    elif operation == wire.QUIT:
-        os.kill(os.getppid(), libc.SIGTERM)
-        os.write(3, wire.frame(request, wire.OK))
+        args = wire.take(inbox)
+    operation = args.get("op")
+    if operation == "spawn":
+        os.set_blocking(3, False)
+        monitor.main(3, inbox, args)
+    elif operation == "cleanup":
+        cleanup.main(3, args)
     else:
-        os.write(3, wire.frame(request, wire.UNIMPLEMENTED, b"operation %d" % operation))
+        os.write(3, _answer(args.get("id"), operation))
+
+
+def _answer(request: object, operation: object) -> bytes:
+    zygote = os.getppid()
+    if operation == "ping":
+        children = [pid for pid in _children(zygote) if pid != os.getpid()]
+        return wire.reply(request, compact.dumps({"pid": zygote, "version": monitor.VERSION, "children": children}))
+    if operation == "quit":
+        os.kill(zygote, libc.SIGTERM)
+        return wire.reply(request, b"")
+    return wire.refusal(request, wire.Failure(wire.UNIMPLEMENTED, f"operation {operation!r}").body())
 
 
 def _detach(oom_score_adj: str) -> int:
@@ -133,7 +133,7 @@ def _detach(oom_score_adj: str) -> int:
     null = os.open("/dev/null", os.O_RDWR)
     for standard in range(3):
         os.dup2(null, standard)
-    low, high = min(writer, 1 << 20), os.sysconf("SC_OPEN_MAX")
+    low, high = writer, _MAX_FDS
     os.closerange(3, low)
     os.closerange(low + 1, high)
     if oom_score_adj:
@@ -162,23 +162,6 @@ def _settle(path: str) -> int:
     return wire.listen(name)
 
 
-def _rehearse() -> None:
-    """Play a monitor's life until the interpreter has specialized its code and filled its caches.
-
-    What it writes here, once, no child has to write into a copy of its own: a quarter of a monitor's private memory.
-    """
-    place = (".", "/dev/null", "/dev/null", "/proc/self/ns/mnt")
-    for _ in range(_REHEARSALS):
-        ours, its = libc.message_pair()
-        frames = [wire.frame(2, wire.WATCH, b" 0"), wire.frame(3, wire.STATE, b" "), wire.frame(4, wire.WAIT, b" ")]
-        inbox = bytearray(b"".join(frames))
-        probe = monitor.Monitor()
-        probe.rehearse(its, inbox, [os.open(each, os.O_RDONLY) for each in place])
-        os.close(ours)
-        probe.run()
-        probe.close()
-
-
 def main(path: str, oom_score_adj: str = "") -> None:
     """Daemonize and serve; every forked child ends in here too."""
     writer = _detach(oom_score_adj)
@@ -190,7 +173,7 @@ def main(path: str, oom_score_adj: str = "") -> None:
     except (OSError, wire.Failure) as error:
         os.write(writer, str(error).encode()[:4000])
         os._exit(1)
-    _rehearse()
+    rehearsal.play()
     os.write(writer, b"ready")
     os.close(writer)
     # What lives now lives for ever; frozen, no collection in a child will touch and so copy its pages.

@@ -1,0 +1,58 @@
+"""The answers of calls that carry a key: who waits for one, and what was answered of late.
+
+A second delivery of the same key, while the first is under way or soon after, gets the answer of the first. What
+must hold for longer, or beyond the process, is sqlite.Database.mutate's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+
+KEEP_SECONDS = 120.0
+KEEP_MAX = 4096
+KEEP_BYTES = 16 << 20
+
+Answer = tuple[bytes, dict[str, str] | None]
+"""A body and its headers."""
+
+
+class Answers:
+    """Keys with their waiting reply subjects, and keys with their answers."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, list[str]] = {}
+        self._kept: OrderedDict[str, tuple[Answer, float]] = OrderedDict()
+        self._bytes = 0
+
+    def kept(self, key: str) -> Answer | None:
+        """The answer that was given to this key."""
+        found = self._kept.get(key)
+        return found[0] if found else None
+
+    def first(self, key: str, reply: str) -> bool:
+        """Whether nothing of this key is under way; from now on `reply` waits for its answer."""
+        waiting = self._waiting.get(key)
+        if waiting is None:
+            self._waiting[key] = [reply]
+            return True
+        waiting.append(reply)
+        return False
+
+    def settle(self, key: str, answer: Answer | None) -> list[str]:
+        """End what is under way, and keep its answer if there is one to keep; answers who waits for it."""
+        if answer is not None:
+            self._kept[key] = answer, time.monotonic()
+            self._bytes += len(answer[0])
+            self._forget()
+        return self._waiting.pop(key, [])
+
+    def _forget(self) -> None:
+        """Insertion order is age: from the front goes what is old, or over a bound."""
+        limit = time.monotonic() - KEEP_SECONDS
+        while self._kept:
+            answer, at = next(iter(self._kept.values()))
+            if at > limit and len(self._kept) <= KEEP_MAX and self._bytes <= KEEP_BYTES:
+                return
+            self._kept.popitem(last=False)
+            self._bytes -= len(answer[0])

@@ -1,0 +1,122 @@
+"""A tenant on a real node: everything in its own namespace, nothing outside it, and no way up to the host."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import wherry
+from node import Node
+from wherry.spec import MOUNTS, Options, User, make
+from wherry_shared.errors import InvalidArgument, PermissionDenied, WherryError
+from wherry_shared.values import Descriptor, Mount
+
+
+@pytest.fixture
+def creds(node: Node, namespace: str) -> Path:
+    return Path(node.run("auth", "tenant", namespace, "--state", str(node.state)).stdout.strip())
+
+
+@pytest.fixture
+async def tenant(node: Node, namespace: str, creds: Path) -> AsyncIterator[wherry.Client]:
+    for _ in range(50):
+        try:
+            client = await wherry.connect(state=str(node.state), namespace=namespace, creds=str(creds))
+        except wherry.Unauthenticated:  # nats-server is reading its users again
+            await asyncio.sleep(0.1)
+        else:
+            break
+    async with client:
+        yield client
+
+
+async def test_a_tenant_runs_a_container(tenant: wherry.Client, node: Node, namespace: str, busybox_ref: str) -> None:
+    image = await tenant.pull(busybox_ref, unpack=True)
+    container = await tenant.new_container("mine", image, args=["sleep", "100"])
+    async with container.new_task() as task:
+        await task.start()
+        assert (await task.run(["echo", "hi"])).stdout == b"hi\n"
+    await container.delete(snapshot=True)
+    # What happens in a namespace makes it known, without a right to create one.
+    assert namespace in [row["name"] for row in node.json("ns", "ls")]
+
+
+async def test_another_namespace_is_closed(tenant: wherry.Client) -> None:
+    for namespace in ("default", "k8s.io"):
+        other = wherry.Client(tenant.bus, namespace, tenant.address)
+        with pytest.raises(PermissionDenied):
+            await other.images.walk()
+        with pytest.raises(PermissionDenied):
+            await other.tasks.kill("steady", 9)
+        with pytest.raises(PermissionDenied):
+            await tenant.bus.subscribe(namespace=namespace)
+    with pytest.raises(PermissionDenied):
+        await tenant.namespaces.create("mine-too")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mounts": [*MOUNTS, {"destination": "/host", "type": "bind", "source": "/", "options": ["rbind"]}]},
+        {"hooks": {"prestart": [{"path": "/bin/sh"}]}},
+        {"linux": {"namespaces": [{"type": "mount"}], "maskedPaths": ["/proc/kcore"], "readonlyPaths": ["/proc/sys"]}},
+        {"root": {"path": "/"}},
+    ],
+    ids=["host mount", "hooks", "host namespaces", "host root"],
+)
+async def test_no_way_to_the_host(tenant: wherry.Client, busybox_ref: str, change: dict[str, object]) -> None:
+    image = await tenant.pull(busybox_ref, unpack=True)
+    resolved = await image.resolve()
+    spec = make("bad", resolved.config, Options(args=["true"]), User()) | change
+    container = await tenant.new_container("bad", image, spec=spec)
+    with pytest.raises(PermissionDenied):
+        await container.new_task()
+    await container.delete(snapshot=True)
+
+
+async def test_foreign_directories_are_no_mounts_for_a_tenant(
+    tenant: wherry.Client, busybox_ref: str, tmp_path: Path
+) -> None:
+    image = await tenant.pull(busybox_ref, unpack=True)
+    layer = (await image.resolve()).manifest.layers[0]
+    stolen = [Mount(type="bind", source=str(tmp_path), options=["rw", "rbind"])]
+    with pytest.raises(PermissionDenied):
+        await tenant.diff.apply(layer, stolen)
+    assert list(tmp_path.iterdir()) == []
+    container = await tenant.new_container("root", image, args=["true"])
+    with pytest.raises(PermissionDenied):
+        await container.new_task(mounts=stolen)
+    with pytest.raises(PermissionDenied):
+        await container.new_task(runtime="/bin/sh")
+    await container.delete(snapshot=True)
+
+
+async def test_stdio_stays_in_the_nodes_own_directory(tenant: wherry.Client, busybox_ref: str, tmp_path: Path) -> None:
+    from wherry_shared.api.task import Stdio
+
+    image = await tenant.pull(busybox_ref, unpack=True)
+    container = await tenant.new_container("out", image, args=["echo", "x"])
+    mounts = await container.mounts()
+    for path in (f"file://{tmp_path}/out", "file:///etc/passwd", "/etc/passwd", "binary:///bin/sh", "relative"):
+        with pytest.raises(WherryError) as refused:
+            await tenant.tasks.create("out", mounts, Stdio(stdout=path))
+        assert type(refused.value) in (PermissionDenied, wherry.Unimplemented, InvalidArgument)
+    assert list(tmp_path.iterdir()) == []
+    await container.delete(snapshot=True)
+
+
+async def test_content_is_not_shared_between_namespaces(tenant: wherry.Client, node: Node, busybox_ref: str) -> None:
+    """Who knows a digest cannot read the blob with it (policy `isolated`, threats 3.10)."""
+    node.run("pull", busybox_ref)
+    digest = node.json("images")[0]["digest"]
+    with pytest.raises(wherry.NotFound):
+        await tenant.content.read(digest)
+    with pytest.raises(wherry.NotFound):
+        await tenant.content.locate(digest)
+    mounts = await tenant.snapshots.prepare("overlay", "spy")
+    layer = Descriptor(media_type="application/vnd.oci.image.layer.v1.tar", digest=digest, size=1)
+    with pytest.raises(wherry.NotFound):
+        await tenant.diff.apply(layer, mounts)
+    await tenant.snapshots.remove("overlay", "spy")
