@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from .grpc import Connection, GrpcError
@@ -21,9 +23,10 @@ _OTHER_SNAPSHOTTERS = ("aufs", "btrfs", "devmapper", "zfs")
 class ContainerdNode(Node):
     side = "containerd"
 
-    @property
+    @cached_property
     def socket(self) -> Path:
-        return self.place / "containerd.sock"
+        """Where a path is short: containerd takes no more than 104 bytes."""
+        return Path(tempfile.mkdtemp(prefix="wherry-bench-")) / "containerd.sock"
 
     def _config(self) -> str:
         disabled = ["io.containerd.grpc.v1.cri", *(f"io.containerd.snapshotter.v1.{n}" for n in _OTHER_SNAPSHOTTERS)]
@@ -62,6 +65,7 @@ class ContainerdNode(Node):
         return ["ctr", "run", "--rm", "--fifo-dir", str(self.place / "fifo"), image, f"cli-{os.getpid()}", "true"]
 
     def tidy(self) -> None:
+        shutil.rmtree(self.socket.parent)
         shutil.rmtree(_RUNC_STATE / self.namespace, ignore_errors=True)
         for directory in (_RUNC_STATE, _RUNC_STATE.parent / "s", _RUNC_STATE.parent):
             with contextlib.suppress(OSError):

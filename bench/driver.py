@@ -52,6 +52,10 @@ class Driver:
             raise MeasureError(answer["error"])
         return answer["value"]
 
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
     def _line(self, method: str, timeout: float) -> bytes:
         assert self._process.stdout is not None
         fd = self._process.stdout.fileno()

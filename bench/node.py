@@ -64,7 +64,6 @@ class Node(ABC):
         self._driver: Driver | None = None
         try:
             self._start()
-            self._driver = Driver(self.side, self.settings(), self.cgroup.child("client"), self.place / "client.log")
             self.driver.call("ping")
         except BaseException:
             self.__exit__(None, None, None)
@@ -89,7 +88,10 @@ class Node(ABC):
 
     @property
     def driver(self) -> Driver:
-        assert self._driver is not None
+        """The client; a new one where the last measurement ended it."""
+        if self._driver is None or not self._driver.alive:
+            self._driver = Driver(self.side, self.settings(), self.cgroup.child("client"), self.place / "client.log")
+            self._driver.call("ping")
         return self._driver
 
     def _start(self) -> None:

@@ -172,6 +172,7 @@ def small_disk(path: Path, size: str) -> Iterator[Path]:
     try:
         yield path
     finally:
-        subprocess.run(["umount", path], check=True)
+        # The last process that had it open may still be on its way out.
+        eventually(lambda: subprocess.run(["umount", path], check=False).returncode == 0, f"{path} stays busy")
         shutil.rmtree(path, ignore_errors=True)
         image.unlink()

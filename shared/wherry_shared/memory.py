@@ -6,11 +6,12 @@ import asyncio
 import itertools
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from .bus.events import MESSAGE_ID
+from .bus.protocol import encode_headers, parse_headers
 from .bus.subjects import matches
 from .bus.transport import Callback, EventLog, LogState, NoResponders, Stored, Subscription
 from .errors import DeadlineExceeded, InvalidArgument, Unavailable
@@ -32,10 +33,22 @@ class _Interest:
     pattern: str
     queue: str
     callback: Callback
+    ended: bool = False
 
     async def unsubscribe(self) -> None:
+        self.ended = True
         if self in self.broker.interests:
             self.broker.interests.remove(self)
+
+    async def drain(self) -> None:
+        if self in self.broker.interests:
+            self.broker.interests.remove(self)
+        await asyncio.sleep(0)  # what was handed over is delivered in this turn of the loop
+        self.ended = True
+
+    def take(self, message: MemoryMessage) -> None:
+        if not self.ended:
+            self.callback(message)
 
 
 @dataclass
@@ -48,12 +61,12 @@ class Broker:
     def deliver(self, message: MemoryMessage) -> int:
         """Hand a message to everyone interested; answers how many took it."""
         taken = 0
-        queues: dict[tuple[str, str], list[_Interest]] = {}
+        queues: dict[str, list[_Interest]] = {}
         for interest in self.interests:
             if not matches(interest.pattern, message.subject):
                 continue
             if interest.queue:
-                queues.setdefault((interest.pattern, interest.queue), []).append(interest)
+                queues.setdefault(interest.queue, []).append(interest)
             else:
                 self._hand(interest, message)
                 taken += 1
@@ -68,7 +81,7 @@ class Broker:
 
     @staticmethod
     def _hand(interest: _Interest, message: MemoryMessage) -> None:
-        asyncio.get_running_loop().call_soon(interest.callback, message)
+        asyncio.get_running_loop().call_soon(interest.take, message)
 
     def _keep(self, log: MemoryLog, message: MemoryMessage) -> None:
         sequence = log.append(message)
@@ -85,13 +98,18 @@ class MemoryTransport:
         self.inbox_prefix = f"_INBOX_{name}"
         self.max_payload = MAX_PAYLOAD
         self.connected = True
+        self.on_state: list[Callable[[bool], None]] = []
+        self._waiting: set[asyncio.Future[MemoryMessage]] = set()
         self._tokens = itertools.count(1)
 
-    def _check(self, data: bytes) -> None:
+    def _check(self, data: bytes, headers: Mapping[str, str] | None) -> Mapping[str, str] | None:
+        """The headers as the other side reads them. Raises what a connection to NATS raises."""
         if not self.connected:
             raise Unavailable("not connected")
-        if len(data) > self.max_payload:
-            raise InvalidArgument(f"message of {len(data)} bytes is larger than {self.max_payload}")
+        block = encode_headers(headers) if headers else b""
+        if len(block) + len(data) > self.max_payload:
+            raise InvalidArgument(f"message of {len(block) + len(data)} bytes is larger than {self.max_payload}")
+        return parse_headers(block) if headers else None
 
     async def subscribe(self, subject: str, callback: Callback, *, queue: str = "") -> Subscription:
         if not self.connected:
@@ -101,13 +119,12 @@ class MemoryTransport:
         return interest
 
     def publish(self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
-        self._check(data)
-        self.broker.deliver(MemoryMessage(subject, reply, headers, data))
+        self.broker.deliver(MemoryMessage(subject, reply, self._check(data, headers), data))
 
     async def request(
         self, subject: str, data: bytes, *, headers: Mapping[str, str] | None = None, timeout: float
     ) -> MemoryMessage:
-        self._check(data)
+        headers = self._check(data, headers)
         answer: asyncio.Future[MemoryMessage] = asyncio.get_running_loop().create_future()
 
         def on_answer(message: object) -> None:
@@ -116,6 +133,7 @@ class MemoryTransport:
 
         inbox = f"{self.inbox_prefix}.{id(self):x}.{next(self._tokens)}"
         interest = await self.subscribe(inbox, on_answer)
+        self._waiting.add(answer)
         try:
             if not self.broker.deliver(MemoryMessage(subject, inbox, headers, data)):
                 raise NoResponders(f"nobody answers on {subject}")
@@ -124,6 +142,7 @@ class MemoryTransport:
         except TimeoutError:
             raise DeadlineExceeded(f"no answer on {subject} within {timeout:.3f} s") from None
         finally:
+            self._waiting.discard(answer)
             await interest.unsubscribe()
 
     async def flush(self, timeout: float = 5.0) -> None:
@@ -131,6 +150,9 @@ class MemoryTransport:
 
     async def close(self) -> None:
         self.connected = False
+        for answer in self._waiting:
+            if not answer.done():
+                answer.set_exception(Unavailable("the connection was closed before an answer came"))
 
     def event_log(self, name: str, subject: str) -> EventLog:
         return self.broker.logs.setdefault(name, MemoryLog(name, subject))
@@ -166,7 +188,7 @@ class MemoryLog:
     ) -> list[Stored]:
         found: list[Stored] = []
         for at, stored in self._stored:
-            if stored.sequence <= after or (since is not None and at < since):
+            if stored.sequence <= after or (not after and since is not None and at < since):
                 continue
             if subject and not matches(subject, stored.subject):
                 continue

@@ -16,11 +16,12 @@ from typing import Any
 from .api.events import Envelope
 from .bus import Bus, events, subjects
 from .errors import WherryError
-from .sqlite import Database
+from .sqlite import Database, Transaction
 
 log = logging.getLogger("wherry.outbox")
 
 BATCH = 128
+PAUSE_FIRST, PAUSE_LAST = 0.05, 2.0
 
 
 class Outbox:
@@ -32,6 +33,7 @@ class Outbox:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._sent = 0
+        self._trusted = False
 
     def start(self) -> None:
         """Begin with what an earlier process left."""
@@ -43,37 +45,42 @@ class Outbox:
         """Send what is left, for `patience` seconds; the rest stays in the outbox for the next start."""
         if self._task is None:
             return
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        self._task = None
         with contextlib.suppress(WherryError, TimeoutError):
             async with asyncio.timeout(patience):
                 while await self._send_batch():
                     pass
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
-        self._task = None
 
     async def _relay(self) -> None:
-        pause = 0.05
+        pause = PAUSE_FIRST
         while True:
             await self._wake.wait()
             self._wake.clear()
             try:
                 while await self._send_batch():
-                    pause = 0.05
+                    pause = PAUSE_FIRST
+                continue
             except WherryError as e:
                 log.info("events wait in the outbox: %s", e)
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, 2.0)
-                self._wake.set()
+            except Exception:  # whatever it is, the events must leave some day
+                log.exception("events wait in the outbox")
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, PAUSE_LAST)
+            self._wake.set()
 
     async def _send_batch(self) -> int:
         """Publish the oldest events, forget those that the stream has. Raises when one was not taken."""
+        # One alone shows whether the stream takes events at all: were it to begin in the middle of a batch, the
+        # second would be stored before the first.
         rows = self._database.all(
             "SELECT seq, id, namespace, topic, at, event FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?",
-            (self._sent, BATCH),
+            (self._sent, BATCH if self._trusted else 1),
         )
         if not rows:
             return 0
+        self._trusted = False
         results = await asyncio.gather(*(self._publish(row) for row in rows), return_exceptions=True)
         error = next((r for r in results if isinstance(r, BaseException)), None)
         # Only an unbroken prefix is forgotten: what comes after a failure is sent again, and known by its id.
@@ -83,6 +90,7 @@ class Outbox:
             await self._forget(self._sent)
         if error is not None:
             raise error
+        self._trusted = True
         return len(rows)
 
     async def _publish(self, row: Any) -> int:
@@ -95,4 +103,7 @@ class Outbox:
         return await events.publish(self._bus.transport, subject, events.encode(envelope), event_id)
 
     async def _forget(self, upto: int) -> None:
-        await self._database.write(lambda tx: tx.execute("DELETE FROM outbox WHERE seq <= ?", (upto,)).rowcount)
+        def forget(tx: Transaction) -> None:
+            tx.execute("DELETE FROM outbox WHERE seq <= ?", (upto,))
+
+        await self._database.write(forget, frees=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import json
-import os
+import logging
 import queue
 import secrets
 import sqlite3
@@ -21,23 +21,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from . import context
-from .errors import DataLoss, FailedPrecondition, Internal, ResourceExhausted, Unavailable
-from .values import now
+from .errors import Internal, InvalidArgument, ResourceExhausted, Unavailable, WherryError
+from .schema import Ballast, is_broken, is_full, open_database, translate
+from .values import check_identifier, now
 
 T = TypeVar("T")
 
-GROUP_MAX = 64
-# Freed when the disk is full, so that removals still find room for their own transaction.
-BALLAST_BYTES = 1 << 20
-REMEMBER_SECONDS = 600
+log = logging.getLogger("wherry.sqlite")
 
-_BASE = """
-CREATE TABLE IF NOT EXISTS outbox (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, namespace TEXT NOT NULL, topic TEXT NOT NULL,
-    at TEXT NOT NULL, event TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, reply BLOB NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS answers_at ON answers (at);
-"""
+GROUP_MAX = 64
+REMEMBER_SECONDS = 600
+# An event must fit into a message of 1 MiB, with its envelope and its headers.
+EVENT_BYTES_MAX = 960 << 10
 
 
 class Transaction:
@@ -55,10 +50,19 @@ class Transaction:
         return self._connection.execute(sql, parameters).fetchone()
 
     def publish(self, topic: str, event: dict[str, Any], *, namespace: str = "") -> None:
-        """Put an event (a JSON object) into the outbox; the namespace is the request's unless given."""
+        """Put an event (a JSON object) into the outbox; the namespace is the request's unless given.
+
+        InvalidArgument when its topic, namespace or size are not allowed: it could never leave the outbox.
+        """
+        namespace = check_identifier(namespace or context.namespace(), "namespace")
+        for part in topic.removeprefix("/").split("/"):
+            check_identifier(part, "topic component")
+        body = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+        if len(body) > EVENT_BYTES_MAX or len(body.encode()) > EVENT_BYTES_MAX:
+            raise InvalidArgument(f"the event {topic} would be larger than {EVENT_BYTES_MAX} bytes")
         self.execute(
             "INSERT INTO outbox (id, namespace, topic, at, event) VALUES (?, ?, ?, ?, ?)",
-            (secrets.token_hex(12), namespace or context.namespace(), topic, now().isoformat(), json.dumps(event)),
+            (secrets.token_hex(12), namespace, topic, now().isoformat(), body),
         )
         self.events += 1
 
@@ -90,6 +94,9 @@ class Database:
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name=f"sqlite:{path.name}", daemon=True)
+        self._closed = False
+        self._ballast = Ballast(path)
+        self._spare = self._ballast.make()
         self.on_events: Callable[[], None] | None = None
         self._thread.start()
 
@@ -98,15 +105,9 @@ class Database:
         """Open or make the database and bring its schema up to date (one SQL script per version).
 
         FailedPrecondition: a newer version of the service wrote it. DataLoss: it is damaged; the path is named.
+        ResourceExhausted: the disk is full.
         """
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        try:
-            writer = _connect(path)
-            _migrate(writer, migrations, path)
-            reader = _connect(path)
-        except sqlite3.DatabaseError as e:
-            raise _translate(e, path) from None
-        _make_ballast(path)
+        writer, reader = open_database(path, migrations)
         return cls(path, reader, writer)
 
     def all(self, sql: str, parameters: Sequence[Any] | dict[str, Any] = ()) -> list[Any]:
@@ -114,14 +115,14 @@ class Database:
         try:
             return self._reader.execute(sql, parameters).fetchall()
         except sqlite3.DatabaseError as e:
-            raise _translate(e, self.path) from None
+            raise translate(e, self.path) from None
 
     def one(self, sql: str, parameters: Sequence[Any] | dict[str, Any] = ()) -> Any:
         """The first row of a query, read now, or None."""
         try:
             return self._reader.execute(sql, parameters).fetchone()
         except sqlite3.DatabaseError as e:
-            raise _translate(e, self.path) from None
+            raise translate(e, self.path) from None
 
     async def write(self, function: Callable[[Transaction], T], *, frees: bool = False) -> T:
         """Run `function` in a durable transaction and answer its result.
@@ -139,12 +140,17 @@ class Database:
         return await self._enqueue(function, frees=frees, remember=True)
 
     async def _enqueue(self, function: Callable[[Transaction], T], *, frees: bool, remember: bool) -> T:
+        if self._closed:
+            raise Unavailable(f"database {self.path} is closed")
         future: asyncio.Future[T] = self._loop.create_future()
         self._queue.put(_Write(function, future, frees=frees, remember=remember))
         return await future
 
     async def close(self) -> None:
-        """End the writer after what is queued."""
+        """End the writer after what is queued. It may be repeated."""
+        if self._closed:
+            return
+        self._closed = True
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
         self._reader.close()
@@ -168,30 +174,51 @@ class Database:
                     stop = True
                     break
                 group.append(more)
-            events = self._commit(group)
+            try:
+                events = self._commit(group)
+            except Exception as e:  # nothing may end this thread: every later write would wait for ever
+                log.exception("a group of writes to %s failed", self.path)
+                events = self._fail(group, Internal(f"database {self.path}: {type(e).__name__}"))
             self._loop.call_soon_threadsafe(self._settle, group, events)
 
     def _commit(self, group: list[_Write]) -> int:
         try:
-            return self._transact(group)
+            events = self._transact(group)
         except sqlite3.DatabaseError as e:
-            if not _is_full(e):
-                return self._fail(group, _translate(e, self.path))
-        # The disk is full: removals run again with the ballast's room, the others are told.
+            if not is_full(e):
+                return self._fail(group, translate(e, self.path))
+            return self._commit_when_full(group)
+        if not self._spare:
+            self._spare = self._ballast.make()
+        return events
+
+    def _commit_when_full(self, group: list[_Write]) -> int:
+        """The disk is full: removals run again with the ballast's room, the others are told."""
         frees = [w for w in group if w.frees]
         self._fail([w for w in group if not w.frees], ResourceExhausted(f"no space left for {self.path}"))
         if not frees:
             return 0
-        _ballast(self.path).unlink(missing_ok=True)
+        self._ballast.drop()
+        self._spare = False
         try:
-            return self._transact(frees)
+            self._shrink()
+            events = self._transact(frees)
+            self._shrink()
+            return events
         except sqlite3.DatabaseError as e:
-            return self._fail(frees, _translate(e, self.path))
+            return self._fail(frees, translate(e, self.path))
+
+    def _shrink(self) -> None:
+        """Give the log's room back: what is in it goes to its place in the database, if that finds room."""
+        try:
+            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except sqlite3.DatabaseError as e:
+            log.info("the log of %s could not be emptied: %s", self.path, e)
 
     @staticmethod
-    def _fail(group: list[_Write], error: BaseException) -> int:
+    def _fail(group: list[_Write], error: WherryError) -> int:
         for write in group:
-            write.error = error
+            write.error = type(error)(error.message)
         return 0
 
     def _transact(self, group: list[_Write]) -> int:
@@ -200,7 +227,8 @@ class Database:
         try:
             transaction = Transaction(connection)
             for write in group:
-                self._run(connection, transaction, write)
+                if not write.future.cancelled():  # its caller has given up before it began
+                    self._run(transaction, write)
             connection.execute("DELETE FROM answers WHERE at < ?", (time.time() - REMEMBER_SECONDS,))
             connection.execute("COMMIT")
             return transaction.events
@@ -209,16 +237,18 @@ class Database:
                 connection.execute("ROLLBACK")
             raise
 
-    @staticmethod
-    def _run(connection: sqlite3.Connection, transaction: Transaction, write: _Write) -> None:
+    def _run(self, transaction: Transaction, write: _Write) -> None:
+        """One write in its savepoint. Raises only what concerns the whole group: a full or broken database."""
+        connection = self._writer
         connection.execute("SAVEPOINT one")
         try:
             write.result = write.context.run(_once if write.remember else _plainly, transaction, write.function)
             write.error = None
-        except sqlite3.DatabaseError as e:
-            if _is_full(e) or not isinstance(e, sqlite3.IntegrityError):
+        except sqlite3.Error as e:
+            if not connection.in_transaction or is_full(e) or is_broken(e):
                 raise
-            write.error = Internal(f"constraint failed: {e}")
+            log.exception("a write to %s failed", self.path)
+            write.error = Internal(f"database {self.path}: {e}")
         except BaseException as e:
             write.error = e
         if write.error is not None:
@@ -254,63 +284,3 @@ def _once(transaction: Transaction, function: Callable[[Transaction], T]) -> T:
 
 def _plainly(transaction: Transaction, function: Callable[[Transaction], T]) -> T:
     return function(transaction)
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
-    os.chmod(path, 0o600)
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA wal_autocheckpoint=512")
-    connection.execute("PRAGMA journal_size_limit=2097152")
-    connection.execute("PRAGMA foreign_keys=ON")
-    return connection
-
-
-def _migrate(connection: sqlite3.Connection, migrations: Sequence[str], path: Path) -> None:
-    connection.executescript(f"BEGIN IMMEDIATE; {_BASE} COMMIT;")
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(migrations):
-            raise FailedPrecondition(
-                f"{path} has schema {version}, and this version knows only {len(migrations)}: run the newer one"
-            )
-        for number, script in enumerate(migrations[version:], version + 1):
-            for statement in script.split(";"):
-                connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {number}")
-        connection.execute("COMMIT")
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
-
-
-def _is_full(e: sqlite3.DatabaseError) -> bool:
-    return getattr(e, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL or "disk is full" in str(e)
-
-
-def _translate(e: sqlite3.DatabaseError, path: Path) -> Exception:
-    code = getattr(e, "sqlite_errorcode", 0) & 0xFF
-    if _is_full(e):
-        return ResourceExhausted(f"no space left for {path}")
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return DataLoss(f"database {path} is damaged ({e}): restore it from a backup, or move it away to start empty")
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return Unavailable(f"database {path} is locked by another process")
-    return Internal(f"database {path}: {e}")
-
-
-def _ballast(path: Path) -> Path:
-    return path.with_name(path.name + ".ballast")
-
-
-def _make_ballast(path: Path) -> None:
-    ballast = _ballast(path)
-    if ballast.exists():
-        return
-    try:
-        with ballast.open("xb") as f:
-            os.posix_fallocate(f.fileno(), 0, BALLAST_BYTES)
-    except OSError:
-        ballast.unlink(missing_ok=True)  # a disk that is full already has no ballast to give

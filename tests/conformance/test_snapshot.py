@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from wherry_shared.api.lease import Leases
 from wherry_shared.api.snapshot import REBASE_LABEL, REF_LABEL, Snapshots
 from wherry_shared.bus import Bus
 from wherry_shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from wherry_shared.runtime import Host
 from wherry_shared.values import Mount
+from wherry_snapshot.__main__ import build
 
 sys.path.append(str(Path(__file__).parent.parent / "snapshot"))  # for snapshot_rig.py
 
@@ -592,6 +595,6 @@ async def test_nobody_else_can_walk_into_the_snapshots(shelf: Shelf) -> None:
 
 
 async def test_a_second_service_on_the_root_is_refused(shelf: Shelf) -> None:
-    second = House(shelf.house.bus, shelf.house.root)
-    with pytest.raises(FailedPrecondition, match="in use"):
-        await second.start()
+    with pytest.raises(FailedPrecondition, match="in use by another snapshot service"):
+        async with AsyncExitStack() as stack:
+            await build(Host(shelf.house.host.settings, shelf.house.bus, stack))

@@ -18,7 +18,7 @@ class EventsService(Events):
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
 
-    async def publish(self, topic: str, event: dict[str, Any] = {}) -> Envelope:  # noqa: B006
+    async def publish(self, topic: str, event: dict[str, Any] = {}) -> Envelope:
         return await self._journal.publish(context.namespace(), topic, event, key=context.current().key)
 
     async def forward(self, envelope: Envelope) -> None:

@@ -34,7 +34,7 @@ class IntrospectionService(Introspection):
             boot_id=node.boot_id,
         )  # fmt: skip
 
-    async def plugins(self, filters: list[str] = []) -> list[Plugin]:  # noqa: B006
+    async def plugins(self, filters: list[str] = []) -> list[Plugin]:
         matches = compile_filters(filters)
         found: dict[tuple[str, str], Plugin] = {}
         for answer in await self._ask("INFO"):

@@ -432,7 +432,8 @@ class Supervisor:
             metadata.put_process(tx, namespace, container, row)
             tx.publish("/tasks/exit", event, namespace=namespace)
 
-        await self._database.write(record)
+        # An end cannot be refused for want of room: it may use what is kept for removals.
+        await self._database.write(record, frees=True)
         process.row = row
         process.ended.set()
 

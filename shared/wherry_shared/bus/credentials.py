@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import logging
 import os
 import stat
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from ..context import Identity
 from ..errors import FailedPrecondition, NotFound, Unauthenticated
 from ..values import check_identifier
 from . import subjects
+
+log = logging.getLogger("wherry.credentials")
 
 ADMIN, OBSERVER, AUDITOR = "admin", "observer", "auditor"
 ROLES = (ADMIN, OBSERVER)
@@ -67,14 +71,20 @@ class Credentials:
 
 def load(path: Path) -> Credentials:
     """Read a seed file. Unauthenticated when it is missing, not ours, or readable by others."""
+    return _load(path, owners=(os.geteuid(), 0))
+
+
+def _load(path: Path, owners: tuple[int, ...] = ()) -> Credentials:
+    """Read a seed file. owners: whose it may be; none: anybody's, in a directory that is ours."""
     try:
-        info = path.stat()
-        seed = path.read_text().strip().encode()
+        with path.open("rb") as f:
+            info = os.fstat(f.fileno())
+            seed = f.read(1024).strip()
     except OSError as e:
         raise Unauthenticated(f"credentials {path}: {e.strerror}") from None
     if stat.S_IMODE(info.st_mode) & 0o077:
         raise Unauthenticated(f"credentials {path} can be read by others: chmod 600 it")
-    if info.st_uid not in (os.geteuid(), 0):
+    if owners and info.st_uid not in owners:
         raise Unauthenticated(f"credentials {path} belong to another user")
     if not seed.startswith(b"SU"):
         raise Unauthenticated(f"credentials {path} hold no user nkey seed")
@@ -91,7 +101,7 @@ def ensure(directory: Path, name: str) -> Credentials:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as f:
             f.write(seed + b"\n")
         os.replace(temporary, path)
-    return load(path)
+    return _load(path)  # a service's seed may have been given to the user that it runs as
 
 
 def tenant(namespace: str) -> str:
@@ -240,9 +250,14 @@ def _server_user(credentials: Credentials, permissions: dict[str, Any], connecti
 
 
 def _write_private(path: Path, text: str) -> None:
+    """Replace a file that is its owner's alone, or stays that of whom it was given to."""
     temporary = path.with_name(path.name + ".new")
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as f:
         f.write(text)
+        with suppress(FileNotFoundError):
+            given = path.stat()
+            os.fchown(f.fileno(), given.st_uid, given.st_gid)
+            os.fchmod(f.fileno(), stat.S_IMODE(given.st_mode) & 0o660)
     os.replace(temporary, path)
 
 
@@ -280,7 +295,11 @@ class Identities:
         if stamp == self._stamp:
             return False
         self._stamp = stamp
-        self._table = {prefix: Identity(**i) for prefix, i in _read_identities(self._directory).items()}
+        try:
+            self._table = {prefix: Identity(**i) for prefix, i in _read_identities(self._directory).items()}
+        except (FailedPrecondition, TypeError) as e:
+            log.error("who is new on the bus stays unknown: %s", e)
+            return False
         return True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -53,28 +53,43 @@ async def publish(transport: Transport, subject: str, data: bytes, event_id: str
 class Subscriber:
     """Events as they happen: `async for envelope in subscriber`. Each event once, in the order of its publisher.
 
-    What the reader does not take is kept up to `limit` events; beyond that it gets ResourceExhausted, which says
-    how many it missed, and can catch up by a replay.
+    There is never a hole that is not told: after the last event before it the reader gets ResourceExhausted, when it
+    was too slow and more than `limit` events waited, or Unavailable, when the bus was away. It may then read on, and
+    catch up by a replay.
     """
 
     def __init__(self, limit: int) -> None:
-        self._queue: asyncio.Queue[Envelope] = asyncio.Queue(limit)
+        self._limit = limit
+        self._events: deque[Envelope] = deque()
+        self._more = asyncio.Event()
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._missed = 0
+        self._interrupted = False
+        self._closed = False
+        self._transport: Transport | None = None
         self._subscription: Subscription | None = None
 
     async def start(self, transport: Transport, subject: str) -> None:
+        self._transport = transport
         self._subscription = await transport.subscribe(subject, self._on_message)
+        transport.on_state.append(self._on_state)
         await transport.flush()
 
     def _on_message(self, message: Message) -> None:
         envelope = decode(message.data)
         if envelope is None or not self.first(envelope.id):
             return
-        try:
-            self._queue.put_nowait(envelope)
-        except asyncio.QueueFull:
+        # After a hole nothing is taken until the reader knows of it: so it is told at the right place.
+        if self._missed or self._interrupted or len(self._events) >= self._limit:
             self._missed += 1
+        else:
+            self._events.append(envelope)
+        self._more.set()
+
+    def _on_state(self, connected: bool) -> None:
+        if not connected:
+            self._interrupted = True
+            self._more.set()
 
     def first(self, event_id: str) -> bool:
         """Whether this event was not seen before; a publisher that lost an ack sends it again."""
@@ -89,16 +104,26 @@ class Subscriber:
         return self
 
     async def __anext__(self) -> Envelope:
-        if self._missed and self._queue.empty():
-            missed, self._missed = self._missed, 0
-            raise ResourceExhausted(f"the subscriber was too slow: {missed} events missed; replay them")
-        return await self._queue.get()
+        while not self._events:
+            missed, interrupted, self._missed, self._interrupted = self._missed, self._interrupted, 0, False
+            if interrupted:
+                raise Unavailable("the connection to the bus dropped: events may have been missed; replay them")
+            if missed:
+                raise ResourceExhausted(f"the subscriber was too slow: {missed} events missed; replay them")
+            if self._closed:
+                raise StopAsyncIteration
+            self._more.clear()
+            await self._more.wait()
+        return self._events.popleft()
 
     async def close(self) -> None:
-        """Take no more events."""
-        if self._subscription is not None:
-            await self._subscription.unsubscribe()
-            self._subscription = None
+        """Take no more events; a reader comes to the end after those that it has not read."""
+        self._closed = True
+        self._more.set()
+        if self._subscription is not None and self._transport is not None:
+            self._transport.on_state.remove(self._on_state)
+            subscription, self._subscription = self._subscription, None
+            await subscription.unsubscribe()
 
     async def __aenter__(self) -> Subscriber:
         return self

@@ -30,7 +30,7 @@ from ..errors import (
 )  # fmt: skip
 from . import subjects
 from .answers import Answer, Answers
-from .discovery import Card
+from .card import Card
 from .proxy import DEADLINE, ERROR, ERROR_CODE, KEY, LEASE, RETRY, TRACE
 from .transport import Message, Subscription, Transport
 
@@ -135,9 +135,9 @@ class Server:
 
     @staticmethod
     async def _end(requests: set[Request], patience: float) -> None:
-        tasks = [r.task for r in requests if r.task is not None]
+        tasks = {r.task for r in requests if r.task is not None}
         if tasks and patience > 0:
-            _, tasks = await asyncio.wait(tasks, timeout=patience)  # type: ignore[assignment]
+            _, tasks = await asyncio.wait(tasks, timeout=patience)
         for task in tasks:
             task.cancel()
         if tasks:
@@ -240,18 +240,29 @@ class Server:
         except WherryError as e:
             error, answer = e, error_answer(e)
         except asyncio.CancelledError:
-            error = DeadlineExceeded(f"{request.name}: the deadline passed")
-            answer = error_answer(error) if request.late else _stopping()
+            error, answer = self._cancelled(request)
         except Exception:
-            log.exception("%s failed", request.name)
-            error = Internal(f"{request.name}: internal error, see the service's log")
-            answer = error_answer(error)
+            error, answer = self._failed(request)
         timer.cancel()
         group.discard(request)
         self._card.count(request.endpoint.name, time.perf_counter_ns() - started, error)
         self._finish(request, answer, error)
         if self._backlog:
             self._next()
+
+    def _cancelled(self, request: Request) -> tuple[WherryError, Answer]:
+        if request.late:
+            late = DeadlineExceeded(f"{request.name}: the deadline passed")
+            return late, error_answer(late)
+        if self._draining:
+            return Unavailable("the service is stopping"), _stopping()
+        return self._failed(request)  # its own work was cancelled under it
+
+    @staticmethod
+    def _failed(request: Request) -> tuple[WherryError, Answer]:
+        log.exception("%s failed", request.name)
+        error = Internal(f"{request.name}: internal error, see the service's log")
+        return error, error_answer(error)
 
     def _next(self) -> None:
         """Fill the free places from the backlog; what has become late there is let go."""

@@ -34,11 +34,22 @@ Callback = Callable[[Message], None]
 class Subscription(Protocol):
     """An interest in a subject."""
 
-    async def unsubscribe(self) -> None: ...
+    async def unsubscribe(self) -> None:
+        """End it now."""
+        ...
+
+    async def drain(self) -> None:
+        """End it; what the bus has handed over by now is still delivered before this returns."""
+        ...
 
 
 class Transport(Protocol):
     """Publishes, subscribes and asks. Nothing is ever buffered while it is not connected."""
+
+    @property
+    def on_state(self) -> list[Callable[[bool], None]]:
+        """Called with False when the connection drops, and with True when it is back and subscribed again."""
+        ...
 
     @property
     def connected(self) -> bool: ...

@@ -96,6 +96,10 @@ class Channel:
         else:
             answer.set_result(message.get("ok") or {})
 
+    async def ended(self, patience: float) -> None:
+        """Return when the other end has hung up, or after `patience` seconds."""
+        await asyncio.wait({self._task}, timeout=patience)
+
     async def close(self) -> None:
         """Hang up without telling `on_gone`."""
         self._closing = True
@@ -216,6 +220,7 @@ class OciLauncher:
         with contextlib.suppress(OSError, Unavailable):
             channel = await Channel.open(self._directory, "zygote.sock")
             await channel.ask("quit")
+            await channel.ended(ZYGOTE_SECONDS)
             await channel.close()
 
     async def _zygote(self) -> Channel:

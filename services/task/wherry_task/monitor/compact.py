@@ -40,7 +40,8 @@ def loads(data: bytes | bytearray) -> Any:
     text = data.decode().strip()
     try:
         value, end = _scan(text, 0)
-    except StopIteration:
+    except (StopIteration, SystemError):
+        # SystemError: where json.decoder is not imported the scanner fails without the exception that it would take.
         raise ValueError("not JSON") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
