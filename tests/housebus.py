@@ -83,13 +83,13 @@ class HouseBus(Bus):
 
     def __init__(self, server: HouseServer, admin: Any) -> None:
         self._places: dict[str, Bus] = {}
-        self._server = server
+        self.server = server
         super().__init__(_Everybody(self, admin), node=NODE)
 
     async def of(self, service: str) -> Bus:
         """A service's own place on the bus."""
         if service not in self._places:
-            self._places[service] = await self._server.connect(service)
+            self._places[service] = await self.server.connect(service)
         return self._places[service]
 
     async def serve(self, implementation: Any, **options: Any) -> Server:

@@ -30,7 +30,7 @@ from wherry_shared.errors import AlreadyExists, Unavailable
 from wherry_shared.runtime import NODE_FILE
 from wherry_shared.values import Page, Platform, check_identifier, now
 
-from .container import Container, NewContainer
+from .container import DEFAULT_SNAPSHOTTER, Container, NewContainer
 from .image import Image
 from .progress import OnProgress, silent
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 DEFAULT_STATE = "/run/wherry"
 DEFAULT_NAMESPACE = "default"
-DEFAULT_SNAPSHOTTER = "overlay"
+DEFAULTS = "containerd.io/defaults/"
 LEASE_HOURS = 24
 
 
@@ -169,17 +169,14 @@ class Client:
 
     async def default_snapshotter(self) -> str:
         """The namespace's label `containerd.io/defaults/snapshotter`, else `overlay`."""
-        return await self._default("snapshotter", DEFAULT_SNAPSHOTTER)
+        return (await self.defaults()).get("snapshotter", DEFAULT_SNAPSHOTTER)
 
-    async def default_runtime(self) -> str:
-        """The namespace's label `containerd.io/defaults/runtime`, else the node's own default."""
-        return await self._default("runtime", "default")
-
-    async def _default(self, what: str, otherwise: str) -> str:
+    async def defaults(self) -> dict[str, str]:
+        """What the namespace's labels `containerd.io/defaults/*` say; a tenant may not read them and has none."""
         if self.address.creds.stem != ADMIN:
-            return otherwise
+            return {}
         namespace = await self.namespaces.get(self.namespace)
-        return namespace.labels.get(f"containerd.io/defaults/{what}", otherwise)
+        return {k.removeprefix(DEFAULTS): v for k, v in namespace.labels.items() if k.startswith(DEFAULTS)}
 
     async def watch(
         self,

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .image import Image, Resolved
 
 STOP_SIGNAL_LABEL = "io.containerd.image.config.stop-signal"
+# Which OCI runtime that is, the node decides.
+DEFAULT_RUNTIME = "default"
+DEFAULT_SNAPSHOTTER = "overlay"
 # An image may not set what steers the runtime or the restart monitor (GHSA-xhf5-7wjv-pqxp).
 RESERVED_PREFIXES = ("containerd.io/", "io.containerd.", "io.cri-containerd")
 
@@ -115,7 +118,9 @@ class NewContainer:
 
     async def _create(self) -> Container:
         await self._client.ensure_namespace()
-        runtime = Runtime(name=self._runtime or await self._client.default_runtime())
+        defaults = {} if self._runtime and self._snapshotter else await self._client.defaults()
+        runtime = Runtime(name=self._runtime or defaults.get("runtime", DEFAULT_RUNTIME))
+        self._snapshotter = self._snapshotter or defaults.get("snapshotter", DEFAULT_SNAPSHOTTER)
         if self._image is None:
             made = self._spec if self._spec is not None else spec.make(self._id, None, self._options, spec.User())
             record = Record(id=self._id, labels=self._labels, runtime=runtime, spec=made)
@@ -126,7 +131,7 @@ class NewContainer:
     async def _from_image(self, image: Image, runtime: Runtime) -> Container:
         client = self._client
         resolved = await image.resolve()
-        snapshotter = self._snapshotter or await client.default_snapshotter()
+        snapshotter = self._snapshotter
         mounts = await self._prepare(image, resolved, snapshotter)
         try:
             made = self._spec

@@ -34,6 +34,8 @@ class Image:
     def __init__(self, client: Client, record: Record) -> None:
         self.client = client
         self.record = record
+        # What a digest names never changes, so it is read once.
+        self._resolved: dict[str, Resolved] = {}
 
     def __repr__(self) -> str:
         return f"<Image {self.name} {self.target.digest}>"
@@ -48,6 +50,12 @@ class Image:
 
     async def resolve(self, platform: Platform | None = None) -> Resolved:
         """The image for a platform (this host's unless given). NotFound when it has none, or not all of it is here."""
+        key = platform.model_dump_json() if platform else ""
+        if key not in self._resolved:
+            self._resolved[key] = await self._resolve(platform)
+        return self._resolved[key]
+
+    async def _resolve(self, platform: Platform | None) -> Resolved:
         descriptor = self.target
         for _ in range(NESTING_MAX):
             data = await read_document(self.client, descriptor)

@@ -121,6 +121,20 @@ def test_a_signal_goes_through_to_the_process(node: Node, ns: list[str], pulled:
     assert process.wait(20) == 3
 
 
+def test_interrupting_twice_ends_what_ignores_it(node: Node, ns: list[str], pulled: str) -> None:
+    process = subprocess.Popen(
+        [WHERRY, "run", *ns, "--rm", pulled, "sh", "-c", "echo up; exec sleep 1000"], stdout=subprocess.PIPE,
+        text=True, env=node.environment,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGINT)
+    eventually(lambda: node.json("ps", *ns), "it ended at the first interrupt")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 137
+    assert node.json("ps", *ns, "-a") == [] and node.json("snapshot", "ls", *ns, "kind==active") == []
+
+
 def test_detached_life(node: Node, ns: list[str], pulled: str) -> None:
     name = node.run("run", *ns, "-d", "--name", "sleeper", pulled, "sleep", "1000").stdout.strip()
     assert name == "sleeper"

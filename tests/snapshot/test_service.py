@@ -15,7 +15,15 @@ from snapshot_rig import House, mounted, needs_root
 from wherry_shared import context
 from wherry_shared.api.snapshot import Snapshots
 from wherry_shared.bus import Bus
-from wherry_shared.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound
+from wherry_shared.errors import (
+    Aborted,
+    AlreadyExists,
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+)
 from wherry_shared.memory import MemoryTransport
 from wherry_snapshot import backends
 from wherry_snapshot.backends import Snapshot
@@ -31,15 +39,16 @@ def api(house: House) -> Snapshots:
 
 
 class Gate:
-    """Holds a backend's method until it is opened."""
+    """Holds the first call of a backend's method until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: type[Any], name: str) -> None:
         self.reached, self._open = threading.Event(), threading.Event()
         original = getattr(owner, name)
 
         def held(*args: Any) -> Any:
-            self.reached.set()
-            assert self._open.wait(60)
+            if not self.reached.is_set():
+                self.reached.set()
+                assert self._open.wait(60)
             return original(*args)
 
         monkeypatch.setattr(owner, name, held)
@@ -116,6 +125,51 @@ async def test_a_parent_that_goes_while_it_is_copied_was_not_found(
     assert house.directories("native") == set()
 
 
+async def test_a_parent_that_is_replaced_meanwhile_is_not_mistaken(
+    house: House, api: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def base() -> None:
+        await api.prepare("overlay", "key")
+        await api.commit("overlay", "base", "key")
+
+    await base()
+    gate = Gate(monkeypatch, OverlayBackend, "create")
+    try:
+        making = asyncio.create_task(api.prepare("overlay", "child", "base"))
+        await gate.wait()
+        await api.remove("overlay", "base")
+        await base()
+    finally:
+        gate.open()
+    with pytest.raises(Aborted, match="base"):
+        await making
+    await gone(house, "overlay", 1)
+
+
+async def gone(house: House, snapshotter: str, left: int) -> None:
+    """Wait, without asking for a cleanup, until only so many directories are left."""
+    async with asyncio.timeout(30):
+        while len(house.directories(snapshotter)) != left:
+            await asyncio.sleep(0.01)
+
+
+async def test_what_was_made_in_vain_goes_by_itself(house: House, api: Snapshots) -> None:
+    calls = [api.prepare("overlay", "same") for _ in range(20)]
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert sum(isinstance(r, AlreadyExists) for r in results) == 19
+    await gone(house, "overlay", 1)
+
+
+async def test_orphans_go_at_the_start(house: House, api: Snapshots) -> None:
+    await api.prepare("overlay", "key")
+    await house.stop()
+    for name in ("new-10", "rm-11", "12"):
+        (house.root / "root/snapshot/overlay/snapshots" / name / "fs").mkdir(parents=True)
+    await house.start()
+    await gone(house, "overlay", 1)
+    assert await api.mounts("overlay", "key")
+
+
 class Rented(NativeBackend):
     """A snapshotter of another distribution."""
 
@@ -153,8 +207,6 @@ async def test_backends_come_from_entry_points(tmp_path: Path, monkeypatch: pyte
 
 
 async def test_a_directory_that_is_lost_is_told_of(house: House, api: Snapshots) -> None:
-    from wherry_shared.errors import DataLoss
-
     mounts = await api.prepare("native", "key")
     Path(mounts[0].source).rmdir()
     with pytest.raises(DataLoss, match="missing"):

@@ -166,9 +166,14 @@ class Rig:
         return client
 
     def run(
-        self, runtime: str, args: list[str], *, change: Callable[[dict[str, Any]], Any] | None = None, start: bool = True,
+        self,
+        runtime: str,
+        args: list[str],
+        *,
+        change: Callable[[dict[str, Any]], Any] | None = None,
+        start: bool = True,
         **stdio: Any,
-    ) -> tuple[Client, Path]:  # fmt: skip
+    ) -> tuple[Client, Path]:
         """A watched container in its monitor."""
         container = f"c{uuid.uuid4().hex[:8]}"
         spec = self.spec(container, args, bool(stdio.get("terminal")))

@@ -485,14 +485,15 @@ def test_a_program_that_is_not_there(rig: Rig, runtime: str) -> None:
 
 
 def test_what_is_out_of_place_is_refused(rig: Rig) -> None:
-    client, path = rig.run(RUNTIMES[0], ["sleep", "60"])
-    for op, arguments, code in [
+    client, _ = rig.run(RUNTIMES[0], ["sleep", "60"])
+    cases: list[tuple[str, dict[str, Any], int]] = [
         ("start", {}, 9), ("resume", {}, 9), ("delete", {}, 9), ("shutdown", {}, 9), ("resize", {}, 9),
         ("nonsense", {}, 12), ("exited", {"pid": 1, "status": 0}, 12), ("spawn", {}, 12), ("oom", {}, 12),
         ("exec", {"exec_id": "../x", "process": "p"}, 3), ("exec", {"exec_id": "x", "process": "../p"}, 3),
         ("exec", {"exec_id": "", "process": "p"}, 6), ("kill", {"signal": "9"}, 3), ("watch", {"after": -1}, 3),
         ("kill", {"exec_id": 7}, 3), ("delete", {"exec_id": "none"}, 5),
-    ]:  # fmt: skip
+    ]  # fmt: skip
+    for op, arguments, code in cases:
         with pytest.raises(Refused) as refused:
             client.call(op, **arguments)
         assert refused.value.code == code, (op, arguments)
@@ -541,8 +542,8 @@ def test_bundles_that_are_not_ours_alone_are_refused(rig: Rig) -> None:
 
 
 def test_a_monitor_imports_little(rig: Rig) -> None:
-    code = f"import sys; sys.path.append({str(Path(str(zygote.__file__)).parents[2])!r}); import wherry_task.monitor.zygote"
-    code += "; print(' '.join(sys.modules))"
+    root = str(Path(str(zygote.__file__)).parents[2])
+    code = f"import sys; sys.path.append({root!r}); import wherry_task.monitor.zygote; print(' '.join(sys.modules))"
     done = subprocess.run([PYTHON, "-I", "-S", "-E", "-c", code], stdout=subprocess.PIPE, check=True)
     heavy = {"asyncio", "pydantic", "json", "re", "enum", "typing", "subprocess", "socket", "signal", "collections"}
     assert not heavy & set(done.stdout.decode().split())

@@ -133,13 +133,18 @@ def _stdio(detach: bool, interactive: bool, terminal: bool) -> Stdio:
 
 
 async def _foreground(task: Task, *, terminal: bool) -> int:
-    """Start it and wait; the signals that this process gets go to it."""
+    """Start it and wait. The signals that this process gets go to it; from the second interrupt on it is killed."""
     from .terminal import raw_terminal
 
     loop = asyncio.get_running_loop()
     passed_on: set[asyncio.Task[None]] = set()
+    got: list[int] = []
 
     def pass_on(number: int) -> None:
+        got.append(number)
+        # The first process of a container gets only signals that it handles; whoever asks twice means it.
+        if got.count(signal.SIGINT) + got.count(signal.SIGTERM) > 1:
+            number = signal.SIGKILL
         sending = loop.create_task(_kill(task, number))
         passed_on.add(sending)
         sending.add_done_callback(passed_on.discard)

@@ -6,7 +6,6 @@ import json
 from functools import partial
 from typing import Any
 
-from pydantic import ValidationError
 from wherry_shared.api import contracts
 from wherry_shared.api.introspection import Introspection, Plugin, Server, ServiceStatus
 from wherry_shared.bus import Bus, discovery
@@ -67,7 +66,7 @@ def _node_of(answer: dict[str, Any]) -> Any:
 def _plugins_of(answer: dict[str, Any]) -> list[Plugin]:
     try:
         return [Plugin.model_validate(p) for p in json.loads(answer.get("metadata", {}).get("plugins", "[]"))]
-    except (ValueError, ValidationError):
+    except ValueError:  # pydantic's is one
         return []
 
 

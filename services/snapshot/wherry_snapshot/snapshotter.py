@@ -57,6 +57,7 @@ class Snapshotter:
         self._reaper = ThreadPoolExecutor(1, f"snapshot-{name}-reaper")
         self._tasks: set[asyncio.Task[Any]] = set()
         self._making: set[int] = set()
+        self._sweeping = asyncio.Lock()
         self._closing = False
 
     async def start(self) -> None:
@@ -110,19 +111,15 @@ class Snapshotter:
         try:
             await self._threaded(self._backend.create, snapshot, check)
         except (NotFound, Aborted) as e:
-            # Its parent went while it was copied: that is then what to say.
-            self._parent_of(self._rows.database, wish)
+            # Its parent went while it was looked at: that is then what to say.
+            self._still_above(self._rows.database, wish, snapshot)
             if isinstance(e, Aborted):
                 raise
-            raise DataLoss(
-                f"snapshot {wish.key!r} cannot be made on {wish.parent!r}, whose tree is damaged: {e}"
-            ) from e
+            raise DataLoss(f"snapshot {wish.key!r}: the tree of its parent {wish.parent!r} is damaged: {e}") from e
         check()  # nobody waits for it any more: it must not appear late
 
     def _insert(self, tx: Transaction, wish: _Wish, snapshot: Snapshot) -> list[Mount]:
-        above = self._parent_of(tx, wish)
-        if self._rows.chain(tx, above) != snapshot.parents:
-            raise Aborted(f"parent snapshot {wish.parent!r} was replaced meanwhile")
+        above = self._still_above(tx, wish, snapshot)
         at = now()
         self._rows.insert(
             tx,
@@ -135,6 +132,13 @@ class Snapshotter:
         if wish.kind == "active":
             self._publish(tx, "prepare", key=wish.key, parent=wish.parent)
         return self._backend.mounts(snapshot)
+
+    def _still_above(self, source: Source, wish: _Wish, snapshot: Snapshot) -> int | None:
+        """The parent's number, if it may still be made on what it was made on."""
+        above = self._parent_of(source, wish)
+        if self._rows.chain(source, above) != snapshot.parents:
+            raise Aborted(f"parent snapshot {wish.parent!r} was replaced meanwhile")
+        return above
 
     def _parent_of(self, source: Source, wish: _Wish) -> int | None:
         """The number of the wished snapshot's parent. Raises when it may not be made."""
@@ -236,13 +240,14 @@ class Snapshotter:
         self._backend.delete(f"rm-{number}", self._check_closing)
 
     async def _sweep(self) -> None:
-        # The directories first: what is made meanwhile is either not among them, or known when they are compared.
-        entries = await self._threaded(self._backend.entries)
-        kept = self._rows.numbers(self.name) | self._making
-        for entry in entries:
-            if entry.number not in kept or entry.name.startswith("rm-"):
-                log.info("%s: removing %s, which no snapshot owns", self._backend.root, entry.name)
-                await self._reap(self._backend.delete, entry.name, self._check_closing)
+        async with self._sweeping:
+            # The directories first: what is made meanwhile is either not among them, or known when they are compared.
+            entries = await self._threaded(self._backend.entries)
+            kept = self._rows.numbers(self.name) | self._making
+            for entry in entries:
+                if entry.number not in kept or entry.name.startswith("rm-"):
+                    log.info("%s: removing %s, which no snapshot owns", self._backend.root, entry.name)
+                    await self._reap(self._backend.delete, entry.name, self._check_closing)
 
     async def _reap(self, remove: Callable[..., None], *args: Any) -> None:
         """Remove in the reaper's thread. What cannot be removed stays for the next cleanup, and is told of."""

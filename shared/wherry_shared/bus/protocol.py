@@ -20,6 +20,7 @@ from ..errors import InvalidArgument
 BUFFER_BYTES: Final = 64 << 10  # the receive buffer at rest; it grows to hold the largest message seen
 MAX_LINE: Final = 256 << 10  # an INFO of a large cluster is the longest control line there is
 MAX_BODY: Final = 65 << 20  # nats-server allows no max_payload above 64 MB, and adds headers of its own
+HEADERS_MAX: Final = 128  # lines of one block that are read; a million of them would stop the event loop
 STATUS: Final = "Status"
 DESCRIPTION: Final = "Description"
 
@@ -82,16 +83,17 @@ def encode_headers(headers: Mapping[str, str]) -> bytes:
 def parse_headers(block: bytes) -> dict[str, str]:
     """Name -> value of a received block, without surrounding blanks. Never raises: what is malformed is left out.
 
-    Of a name that is given twice the first value counts, which is the one nats-server itself reads.
+    So is what follows the first 128 lines. Of a name that is given twice the first value counts, which is the one
+    nats-server itself reads.
     """
-    lines = block.decode("utf-8", "replace").split("\r\n")
+    lines = block.decode("utf-8", "replace").split("\r\n", HEADERS_MAX + 1)
     found: dict[str, str] = {}
     status, _, description = lines[0][len(_MAGIC) :].strip(" ").partition(" ")
     if status.isdecimal():
         found[STATUS] = status
         if description:
             found[DESCRIPTION] = description
-    for line in lines[1:]:
+    for line in lines[1 : HEADERS_MAX + 1]:
         name, colon, value = line.partition(":")
         if colon and _NAME.fullmatch(name) and name not in found:
             found[name] = value.strip(" \t")

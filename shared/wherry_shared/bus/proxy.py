@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import context
 from ..contract import Endpoint
-from ..errors import DeadlineExceeded, Unavailable, from_code
+from ..errors import DeadlineExceeded, Unavailable, WherryError, from_code
 from . import subjects
 from .transport import Message, NoResponders, Transport
 
@@ -88,27 +88,29 @@ class Caller:
         """Send until there is an answer. The same key makes a second delivery of a mutation harmless."""
         attempt = LAST_ATTEMPT if endpoint.waits else FIRST_ATTEMPT
         pause = 0.02
-        while True:
-            left = deadline - time.time()
-            if left <= 0:
-                raise DeadlineExceeded(f"{_name(endpoint)}: no answer within the deadline")
+        # What is raised at the deadline; once a request went unanswered, nobody knows whether it took effect.
+        reason: WherryError | None = None
+        unanswered = False
+        while (left := deadline - time.time()) > 0:
             try:
                 message = await self._transport.request(subject, body, headers=headers, timeout=min(left, attempt))
             except NoResponders:
-                if self._instance:
-                    raise Unavailable(f"{_name(endpoint)}: its instance {self._instance} is gone") from None
-                if deadline - time.time() <= pause:
-                    raise Unavailable(f"{_name(endpoint)}: no service answers on the bus") from None
+                gone = f"its instance {self._instance} is gone" if self._instance else "no service answers on the bus"
+                reason = Unavailable(f"{_name(endpoint)}: {gone}")
             except DeadlineExceeded:
+                unanswered = True
                 attempt = min(attempt * 2, LAST_ATTEMPT)
                 continue
             else:
-                if not (answer := message.headers) or not (retry := raise_error(answer, message.data)):
+                if not (answer := message.headers) or not (reason := raise_error(answer, message.data)):
                     return message
-                if self._instance or deadline - time.time() <= pause:
-                    raise retry
-            await asyncio.sleep(pause * (0.5 + random.random()))  # noqa: S311 - jitter
+            if self._instance:
+                raise reason
+            await asyncio.sleep(min(pause * (0.5 + random.random()), left))  # noqa: S311 - jitter
             pause = min(pause * 2, 0.25)
+        if reason is None or unanswered:
+            raise DeadlineExceeded(f"{_name(endpoint)}: no answer within the deadline")
+        raise reason
 
 
 def _name(endpoint: Endpoint) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import select
 
-from wherry_task.monitor import libc, pump, records, wire, worker
+from wherry_task.monitor import libc, operations, pump, records, wire, worker
+from wherry_task.monitor.clients import Client, Clients
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 EMPTY, CREATED, RUNNING, PAUSED, STOPPED, DELETED = "empty", "created", "running", "paused", "stopped", "deleted"
-_CHUNK = 1 << 16
-_TICK = 20  # milliseconds between two looks at what cannot be polled for
-_LAST_WORDS_TICKS = 100
+_LAST_WORDS_TICKS = 100  # of 20 ms
 _DRAIN_TICKS = 500  # 10 s, containerd's bound for output that nobody reads
 
 _LAUNCHING = ("create", "start", "exec")
@@ -59,18 +58,6 @@ class Process:
         return self.pid > 0 and not self.ended
 
 
-class Client:
-    """One connection of the task service."""
-
-    __slots__ = ("fd", "inbox", "outbox", "watching")
-
-    def __init__(self, fd: int, inbox: bytearray) -> None:
-        self.fd = fd
-        self.inbox = inbox
-        self.outbox = bytearray()
-        self.watching = False
-
-
 class Job:
     """What a worker was forked for, and who waits for it; None where nobody does."""
 
@@ -83,26 +70,23 @@ class Job:
         self.request = request
 
 
-class Monitor:
+class Monitor(Clients):
     """Serves until its container is deleted, or until nobody is left who could ask it to make one."""
 
     __slots__ = (
-        "_busy", "_early", "_handlers", "_jobs", "_launching", "_leaving", "_notices", "_poll", "_queue", "_running",
-        "_workers", "clients", "init", "logs", "oom_kills", "pending", "processes", "sequence", "signals", "state",
+        "_busy", "_early", "_jobs", "_launching", "_leaving", "_notices", "_queue", "_workers", "init", "logs",
+        "oom_kills", "processes", "sequence", "signals", "state",
     )  # fmt: skip
 
     def __init__(self) -> None:
+        super().__init__()
         self.state = EMPTY
         self.init = Process("")
         self.processes = {"": self.init}
         self.sequence = 0
         self.oom_kills = 0
         self.logs: dict[str, pump.LogFile] = {}
-        self._running = True
         self._leaving = False
-        self._poll = select.poll()
-        self._handlers: dict[int, Callable[[int, int], None]] = {}
-        self.clients: dict[int, Client] = {}
         self._jobs: dict[int, Job] = {}
         self._workers: set[int] = set()
         self._launching = 0
@@ -110,35 +94,8 @@ class Monitor:
         self._notices: list[tuple[int, str, bytes]] = []
         self._queue: list[tuple[str, str, Args, Client]] = []
         self._busy = False
-        # Called every tick until they return True.
-        self.pending: list[Callable[[], bool]] = []
         self.signals = libc.signal_descriptor()
         self.watch(self.signals, select.POLLIN, self._signalled)
-
-    def run(self) -> None:
-        """Serve; returns when the work is over."""
-        while self._running:
-            for fd, events in self._poll.poll(_TICK if self.pending else None):
-                # A handler earlier in this round may have closed this one.
-                handler = self._handlers.get(fd)
-                if handler is not None:
-                    try:
-                        handler(fd, events)
-                    except Exception as error:
-                        worker.note(error)  # a mistake here is bad; a container killed by it would be worse
-            if self.pending:
-                calls, self.pending = self.pending, []
-                self.pending += [call for call in calls if not call()]
-
-    def watch(self, fd: int, events: int, handler: Callable[[int, int], None]) -> None:
-        """Call the handler with the descriptor and its poll events; replaces an earlier watch."""
-        self._handlers[fd] = handler
-        self._poll.register(fd, events)
-
-    def unwatch(self, fd: int) -> None:
-        """Must come before the descriptor is closed."""
-        if self._handlers.pop(fd, None) is not None:
-            self._poll.unregister(fd)
 
     # -- clients --------------------------------------------------------------------------------------------------
 
@@ -148,77 +105,15 @@ class Monitor:
         # Further frames of this client wait until the bundle has been entered.
         self._work("spawn", "", args, client)
 
-    def _accept(self, listener: int, _: int) -> None:
-        try:
-            fd = libc.accept(listener)
-        except OSError:
-            return
-        self.clients[fd] = Client(fd, bytearray())
-        self.watch(fd, select.POLLIN, self.received)
-
-    def received(self, fd: int, events: int) -> None:
-        """A client's socket is ready."""
-        client = self.clients[fd]
-        if events & select.POLLOUT:
-            self._flush(client)
-        if client.fd < 0 or not events & ~select.POLLOUT:
-            return
-        try:
-            data = os.read(fd, _CHUNK)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._drop(client)
-            return
-        client.inbox += data
-        self.deliver(client)
-
-    def deliver(self, client: Client) -> None:
-        """Act on every whole frame that the client has sent."""
-        try:
-            while client.fd >= 0 and (args := wire.take(client.inbox)) is not None:
-                try:
-                    self._request(client, args)
-                except wire.Failure as failure:
-                    self._send(client, wire.refusal(args.get("id"), failure.body()))
-        except ValueError:
-            self._drop(client)
-
-    def _send(self, client: Client, frame: bytes) -> None:
-        if client.fd >= 0:
-            client.outbox += frame
-            self._flush(client)
-            if len(client.outbox) > wire.MAX_UNSENT:
-                self._drop(client)
-
-    def _flush(self, client: Client) -> None:
-        try:
-            while client.outbox:
-                del client.outbox[: os.write(client.fd, client.outbox)]
-        except BlockingIOError:
-            self.watch(client.fd, select.POLLIN | select.POLLOUT, self.received)
-            return
-        except OSError:
-            self._drop(client)
-            return
-        self.watch(client.fd, select.POLLIN, self.received)
-
-    def _drop(self, client: Client) -> None:
-        if client.fd < 0:
-            return
-        self.unwatch(client.fd)
-        os.close(client.fd)
-        del self.clients[client.fd]
-        client.fd = -1
-        # A monitor without a container that nobody holds would stay for ever.
+    def left(self) -> None:
+        """A client has gone; a monitor without a container that nobody holds would stay for ever."""
         if not self.clients and self.state == EMPTY and not self._launching:
             self.stop()
 
     # -- requests -------------------------------------------------------------------------------------------------
 
-    def _request(self, client: Client, args: Args) -> None:
+    def request(self, client: Client, args: Args) -> None:
+        """Do it here if it is little, else in a worker; what changes the state waits for its turn."""
         operation, name = args.get("op"), args.get("exec_id") or ""
         if not isinstance(name, str) or not isinstance(operation, str):
             raise wire.Failure(wire.INVALID, "op and exec_id must be strings")
@@ -233,11 +128,11 @@ class Monitor:
             self._kill(client, args, self._find(name))
         elif operation == "close_stdin":
             self._close_stdin(self._find(name))
-            self._send(client, wire.reply(args.get("id"), b""))
+            self.send(client, wire.reply(args.get("id"), b""))
         elif operation == "shutdown":
             if self.state not in (EMPTY, DELETED):
                 raise wire.Failure(wire.PRECONDITION, f"the container is {self.state}")
-            self._send(client, wire.reply(args.get("id"), b""))
+            self.send(client, wire.reply(args.get("id"), b""))
             self._leave()
         else:
             operation = "kill_all" if operation == "kill" else operation
@@ -255,7 +150,7 @@ class Monitor:
                 else:
                     self._work(operation, name, args, client)
             except wire.Failure as failure:
-                self._send(client, wire.refusal(args.get("id"), failure.body()))
+                self.send(client, wire.refusal(args.get("id"), failure.body()))
 
     def _find(self, name: str) -> Process:
         process = self.processes.get(name)
@@ -265,15 +160,15 @@ class Monitor:
 
     def _add_watcher(self, client: Client, args: Args) -> None:
         after = _number(args, "after")
-        self._send(client, wire.reply(args.get("id"), b'{"seq":%d}' % self.sequence))
+        self.send(client, wire.reply(args.get("id"), b'{"seq":%d}' % self.sequence))
         for sequence, _, frame in self._notices:
             if sequence > after:
-                self._send(client, frame)
+                self.send(client, frame)
         client.watching = True
 
     def _wait(self, client: Client, args: Args, process: Process) -> None:
         def tell() -> None:
-            self._send(client, wire.reply(args.get("id"), process.exit))
+            self.send(client, wire.reply(args.get("id"), process.exit))
 
         if process.told:
             tell()
@@ -293,7 +188,7 @@ class Monitor:
             self._queue.append(("resume", "", args, client))  # a frozen process dies once it is thawed
             self._next()
         else:
-            self._send(client, wire.reply(args.get("id"), b""))
+            self.send(client, wire.reply(args.get("id"), b""))
 
     def _close_stdin(self, process: Process) -> None:
         if process.stdin >= 0:
@@ -341,7 +236,7 @@ class Monitor:
             del self.processes[job.name]
         if job.client is not None:
             say = wire.reply if done == b"1" else wire.refusal
-            self._send(job.client, say(job.request, body or _WORKER_DIED))
+            self.send(job.client, say(job.request, body or _WORKER_DIED))
         self._launching -= job.operation in _LAUNCHING
         if not self._launching:
             self._early.clear()
@@ -384,7 +279,7 @@ class Monitor:
         os.fchdir(directory)
         os.close(namespace)
         os.close(directory)
-        self.watch(listener, select.POLLIN, self._accept)
+        self.watch(listener, select.POLLIN, self.accept)
 
     def _attach(self, process: Process, roles: list[bytes], fds: list[int]) -> None:
         """Keep what the worker opened for the process."""
@@ -474,7 +369,7 @@ class Monitor:
         self._notices.append((self.sequence, name, frame))
         for client in list(self.clients.values()):
             if client.watching:
-                self._send(client, frame)
+                self.send(client, frame)
 
     def _oom_event(self, fd: int, _: int) -> None:
         try:
@@ -533,13 +428,13 @@ class Monitor:
             self.processes.pop(process.name, None)
             self._notices = [old for old in self._notices if old[1] != process.name]
             records.remove(records.exit_path(process.name))
-            self._send(client, wire.reply(args.get("id"), process.exit))
+            self.send(client, wire.reply(args.get("id"), process.exit))
             self._next()
             return
         try:
             self._work("delete", "", args, client)
         except wire.Failure as failure:
-            self._send(client, wire.refusal(args.get("id"), failure.body()))
+            self.send(client, wire.refusal(args.get("id"), failure.body()))
 
     def _close(self, process: Process) -> None:
         self._close_stdin(process)
@@ -570,12 +465,9 @@ class Monitor:
         self.pending.append(unless_said)
 
     def stop(self) -> None:
-        """End the run after this round."""
-        self._running = False
-        try:
-            os.unlink("monitor.sock")
-        except FileNotFoundError:
-            return
+        """End the run after this round, and be no longer to be found."""
+        super().stop()
+        records.remove(operations.SOCKET)
 
 
 def _number(args: Args, key: str) -> int:

@@ -66,12 +66,13 @@ def _enslave_mount_of(path: str) -> None:
 
 
 def _hide_unified() -> None:
-    """On a host with cgroup v1 take the v2 mount beside it away: crun refuses hybrids, and no limit lives there."""
+    """On a host with cgroup v1 cover the v2 mount beside it: crun refuses hybrids, and no limit lives there."""
     if not os.path.exists(_UNIFIED + "/cgroup.controllers"):
         return
     # First of all cut the propagation, or the host would lose the mount too.
     libc.mount(None, CGROUP, None, libc.MS_PRIVATE)
-    libc.unmount(_UNIFIED, libc.MNT_DETACH)
+    # Covered, not unmounted: crun writes there in any case, and what it writes shall go with this namespace.
+    libc.mount("tmpfs", _UNIFIED, "tmpfs", 0, "size=64k,mode=0700")
 
 
 def mount_rootfs(mounts: Sequence[dict[str, Any]], target: str) -> None:

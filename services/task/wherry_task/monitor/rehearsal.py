@@ -10,6 +10,7 @@ import os
 import select
 
 from wherry_task.monitor import libc, monitor, wire
+from wherry_task.monitor.clients import Client
 
 _TIMES = 12  # the interpreter of 3.11 specializes what has run eight times
 
@@ -27,7 +28,7 @@ def _once() -> None:
     place = [os.open(each, os.O_RDONLY) for each in (".", "/dev/null", "/dev/null", "/proc/self/ns/mnt")]
     actor.settle(*place)
     actor.unwatch(place[2])
-    client = actor.clients[its] = monitor.Client(its, bytearray(_request(1, b"watch")))
+    client = actor.clients[its] = Client(its, bytearray(_request(1, b"watch")))
     actor.watch(its, select.POLLIN, actor.received)
     actor.deliver(client)
     os.write(ours, b"".join(_request(*each) for each in enumerate((b"state", b"kill", b"wait", b"pause"), 2)))
