@@ -18,20 +18,24 @@ _BASE = """
 CREATE TABLE IF NOT EXISTS outbox (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, namespace TEXT NOT NULL, topic TEXT NOT NULL,
     at TEXT NOT NULL, event TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, reply BLOB NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, reply BLOB NOT NULL, at INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS answers_at ON answers (at);
 """
+_PRAGMAS = (
+    "journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=512", "journal_size_limit=2097152", "foreign_keys=ON",
+)  # fmt: skip
 _RESTORE = "restore it from a backup, or move it away with its -wal and its .ballast to start empty"
 
 
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
-    os.chmod(path, 0o600)
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA wal_autocheckpoint=512")
-    connection.execute("PRAGMA journal_size_limit=2097152")
-    connection.execute("PRAGMA foreign_keys=ON")
+    try:
+        os.chmod(path, 0o600)
+        for pragma in _PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}")
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 

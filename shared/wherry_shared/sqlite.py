@@ -229,7 +229,7 @@ class Database:
             for write in group:
                 if not write.future.cancelled():  # its caller has given up before it began
                     self._run(transaction, write)
-            connection.execute("DELETE FROM answers WHERE at < ?", (time.time() - REMEMBER_SECONDS,))
+            connection.execute("DELETE FROM answers WHERE at < ?", (int(time.time()) - REMEMBER_SECONDS,))
             connection.execute("COMMIT")
             return transaction.events
         except BaseException:
@@ -240,6 +240,7 @@ class Database:
     def _run(self, transaction: Transaction, write: _Write) -> None:
         """One write in its savepoint. Raises only what concerns the whole group: a full or broken database."""
         connection = self._writer
+        events = transaction.events
         connection.execute("SAVEPOINT one")
         try:
             write.result = write.context.run(_once if write.remember else _plainly, transaction, write.function)
@@ -253,6 +254,7 @@ class Database:
             write.error = e
         if write.error is not None:
             connection.execute("ROLLBACK TO one")
+            transaction.events = events
         connection.execute("RELEASE one")
 
     def _settle(self, group: list[_Write], events: int) -> None:
@@ -277,7 +279,7 @@ def _once(transaction: Transaction, function: Callable[[Transaction], T]) -> T:
         raise context.Replayed(row[0])
     result = function(transaction)
     transaction.execute(
-        "INSERT INTO answers (key, reply, at) VALUES (?, ?, ?)", (ctx.key, ctx.encode(result), time.time())
+        "INSERT INTO answers (key, reply, at) VALUES (?, ?, ?)", (ctx.key, ctx.encode(result), int(time.time()))
     )
     return result
 

@@ -214,7 +214,7 @@ async def everybody(client: Any, subject: str) -> list[dict[str, Any]]:
     try:
         while True:
             message = await subscription.next_msg(timeout=0.3)
-            if message.headers != {"Status": "503"}:  # the server's word that nobody listens
+            if (message.headers or {}).get("Status") != "503":  # the server's word that nobody listens
                 found.append(json.loads(message.data))
     except nats.errors.TimeoutError:
         return found

@@ -61,7 +61,7 @@ async def test_kill_during_a_pull(node: Node, redis_ref: str, namespace: str, se
             pass
         assert hurt_once
         image = await client.pull(redis_ref, unpack=True)
-        container = await client.new_container("check", image, args=["--version"])
+        container = await client.new_container("check", image, args=["redis-cli", "--version"])
         async with container.new_task() as task:
             await task.start()
             assert (await task.wait()).code == 0

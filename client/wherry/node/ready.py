@@ -24,12 +24,14 @@ async def _wait(url: str, node: str, creds: Path, services: int) -> None:
     own = find(creds, ADMIN)
     give_up = time.monotonic() + READY_SECONDS
     bus = await connect(url.split(","), node=node, name="probe", seed=own.seed, inbox_prefix=own.inbox_prefix)
+    expect = services
     try:
         while time.monotonic() < give_up:
             try:
-                answers = await discovery.ask_all(bus.transport, "PING", wait=0.25, expect=services)
+                answers = await discovery.ask_all(bus.transport, "PING", wait=0.25, expect=expect)
             except Unavailable:
                 answers = []
+            expect = 0  # other nodes on the same bus answer too: from now on all are heard out
             mine = [a for a in answers if a.get("metadata", {}).get("node") == node]
             if len(mine) >= services:
                 return

@@ -12,7 +12,7 @@ from wherry_shared.sqlite import Database, Transaction
 MIGRATIONS = (
     f"""{SCHEMA};
 CREATE TABLE expiries (
-    at REAL NOT NULL, namespace TEXT NOT NULL, lease TEXT NOT NULL, PRIMARY KEY (namespace, lease)) WITHOUT ROWID;
+    at INTEGER NOT NULL, namespace TEXT NOT NULL, lease TEXT NOT NULL, PRIMARY KEY (namespace, lease)) WITHOUT ROWID;
 CREATE INDEX expiries_at ON expiries (at);
 CREATE TABLE resources (
     namespace TEXT NOT NULL, lease TEXT NOT NULL, type TEXT NOT NULL, id TEXT NOT NULL,
@@ -38,7 +38,7 @@ class Rows:
         """Add a lease. AlreadyExists when its id is taken."""
         self.leases.insert(tx, namespace, lease)
         if expires is not None:
-            tx.execute("INSERT INTO expiries VALUES (?, ?, ?)", (expires.timestamp(), namespace, lease.id))
+            tx.execute("INSERT INTO expiries VALUES (?, ?, ?)", (_milliseconds(expires), namespace, lease.id))
 
     def remove(self, tx: Transaction, namespace: str, id: str) -> None:
         """Take a lease out with what it keeps. NotFound when it is not there."""
@@ -49,7 +49,7 @@ class Rows:
     def expired(self, at: datetime, limit: int) -> list[tuple[str, str]]:
         """Namespace and id of up to `limit` leases that are void at that time."""
         return self.database.all(
-            "SELECT namespace, lease FROM expiries WHERE at <= ? ORDER BY at LIMIT ?", (at.timestamp(), limit)
+            "SELECT namespace, lease FROM expiries WHERE at <= ? ORDER BY at LIMIT ?", (_milliseconds(at), limit)
         )
 
     def add_resource(self, tx: Transaction, namespace: str, id: str, resource: Resource) -> None:
@@ -70,3 +70,8 @@ class Rows:
             "SELECT type, id FROM resources WHERE namespace = ? AND lease = ? ORDER BY type, id", (namespace, id)
         )
         return [Resource(type=type_, id=name) for type_, name in rows]
+
+
+def _milliseconds(at: datetime) -> int:
+    """Integers throughout: SQLite 3.40 takes a whole number in a REAL NOT NULL column for damage when it checks."""
+    return int(at.timestamp() * 1000)

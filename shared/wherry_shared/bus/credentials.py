@@ -86,9 +86,14 @@ def _load(path: Path, owners: tuple[int, ...] = ()) -> Credentials:
         raise Unauthenticated(f"credentials {path} can be read by others: chmod 600 it")
     if owners and info.st_uid not in owners:
         raise Unauthenticated(f"credentials {path} belong to another user")
-    if not seed.startswith(b"SU"):
+    found = Credentials(path.stem, seed)
+    try:
+        user = seed.startswith(b"SU") and found.public_key.startswith("U")
+    except (nkeys.NkeysError, ValueError):
+        user = False
+    if not user:
         raise Unauthenticated(f"credentials {path} hold no user nkey seed")
-    return Credentials(path.stem, seed)
+    return found
 
 
 def ensure(directory: Path, name: str) -> Credentials:

@@ -1,0 +1,418 @@
+"""Events on their way from a service's database into the stream: none lost, none twice, in order, dated as they were."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from housebus import HouseServer
+from wherry_shared import outbox as outbox_module
+from wherry_shared.api.events import Envelope
+from wherry_shared.bus import Bus, credentials, events, subjects
+from wherry_shared.bus.transport import EventLog
+from wherry_shared.errors import Unavailable, WherryError
+from wherry_shared.memory import MemoryTransport
+from wherry_shared.outbox import Outbox
+from wherry_shared.sqlite import Database, Transaction
+
+SCHEMA = ("CREATE TABLE things (n INTEGER PRIMARY KEY)",)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[HouseServer]:
+    """A server of the test's own, to be killed."""
+    with HouseServer(tmp_path / "bus") as made:
+        yield made
+
+
+@pytest.fixture
+async def places(server: HouseServer) -> AsyncIterator[Callable[[str], Awaitable[Bus]]]:
+    made: list[Bus] = []
+
+    async def place(user: str) -> Bus:
+        made.append(await server.connect(user))
+        return made[-1]
+
+    yield place
+    for bus in made:
+        await bus.transport.close()
+
+
+@pytest.fixture
+async def image(places: Callable[[str], Awaitable[Bus]]) -> Bus:
+    return await places("image")
+
+
+@pytest.fixture
+async def log(places: Callable[[str], Awaitable[Bus]]) -> EventLog:
+    """The stream, not yet made, as its owner has it."""
+    return (await places("events")).transport.event_log(credentials.stream_name("n1"), "wherry.ev.v1.n1.>")
+
+
+@pytest.fixture
+async def stream(log: EventLog) -> EventLog:
+    await log.ensure(max_age=3600, max_bytes=1 << 24)
+    return log
+
+
+@pytest.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    made = await Database.open(tmp_path / "things.db", SCHEMA)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def outbox(database: Database, image: Bus) -> AsyncIterator[Outbox]:
+    """Not started."""
+    made = Outbox(database, image)
+    yield made
+    await made.stop(0.1)
+
+
+def change(n: int) -> Callable[[Transaction], None]:
+    def write(tx: Transaction) -> None:
+        tx.execute("INSERT INTO things VALUES (?)", (n,))
+        tx.publish("/images/create", {"n": n}, namespace="k8s.io")
+
+    return write
+
+
+async def write(database: Database, *numbers: int) -> None:
+    await asyncio.gather(*(database.write(change(n)) for n in numbers))
+
+
+def left(database: Database) -> int:
+    return int(database.one("SELECT count(*) FROM outbox")[0])
+
+
+async def drained(database: Database) -> None:
+    async with asyncio.timeout(20):
+        while left(database):
+            await asyncio.sleep(0.01)
+
+
+async def stored(log: EventLog) -> list[Envelope]:
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                found = [events.decode(entry.data) for entry in await log.read(limit=1000)]
+                break
+            except WherryError:  # the server has just started
+                await asyncio.sleep(0.05)
+    assert None not in found
+    return [e for e in found if e is not None]
+
+
+def numbers(envelopes: list[Envelope]) -> list[int]:
+    return [e.event["n"] for e in envelopes]
+
+
+async def test_events_leave_in_order_and_are_forgotten(
+    database: Database, outbox: Outbox, stream: EventLog
+) -> None:
+    outbox.start()
+    before = datetime.now(UTC)
+    await write(database, *range(300))
+    await drained(database)
+    found = await stored(stream)
+    assert numbers(found) == list(range(300))
+    assert len({e.id for e in found}) == 300
+    assert {(e.namespace, e.topic, e.node) for e in found} == {("k8s.io", "/images/create", "n1")}
+    assert all(before <= e.timestamp <= datetime.now(UTC) for e in found)
+    assert (await stream.read(limit=1))[0].subject == "wherry.ev.v1.n1.k8s~io.images.create"
+
+
+async def test_a_crash_between_the_commit_and_the_publish(
+    tmp_path: Path, server: HouseServer, image: Bus, stream: EventLog
+) -> None:
+    program = f"""
+import asyncio, os, signal
+from pathlib import Path
+from wherry_shared.sqlite import Database
+
+async def main():
+    database = await Database.open(Path({str(tmp_path / "things.db")!r}), {SCHEMA!r})
+    for n in range(3):
+        def write(tx):
+            tx.execute("INSERT INTO things VALUES (?)", (n,))
+            tx.publish("/images/create", {{"n": n}}, namespace="k8s.io")
+        await database.write(write)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+    done = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", program], check=False)
+    assert done.returncode == -signal.SIGKILL
+    for _ in range(2):  # the next process, and the one after it
+        database = await Database.open(tmp_path / "things.db", SCHEMA)
+        outbox = Outbox(database, image)
+        outbox.start()
+        await drained(database)
+        await outbox.stop()
+        await database.close()
+    assert numbers(await stored(stream)) == [0, 1, 2]
+
+
+async def test_a_crash_between_the_publish_and_the_forgetting(
+    tmp_path: Path, image: Bus, stream: EventLog, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def crash(self: Any, upto: int) -> None:
+        raise Unavailable("the process is gone")
+
+    with monkeypatch.context() as m:
+        m.setattr(Outbox, "_forget", crash)
+        first = Outbox(database, image)
+        first.start()
+        await write(database, 0, 1, 2)
+        async with asyncio.timeout(10):
+            while (await stream.state()).last < 3:
+                await asyncio.sleep(0.01)
+        await first.stop(0.1)
+    assert left(database) == 3
+    second = Outbox(database, image)
+    second.start()
+    await write(database, 3)
+    await drained(database)
+    await second.stop()
+    assert numbers(await stored(stream)) == [0, 1, 2, 3]
+    assert (await stream.state()).last == 4  # the stream knew them by their ids
+
+
+async def test_the_bus_is_killed_and_comes_back(
+    server: HouseServer, database: Database, outbox: Outbox, stream: EventLog, image: Bus
+) -> None:
+    outbox.start()
+    await write(database, 0)
+    await drained(database)
+    server.nats.kill()
+    when: list[datetime] = []
+    for n in range(1, 40):
+        await write(database, n)
+        when.append(datetime.now(UTC))
+    assert left(database) == 39
+    await asyncio.sleep(0.3)
+    back = datetime.now(UTC)
+    server.nats.start()
+    await drained(database)
+    found = await stored(stream)
+    assert numbers(found) == list(range(40))
+    assert all(e.timestamp <= at < back for e, at in zip(found[1:], when, strict=True))
+    assert [e.timestamp for e in found] == sorted(e.timestamp for e in found)
+
+
+async def test_the_bus_is_killed_in_the_middle(
+    server: HouseServer, database: Database, outbox: Outbox, stream: EventLog
+) -> None:
+    """Some are stored and not acknowledged, some are not: in the end each is there once, in order."""
+    outbox.start()
+    for kill in range(3):
+        writes = asyncio.ensure_future(write(database, *range(kill * 300, kill * 300 + 300)))
+        while (await stream.state()).last <= kill * 300:
+            await asyncio.sleep(0)
+        server.nats.kill()
+        await writes
+        server.nats.start()
+        await drained(database)
+        await stored(stream)
+    found = await stored(stream)
+    assert sorted(numbers(found)) == list(range(900))
+    assert len({e.id for e in found}) == 900
+    assert numbers(found) == list(range(900))
+
+
+async def test_a_stream_that_is_not_there_yet(
+    database: Database, outbox: Outbox, log: EventLog, caplog: pytest.LogCaptureFixture
+) -> None:
+    outbox.start()
+    with caplog.at_level("INFO"):
+        await write(database, *range(50))
+        await asyncio.sleep(0.2)
+        assert left(database) == 50
+        assert "events wait in the outbox: no stream takes events" in caplog.text
+        await log.ensure(max_age=3600, max_bytes=1 << 24)
+        await drained(database)
+    assert numbers(await stored(log)) == list(range(50))
+
+
+async def test_stopping_sends_what_is_left(database: Database, outbox: Outbox, stream: EventLog) -> None:
+    await write(database, *range(200))
+    outbox.start()
+    await outbox.stop()
+    await outbox.stop()
+    assert left(database) == 0
+    assert numbers(await stored(stream)) == list(range(200))
+
+
+async def test_stopping_without_a_bus_leaves_it_for_the_next(
+    server: HouseServer, database: Database, outbox: Outbox, stream: EventLog, image: Bus
+) -> None:
+    outbox.start()
+    server.nats.kill()
+    await write(database, 0, 1)
+    await outbox.stop(0.2)
+    assert left(database) == 2
+    server.nats.start()
+    following = Outbox(database, image)
+    following.start()
+    await drained(database)
+    await following.stop()
+    assert numbers(await stored(stream)) == [0, 1]
+
+
+async def test_nothing_ends_the_relay(
+    database: Database, outbox: Outbox, stream: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, troubles = events.publish, iter([ValueError("odd"), KeyError("x"), Unavailable("no")])
+
+    async def troubled(*arguments: Any) -> int:
+        trouble = next(troubles, None)
+        if trouble is not None:
+            raise trouble
+        return await publish(*arguments)
+
+    monkeypatch.setattr(outbox_module.events, "publish", troubled)
+    outbox.start()
+    await write(database, *range(5))
+    await drained(database)
+    assert numbers(await stored(stream)) == list(range(5))
+
+
+async def test_the_stream_takes_an_id_once(image: Bus, stream: EventLog) -> None:
+    subject = "wherry.ev.v1.n1.default.images.create"
+    assert [await events.publish(image.transport, subject, b"{}", i) for i in ("a", "b", "a", "b", "c")] == [
+        1, 2, 1, 2, 3,
+    ]  # fmt: skip
+    assert (await stream.state()).last == 3
+
+
+async def test_in_memory_too(database: Database) -> None:
+    bus = Bus(MemoryTransport(), node="n1")
+    log = bus.transport.event_log("s", "wherry.ev.v1.n1.>")
+    await log.ensure(max_age=1, max_bytes=1)
+    outbox = Outbox(database, bus)
+    outbox.start()
+    await write(database, *range(10))
+    await drained(database)
+    await outbox.stop()
+    assert [json.loads(s.data)["event"]["n"] for s in await log.read()] == list(range(10))
+    await bus.close()
+
+
+# ---- live subscribers
+
+
+async def emit(bus: Bus, *numbers: int, namespace: str = "default") -> None:
+    for n in numbers:
+        envelope = Envelope(
+            id=f"id-{n}", timestamp=datetime.now(UTC), namespace=namespace, topic="/images/create", event={"n": n}
+        )
+        bus.transport.publish(subjects.event("n1", namespace, "/images/create"), events.encode(envelope))
+    await bus.transport.flush()
+
+
+async def test_a_slow_subscriber_is_told_where_its_hole_is(
+    image: Bus, places: Callable[[str], Awaitable[Bus]]
+) -> None:
+    admin = await places("admin")
+    async with await admin.subscribe(limit=10) as slow, await admin.subscribe() as quick:
+        await emit(image, *range(25))
+        await admin.transport.flush()
+        assert [(await anext(slow)).event["n"] for _ in range(4)] == [0, 1, 2, 3]
+        await emit(image, 25)  # there would be room for it, but it comes after the hole
+        await admin.transport.flush()
+        assert [(await anext(slow)).event["n"] for _ in range(6)] == list(range(4, 10))
+        with pytest.raises(WherryError, match="too slow: 16 events missed"):
+            await anext(slow)
+        await emit(image, 26)
+        assert (await anext(slow)).event["n"] == 26
+        assert [(await anext(quick)).event["n"] for _ in range(27)] == list(range(27))
+
+
+async def test_an_outage_is_a_hole_too(
+    server: HouseServer, image: Bus, places: Callable[[str], Awaitable[Bus]]
+) -> None:
+    admin = await places("admin")
+    async with await admin.subscribe() as subscriber:
+        await emit(image, 1)
+        await admin.transport.flush()
+        server.nats.kill()
+        server.nats.start()
+        assert (await anext(subscriber)).event["n"] == 1
+        with pytest.raises(Unavailable, match="events may have been missed"):
+            await anext(subscriber)
+        following = asyncio.ensure_future(anext(subscriber))
+        async with asyncio.timeout(20):
+            number = 2
+            while not following.done():
+                try:
+                    await emit(image, number)
+                except WherryError:
+                    pass
+                number += 1
+                await asyncio.sleep(0.05)
+        assert (await following).event["n"] >= 2
+
+
+async def test_one_event_is_seen_once_and_nonsense_never(
+    image: Bus, places: Callable[[str], Awaitable[Bus]]
+) -> None:
+    admin = await places("admin")
+    async with await admin.subscribe() as subscriber:
+        await emit(image, 1, 1, 2, 1, 2)
+        for nonsense in (b"", b"{", b"[]", b"\xff", b'{"id": "x"}', b"null"):
+            image.transport.publish("wherry.ev.v1.n1.default.images.create", nonsense)
+        await emit(image, 3)
+        assert [(await anext(subscriber)).event["n"] for _ in range(3)] == [1, 2, 3]
+
+
+async def test_what_is_subscribed_to(image: Bus, places: Callable[[str], Awaitable[Bus]]) -> None:
+    admin = await places("admin")
+    async with (
+        await admin.subscribe(namespace="k8s.io") as one,
+        await admin.subscribe(topic="/images/create") as topic,
+        await admin.subscribe(topic="/tasks/exit") as other,
+        await admin.subscribe(node="n2") as elsewhere,
+    ):
+        await emit(image, 1, namespace="default")
+        await emit(image, 2, namespace="k8s.io")
+        assert (await anext(one)).event["n"] == 2
+        assert [(await anext(topic)).event["n"] for _ in range(2)] == [1, 2]
+        await admin.transport.flush()
+        for nothing in (other, elsewhere):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(nothing), 0.05)
+    for bad in ({"topic": "images"}, {"topic": "/images/*"}, {"namespace": "a b"}, {"node": ">"}):
+        with pytest.raises(WherryError):
+            await admin.subscribe(**bad)
+
+
+async def test_a_reader_comes_to_the_end_when_it_is_closed(
+    image: Bus, places: Callable[[str], Awaitable[Bus]]
+) -> None:
+    admin = await places("admin")
+    subscriber = await admin.subscribe()
+    seen: list[int] = []
+
+    async def read() -> None:
+        async for envelope in subscriber:
+            seen.append(envelope.event["n"])
+
+    reader = asyncio.ensure_future(read())
+    await emit(image, 1, 2)
+    async with asyncio.timeout(10):
+        while len(seen) < 2:
+            await asyncio.sleep(0.01)
+        await subscriber.close()
+        await subscriber.close()
+        await reader
+    assert seen == [1, 2]
+    assert admin.transport.on_state == []
