@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from pathlib import Path
 from .grpc import Connection, GrpcError
 from .node import Node
 
-# Fixed in its shim: where runc's state lies, whatever containerd's own state directory is.
+# Fixed in its shims: where runc's state and their sockets lie, whatever containerd's own state directory is.
 _RUNC_STATE = Path("/run/containerd/runc")
+_SHIM_SOCKETS = Path("/run/containerd/s")
 _OTHER_SNAPSHOTTERS = ("aufs", "btrfs", "devmapper", "zfs")
 
 
@@ -29,7 +31,8 @@ class ContainerdNode(Node):
         return Path(tempfile.mkdtemp(prefix="wherry-bench-")) / "containerd.sock"
 
     def _config(self) -> str:
-        disabled = ["io.containerd.grpc.v1.cri", *(f"io.containerd.snapshotter.v1.{n}" for n in _OTHER_SNAPSHOTTERS)]
+        disabled = ["io.containerd.grpc.v1.cri", *(f"io.containerd.snapshotter.v1.{n}" for n in _SHIM_SOCKETS = Path("/run/containerd/s")
+_OTHER_SNAPSHOTTERS)]
         return "\n".join([
             "version = 2",
             f"root = {json.dumps(str(self.place / 'root'))}",
@@ -66,10 +69,24 @@ class ContainerdNode(Node):
 
     def tidy(self) -> None:
         shutil.rmtree(self.socket.parent)
+        for path in _SHIM_SOCKETS.glob("*"):
+            if not _listens(path):  # of a shim that was killed
+                path.unlink(missing_ok=True)
         shutil.rmtree(_RUNC_STATE / self.namespace, ignore_errors=True)
-        for directory in (_RUNC_STATE, _RUNC_STATE.parent / "s", _RUNC_STATE.parent):
+        for directory in (_RUNC_STATE, _SHIM_SOCKETS, _RUNC_STATE.parent):
             with contextlib.suppress(OSError):
                 directory.rmdir()
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            pass
+    return True
 
 
 def version() -> str:

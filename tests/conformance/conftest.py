@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 from housebus import NODE, HouseServer
 from wherry_shared.bus import Bus
 from wherry_shared.memory import MemoryTransport
+
+sys.path.append(str(Path(__file__).parent))  # for toys.py and counting.py
+
+from toys import Toy, Toys
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +36,17 @@ async def bus(request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
     yield made
     await made.close()
     await server.clean()
+
+
+@pytest.fixture
+async def toy(bus: Bus) -> Toy:
+    """The service of Toys, served."""
+    made = Toy()
+    await bus.serve(made)
+    return made
+
+
+@pytest.fixture
+def toys(bus: Bus) -> Toys:
+    """Its proxy."""
+    return bus.proxy(Toys, namespace="default")

@@ -14,6 +14,7 @@ from typing import Any
 
 import nats
 import pytest
+from counting import Counting
 from housebus import HouseServer
 from wherry_shared import context
 from wherry_shared.bus import Bus, credentials, discovery, proxy, subjects
@@ -21,10 +22,6 @@ from wherry_shared.bus.connection import Connection
 from wherry_shared.bus.proxy import DEADLINE, ERROR_CODE
 from wherry_shared.contract import pack
 from wherry_shared.errors import DeadlineExceeded, InvalidArgument, Unavailable
-
-sys.path.append(str(Path(__file__).parent))  # for counting.py
-
-from counting import Counting
 
 SERVICE = Path(__file__).with_name("counting.py")
 

@@ -25,6 +25,7 @@ from wherry_shared.bus.connection import Connection
 from wherry_shared.bus.credentials import CALLS, Identities
 from wherry_shared.bus.proxy import ERROR_CODE
 from wherry_shared.bus.transport import Message
+from wherry_shared.context import Identity
 from wherry_shared.contract import pack
 from wherry_shared.errors import (
     DeadlineExceeded,
@@ -163,8 +164,8 @@ async def test_a_tenant_sees_its_own_namespace_only(
     for subject in (
         ">", "*", "*.>", "_INBOX.>", f"{others}.>", f"{others}.*.*", "$JS.API.>", "$SYS.>",
         "$SYS.ACCOUNT.>", "$JS.EVENT.>", "wherry.>", f"{RPC}.>", f"{RPC}.n1.a.>", f"{RPC}.n1.a.image.*",
-        "wherry.ev.>", "wherry.ev.v1.n1.>", "wherry.ev.v1.n1.*.>", "wherry.ev.v1.n1.b~c.>", "wherry.io.v1.n1.*.c.e.stdin",
-        "wherry.io.v1.n1.b~c.>", "wherry.audit.>", "$SRV.>", "$SRV.PING",
+        "wherry.ev.>", "wherry.ev.v1.n1.>", "wherry.ev.v1.n1.*.>", "wherry.ev.v1.n1.b~c.>",
+        "wherry.io.v1.n1.*.c.e.stdin", "wherry.io.v1.n1.b~c.>", "wherry.audit.>", "$SRV.>", "$SRV.PING",
     ):  # fmt: skip
         await refused_subscribe(tenant, subject)
         await refused_subscribe(tenant, subject, queue="image")
@@ -522,7 +523,7 @@ def test_identities_are_read_again_when_they_changed(tmp_path: Path, caplog: pyt
     for damage in ("{", json.dumps({"_INBOX_x": {"nonsense": 1}})):
         table.write_text(damage)
         assert identities("_INBOX_x.1") is None  # and who is known stays known
-        assert identities(f"{admin}.1") == credentials.Identity("admin", "admin")
+        assert identities(f"{admin}.1") == Identity("admin", "admin")
     assert caplog.text.count("stays unknown") == 2
     table.unlink()
     assert identities("_INBOX_y.1") is None

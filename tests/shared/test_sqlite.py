@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,7 @@ async def test_what_is_written_is_there(database: Database) -> None:
     assert database.one("SELECT name FROM things WHERE name = ?", ("b",)) is None
 
 
-async def test_writes_that_wait_share_a_transaction(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_writes_that_wait_share_a_transaction(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     groups: list[int] = []
     transact = Database._transact
     monkeypatch.setattr(Database, "_transact", lambda self, group: groups.append(len(group)) or transact(self, group))  # type: ignore[func-returns-value]
@@ -237,7 +235,8 @@ async def test_an_event_is_there_with_its_change_and_only_then(database: Databas
 
 async def test_an_event_that_could_never_leave_is_refused(database: Database) -> None:
     for topic, namespace, event in (
-        ("/a/b", "default", {"x": "y" * sqlite.EVENT_BYTES_MAX}), ("/a/b", "default", {"x": "ü" * (sqlite.EVENT_BYTES_MAX // 2)}),
+        ("/a/b", "default", {"x": "y" * sqlite.EVENT_BYTES_MAX}),
+        ("/a/b", "default", {"x": "ü" * (sqlite.EVENT_BYTES_MAX // 2)}),
         ("/a/*", "default", {}), ("", "default", {}), ("/", "default", {}), ("/a//b", "default", {}),
         ("/a.b/c", "a b", {}), ("/a", "*", {}),
     ):  # fmt: skip
@@ -304,7 +303,7 @@ def noise(whole: bytes, page: int) -> bytes:
     return whole[: page * 4096] + os.urandom(4096) + whole[(page + 1) * 4096 :]
 
 
-DAMAGE = {
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "cut in half": lambda whole: whole[: len(whole) // 2],
     "cut off at a page": lambda whole: whole[:-4096],
     "emptied": lambda whole: b"",
@@ -387,7 +386,7 @@ def test_what_was_answered_survives_a_kill(tmp_path: Path) -> None:
     while answered < 50:
         answered = int(process.stdout.readline())
     process.kill()
-    answered = int((process.stdout.read().split() or [answered])[-1])
+    answered = int(([str(answered).encode(), *process.stdout.read().split()])[-1])
     process.wait()
     process.stdout.close()
 

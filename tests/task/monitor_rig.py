@@ -187,6 +187,24 @@ class Rig:
             client.call("start")
         return client, path
 
+    def run_ready(self, runtime: str, script: str) -> tuple[Client, Path]:
+        """A container whose shell script has come to its `echo ready`: only then are its traps set."""
+        out = self.fifo()
+        reader = os.open(out, os.O_RDONLY | os.O_NONBLOCK)
+        client, path = self.run(runtime, ["sh", "-c", script], stdout=str(out))
+        self.wait_ready(reader)
+        return client, path
+
+    def wait_ready(self, reader: int) -> None:
+        def ready() -> bool:
+            try:
+                return os.read(reader, 64) == b"ready\n"
+            except BlockingIOError:
+                return False
+
+        eventually(ready)
+        os.close(reader)
+
     def exec(self, client: Client, path: Path, exec_id: str, args: list[str], **stdio: Any) -> int:
         process = {"args": args, "env": ["PATH=/bin"], "cwd": "/", "terminal": bool(stdio.get("terminal"))}
         (path / f"p-{exec_id}.json").write_text(json.dumps(process))

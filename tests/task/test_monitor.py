@@ -206,18 +206,27 @@ def test_a_file_takes_both_streams_and_is_appended_to(rig: Rig, runtime: str) ->
 
 def test_a_log_has_time_and_stream_and_is_rotated(rig: Rig, runtime: str) -> None:
     path = rig.base / f"logs-{runtime}" / "c.log"
-    uri = f"log://{path}?max_size=20000&max_files=3"
+    uri = f"log://{path}?max_size=20000&max_files=99"
     script = "seq 3000; echo bad >&2; head -c 40000 /dev/zero | tr '\\0' x; printf end"
     client, _ = rig.run(runtime, ["busybox", "sh", "-c", script], stdout=uri, stderr=uri)
     client.call("wait")
     rig.finish(client)
+    files = sorted(path.parent.iterdir(), key=lambda each: int(each.suffix[1:]) if each.suffix != ".log" else 0)
+    assert len(files) > 8 and all(each.stat().st_size <= 20000 for each in files)
+    lines = [line.split(" ", 3) for each in reversed(files) for line in each.read_text().splitlines()]
+    assert all(time.endswith("Z") and time[10] == "T" for time, *_ in lines)
+    assert [rest for _, *rest in lines if rest[0] == "stderr"] == [["stderr", "F", "bad"]]
+    assert [text for *_, tag, text in lines if tag == "F" and text != "bad"] == [str(n) for n in range(1, 3001)]
+    assert "".join(text for *_, tag, text in lines if tag == "P") == "x" * 40000 + "end"
+
+
+def test_a_log_keeps_no_more_files_than_it_may(rig: Rig, runtime: str) -> None:
+    path = rig.base / f"few-{runtime}" / "c.log"
+    client, _ = rig.run(runtime, ["seq", "5000"], stdout=f"log://{path}?max_size=20000&max_files=3")
+    client.call("wait")
+    rig.finish(client)
     assert sorted(each.name for each in path.parent.iterdir()) == ["c.log", "c.log.1", "c.log.2"]
-    lines = [line for each in ("c.log.2", "c.log.1", "c.log") for line in (path.parent / each).read_text().splitlines()]
-    words = [line.split(" ", 3) for line in lines]
-    assert all(stream in ("stdout", "stderr") and tag in "PF" for _, stream, tag, _ in words)
-    assert all(time.endswith("Z") and time[10] == "T" for time, *_ in words)
-    assert ["stderr", "F", "bad"] in [rest for _, *rest in words]
-    assert "".join(text for *_, tag, text in words if tag == "P") == "x" * 40000 + "end"
+    assert path.read_text().splitlines()[-1].endswith(" stdout F 5000")
 
 
 def test_a_terminal_echoes_is_resized_and_ends(rig: Rig, runtime: str) -> None:
@@ -356,9 +365,12 @@ def test_execs_leave_no_descriptors_behind(rig: Rig) -> None:
 
 
 def test_signals_reach_one_process_or_all(rig: Rig, runtime: str) -> None:
-    trap = "trap 'exit 21' TERM; while :; do sleep 0.05; done"
-    client, path = rig.run(runtime, ["sh", "-c", trap])
-    rig.exec(client, path, "e", ["sh", "-c", trap.replace("21", "22")])
+    trap = "trap 'exit 21' TERM; echo ready; while :; do sleep 0.05; done"
+    client, path = rig.run_ready(runtime, trap)
+    out = rig.fifo()
+    reader = os.open(out, os.O_RDONLY | os.O_NONBLOCK)
+    rig.exec(client, path, "e", ["sh", "-c", trap.replace("21", "22")], stdout=str(out))
+    rig.wait_ready(reader)
     rig.exec(client, path, "f", ["sleep", "60"])
     client.call("kill", exec_id="f", signal=15)
     assert client.call("wait", exec_id="f")["exit_status"] == 143

@@ -63,17 +63,22 @@ def test_an_exit_while_nobody_was_connected_is_told_once(rig: Rig, runtime: str)
 
 def test_a_killed_client_costs_the_container_nothing(rig: Rig, runtime: str) -> None:
     container = f"c{uuid.uuid4().hex[:8]}"
-    path = rig.bundle(container, rig.spec(container, ["sh", "-c", "trap 'exit 17' TERM; while :; do sleep 0.05; done"]))
+    waiting = "trap 'exit 17' TERM; echo ready; while :; do sleep 0.05; done"
+    path = rig.bundle(container, rig.spec(container, ["sh", "-c", waiting]))
+    out = rig.fifo()
+    reader = os.open(out, os.O_RDONLY | os.O_NONBLOCK)
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import json, time, monitor_rig as m\n"
         "c = m.Client(Path(sys.argv[2]), 'zygote.sock'); c.call('spawn', **json.loads(sys.argv[3])); c.call('watch')\n"
-        "c.call('create', mounts=json.loads(sys.argv[4])); c.call('start'); print('on', flush=True); time.sleep(99)"
+        "c.call('create', mounts=json.loads(sys.argv[4]), stdout=sys.argv[5])\n"
+        "c.call('start'); print('on', flush=True); time.sleep(99)"
     )
-    arguments = [str(rig.base), json.dumps(rig.about(path, runtime)), json.dumps(rig.mounts())]
+    arguments = [str(rig.base), json.dumps(rig.about(path, runtime)), json.dumps(rig.mounts()), str(out)]
     doomed = subprocess.Popen(
         [sys.executable, "-c", script, str(Path(__file__).parent), *arguments], stdout=subprocess.PIPE
     )
     assert doomed.stdout is not None and doomed.stdout.readline() == b"on\n"
+    rig.wait_ready(reader)
     doomed.kill()
     doomed.wait()
     doomed.stdout.close()
@@ -260,7 +265,7 @@ def test_a_bundle_in_which_nothing_was_done_can_be_cleaned(rig: Rig) -> None:
 
 
 def test_a_terminated_monitor_stays_to_write_down_the_end(rig: Rig, runtime: str) -> None:
-    client, path = rig.run(runtime, ["sh", "-c", "trap 'exit 5' USR1; while :; do sleep 0.05; done"])
+    client, path = rig.run_ready(runtime, "trap 'exit 5' USR1; echo ready; while :; do sleep 0.05; done")
     monitor = monitor_of(client)
     kill(monitor, signal.SIGTERM)
     assert client.call("state")["state"] == "running"
@@ -272,7 +277,7 @@ def test_a_terminated_monitor_stays_to_write_down_the_end(rig: Rig, runtime: str
 
 
 def test_a_full_disk_does_not_keep_an_exit_from_being_told(rig: Rig) -> None:
-    client, path = rig.run(RUNTIMES[0], ["sh", "-c", "trap 'exit 8' TERM; while :; do sleep 0.05; done"])
+    client, path = rig.run_ready(RUNTIMES[0], "trap 'exit 8' TERM; echo ready; while :; do sleep 0.05; done")
     (path / "exits").rmdir()  # stands for a disk that takes no file any more
     client.call("kill", signal=15)
     notice = client.notice()

@@ -9,10 +9,11 @@ from wherry_shared.catalog import SCHEMA, Table
 from wherry_shared.filters import fields
 from wherry_shared.sqlite import Database, Transaction
 
+# The key's columns come first: SQLite 3.40's own check takes any other order in a WITHOUT ROWID table for damage.
 MIGRATIONS = (
     f"""{SCHEMA};
 CREATE TABLE expiries (
-    at INTEGER NOT NULL, namespace TEXT NOT NULL, lease TEXT NOT NULL, PRIMARY KEY (namespace, lease)) WITHOUT ROWID;
+    namespace TEXT NOT NULL, lease TEXT NOT NULL, at INTEGER NOT NULL, PRIMARY KEY (namespace, lease)) WITHOUT ROWID;
 CREATE INDEX expiries_at ON expiries (at);
 CREATE TABLE resources (
     namespace TEXT NOT NULL, lease TEXT NOT NULL, type TEXT NOT NULL, id TEXT NOT NULL,
@@ -38,7 +39,7 @@ class Rows:
         """Add a lease. AlreadyExists when its id is taken."""
         self.leases.insert(tx, namespace, lease)
         if expires is not None:
-            tx.execute("INSERT INTO expiries VALUES (?, ?, ?)", (_milliseconds(expires), namespace, lease.id))
+            tx.execute("INSERT INTO expiries VALUES (?, ?, ?)", (namespace, lease.id, _milliseconds(expires)))
 
     def remove(self, tx: Transaction, namespace: str, id: str) -> None:
         """Take a lease out with what it keeps. NotFound when it is not there."""
@@ -73,5 +74,5 @@ class Rows:
 
 
 def _milliseconds(at: datetime) -> int:
-    """Integers throughout: SQLite 3.40 takes a whole number in a REAL NOT NULL column for damage when it checks."""
+    """Unix time as it stands in `expiries`."""
     return int(at.timestamp() * 1000)

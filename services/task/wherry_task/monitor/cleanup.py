@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     Args = dict[str, Any]
 
 _ROUNDS, _PAUSE = 200, 0.02
+_DYING_SECONDS = 1.0
 DIED = {"exit_status": 128 + libc.SIGKILL, "shim_died": True}
 
 
@@ -33,7 +34,8 @@ def _clean(request: Args) -> Args:
     """Returns {exits, warnings}. Raises Failure, with EXISTS when a monitor is alive. May be repeated at will."""
     about = operations.describe_bundle(request)
     operations.enter_bundle(about["bundle"])
-    operations.lock_bundle()
+    # A killed monitor's connections end a moment before its lock: who asks at once shall not be refused.
+    operations.lock_bundle(patience=_DYING_SECONDS)
     about |= _written_by_the_monitor()
     warnings: list[str] = []
     own = cgroups.own(about.get("cgroups") or _cgroups_of_spec())

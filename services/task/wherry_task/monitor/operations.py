@@ -91,14 +91,19 @@ def enter_bundle(path: str) -> None:
     os.close(fd)
 
 
-def lock_bundle() -> int:
+def lock_bundle(patience: float = 0.0) -> int:
     """Hold the working directory's bundle, as its monitor or cleaner, for as long as the fd lives. Raises Failure."""
     fd = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise wire.Failure(wire.EXISTS, "the bundle has a living monitor or is being cleaned") from None
-    return fd
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise wire.Failure(wire.EXISTS, "the bundle has a living monitor or is being cleaned") from None
+            time.sleep(0.01)
+        else:
+            return fd
 
 
 def runtime_of(about: Args) -> Runtime:

@@ -146,14 +146,26 @@ class LogFile:
         self._users = 0
         self._size = os.fstat(fd).st_size
 
-    def append(self, data: bytes) -> None:
-        """Whole lines; rotates first when they would pass the size. A full disk loses them."""
+    def append(self, lines: list[bytes]) -> None:
+        """Whole lines; rotates whenever the next would pass the size. A full disk loses them."""
+        ready: list[bytes] = []
+        room = self._max_size - self._size
         try:
-            if self._size and self._size + len(data) > self._max_size > 0:
-                self._rotate()
-            self._size += os.write(self.fd, data)
+            for line in lines:
+                if len(line) > room and self._max_size and (ready or self._size):
+                    self._put(b"".join(ready))
+                    self._rotate()
+                    ready, room = [], self._max_size
+                ready.append(line)
+                room -= len(line)
+            self._put(b"".join(ready))
         except OSError:
             return
+
+    def _put(self, data: bytes) -> None:
+        self._size += len(data)
+        while data:
+            data = data[os.write(self.fd, data) :]
 
     def _rotate(self) -> None:
         for number in range(self._max_files - 1, 0, -1):
@@ -200,7 +212,7 @@ class LogSink:
             out.append(self._format(now, self._rest[:_LINE], b"P"))
             self._rest = self._rest[_LINE:]
         if out:
-            self._file.append(b"".join(out))
+            self._file.append(out)
         return b""
 
     def _format(self, now: str, line: bytes, tag: bytes) -> bytes:
@@ -208,7 +220,7 @@ class LogSink:
 
     def close(self) -> None:
         if self._rest:
-            self._file.append(self._format(_timestamp(), self._rest, b"P"))
+            self._file.append([self._format(_timestamp(), self._rest, b"P")])
             self._rest = b""
         self._file.release()
 
