@@ -1,0 +1,102 @@
+"""How processes end: what their shims tell is recorded exactly once, an exec's end before the init's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+from wherry_shared.errors import WherryError
+from wherry_shared.sqlite import Database, Transaction
+
+from . import metadata
+from .backends import Ended, Launcher, Notice
+from .tasks import Task, time_of
+
+log = logging.getLogger("wherry.task")
+
+SIGKILL = 9
+
+
+class Ends:
+    """Follows the shims of tasks, and cleans up after those that die."""
+
+    def __init__(self, database: Database, launcher: Launcher) -> None:
+        self._database = database
+        self._launcher = launcher
+
+    async def follow(self, task: Task) -> None:
+        """From here on every end is recorded, also those from before."""
+        task.consumer = asyncio.get_running_loop().create_task(self._consume(task))
+        await task.shim.watch(task.notices.put_nowait, lambda: task.notices.put_nowait(None))
+
+    async def unfollow(self, task: Task) -> None:
+        """Let go of a shim; its container goes on."""
+        await task.shim.close()
+        if task.consumer is not None and task.consumer is not asyncio.current_task():
+            task.consumer.cancel()
+
+    async def _consume(self, task: Task) -> None:
+        while not task.deleting:
+            notice = await task.notices.get()
+            try:
+                if notice is None:
+                    await self._shim_died(task)
+                    return
+                async with task.lock:
+                    await self._take(task, notice)
+            except WherryError as e:
+                # The monitor's record stays: a restart of this service, if nothing sooner, reports it.
+                log.error("the end of a process of %s could not be recorded: %s", task.row.container, e)
+                await asyncio.sleep(0.5)
+                if notice is not None:
+                    task.notices.put_nowait(notice)
+
+    async def _take(self, task: Task, notice: Notice) -> None:
+        """Record one end, or one lack of memory; what is on record already is told no second time."""
+        namespace, container = task.key
+        if not isinstance(notice, Ended):
+            await self._database.write(
+                lambda tx: tx.publish("/tasks/oom", {"container_id": container}, namespace=namespace)
+            )
+            return
+        process = task.processes.get(notice.exec_id)
+        if process is None or process.ended.is_set():
+            return
+        row = replace(
+            process.row, pid=notice.pid or process.row.pid, status="stopped", exit_status=notice.exit_status,
+            exited_ns=notice.exited_ns,
+        )  # fmt: skip
+        event: dict[str, Any] = {
+            "container_id": container, "id": notice.exec_id or container, "pid": row.pid,
+            "exit_status": notice.exit_status, "exited_at": time_of(notice.exited_ns).isoformat(),
+        }  # fmt: skip
+        event |= {flag: True for flag in ("oom", "shim_died") if getattr(notice, flag)}
+
+        def record(tx: Transaction) -> None:
+            metadata.put_process(tx, namespace, container, row)
+            tx.publish("/tasks/exit", event, namespace=namespace)
+
+        # An end cannot be refused for want of room: it may use what is kept for removals.
+        await self._database.write(record, frees=True)
+        process.row = row
+        process.ended.set()
+
+    async def _shim_died(self, task: Task) -> None:
+        """Kill and clean what its monitor left, and report the ends: the processes of exec first."""
+        if task.deleting:
+            return
+        log.warning("the monitor of %s died; its container is killed", task.row.container)
+        async with task.lock:
+            found = {e.exec_id: e for e in await self._launcher.clean(task.bundle)}
+            await self.lost(task, found)
+
+    async def lost(self, task: Task, found: dict[str, Ended]) -> None:
+        """Record the ends of a task whose shim is gone; what nobody reaped counts as killed."""
+        for exec_id, process in sorted(task.processes.items(), key=lambda item: (item[0] == "", item[0])):
+            if process.ended.is_set() or not process.row.pid:
+                continue
+            unknown = Ended(exec_id, process.row.pid, 128 + SIGKILL, time.time_ns(), shim_died=True)
+            await self._take(task, found.get(exec_id, unknown))
