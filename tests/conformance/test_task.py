@@ -323,6 +323,36 @@ async def test_what_a_restart_finds(house: House) -> None:
         await house.tasks.delete(id, force=True)
 
 
+async def test_a_lost_connection_is_made_again(house: House) -> None:
+    """Only the connection to a living monitor is gone: its container goes on, and its end is told."""
+    id = await house.running("/bin/sleep", "1000")
+    pid = (await house.tasks.get(id)).pid
+    shim = house.supervisor.task("default", id).shim
+    shim._channel._writer.transport.abort()  # type: ignore[attr-defined]
+    while house.supervisor.task("default", id).shim is shim:
+        await asyncio.sleep(0.01)
+    assert os.path.exists(f"/proc/{pid}")
+    await house.tasks.kill(id, signal.SIGTERM)
+    await house.tasks.kill(id, signal.SIGKILL)
+    assert await house.exit(id) == 137
+    await house.tasks.delete(id)
+
+
+async def test_a_killed_monitor(house: House) -> None:
+    """Its container is killed and reported, an exec before the init, and deleting works (threats 8)."""
+    id = await house.running("/bin/sleep", "1000")
+    await house.tasks.exec(id, "e", exec_of("sleep", "1000"))
+    await house.tasks.start(id, "e")
+    pid = (await house.tasks.get(id)).pid
+    async with await house.bus.subscribe(namespace="default", topic="/tasks/exit") as exits:
+        os.kill((await house.supervisor.task("default", id).shim.state())["monitor"], signal.SIGKILL)
+        assert await house.exit(id) == 137
+        ended = [(await anext(exits)).event for _ in range(2)]
+    assert [(e["id"], e["exit_status"], e.get("shim_died")) for e in ended] == [("e", 137, True), (id, 137, True)]
+    assert not os.path.exists(f"/proc/{pid}") or "Z" in Path(f"/proc/{pid}/stat").read_text()
+    await house.tasks.delete(id)
+
+
 async def test_a_bundle_that_nobody_was_told_of_goes(house: House) -> None:
     """Killed between the container's creation and its record: it is gone at the next start."""
     id = await house.created("/bin/sleep", "1000")

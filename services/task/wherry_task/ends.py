@@ -30,6 +30,9 @@ class Ends:
     async def follow(self, task: Task) -> None:
         """From here on every end is recorded, also those from before."""
         task.consumer = asyncio.get_running_loop().create_task(self._consume(task))
+        await self._watch(task)
+
+    async def _watch(self, task: Task) -> None:
         await task.shim.watch(task.notices.put_nowait, lambda: task.notices.put_nowait(None))
 
     async def unfollow(self, task: Task) -> None:
@@ -39,20 +42,23 @@ class Ends:
             task.consumer.cancel()
 
     async def _consume(self, task: Task) -> None:
-        while not task.deleting:
+        """One notice after the other, each until it is on record: their order is a promise."""
+        while True:
             notice = await task.notices.get()
-            try:
-                if notice is None:
-                    await self._shim_died(task)
-                    return
-                async with task.lock:
-                    await self._take(task, notice)
-            except WherryError as e:
-                # The monitor's record stays: a restart of this service, if nothing sooner, reports it.
-                log.error("the end of a process of %s could not be recorded: %s", task.row.container, e)
-                await asyncio.sleep(0.5)
-                if notice is not None:
-                    task.notices.put_nowait(notice)
+            while not task.deleting:
+                try:
+                    await self._handle(task, notice)
+                    break
+                except WherryError as e:
+                    log.error("what a monitor told of %s could not be recorded: %s", task.row.container, e)
+                    await asyncio.sleep(0.5)
+
+    async def _handle(self, task: Task, notice: Notice | None) -> None:
+        if notice is None:
+            await self._disconnected(task)
+            return
+        async with task.lock:
+            await self._take(task, notice)
 
     async def _take(self, task: Task, notice: Notice) -> None:
         """Record one end, or one lack of memory; what is on record already is told no second time."""
@@ -84,12 +90,17 @@ class Ends:
         process.row = row
         process.ended.set()
 
-    async def _shim_died(self, task: Task) -> None:
-        """Kill and clean what its monitor left, and report the ends: the processes of exec first."""
-        if task.deleting:
+    async def _disconnected(self, task: Task) -> None:
+        """The connection to a monitor ended: follow it again if it lives, else clean up and report the ends."""
+        alive = await self._launcher.adopt(task.bundle)
+        if alive is not None:
+            task.shim = alive
+            await self._watch(task)
             return
-        log.warning("the monitor of %s died; its container is killed", task.row.container)
         async with task.lock:
+            if task.deleting:
+                return
+            log.warning("the monitor of %s died; its container is killed", task.row.container)
             found = {e.exec_id: e for e in await self._launcher.clean(task.bundle)}
             await self.lost(task, found)
 
