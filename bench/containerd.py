@@ -31,8 +31,7 @@ class ContainerdNode(Node):
         return Path(tempfile.mkdtemp(prefix="wherry-bench-")) / "containerd.sock"
 
     def _config(self) -> str:
-        disabled = ["io.containerd.grpc.v1.cri", *(f"io.containerd.snapshotter.v1.{n}" for n in _SHIM_SOCKETS = Path("/run/containerd/s")
-_OTHER_SNAPSHOTTERS)]
+        disabled = ["io.containerd.grpc.v1.cri", *(f"io.containerd.snapshotter.v1.{n}" for n in _OTHER_SNAPSHOTTERS)]
         return "\n".join([
             "version = 2",
             f"root = {json.dumps(str(self.place / 'root'))}",

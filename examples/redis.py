@@ -1,7 +1,7 @@
 """Run a Redis for a moment, talk to it, and clean up: the example of containerd's announcement, in Python.
 
-    wherry up &
-    python examples/redis.py docker.io/library/redis:alpine
+wherry up &
+python examples/redis.py docker.io/library/redis:alpine
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Print every lifecycle event of a node, with nothing but a NATS client: events are plain JSON on plain subjects.
 
-    WHERRY_STATE=/run/wherry python examples/watch_events.py
+WHERRY_STATE=/run/wherry python examples/watch_events.py
 """
 
 import asyncio

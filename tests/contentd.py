@@ -60,4 +60,4 @@ class Replica:
     def requests(self, operation: str) -> int:
         """How many requests of an operation have come over the bus."""
         assert self.server is not None
-        return self.server._stats[operation].requests
+        return self.server.stats[operation].requests

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from wherry_shared.bus import credentials
+from wherry_shared.bus import credentials, load_connection
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
 from wherry_shared.runtime import NODE_FILE
 
@@ -189,8 +189,9 @@ class Supervisor:
 
     def _preload(self, services: dict[str, str]) -> None:
         """Load once what every service needs; freeze it, so that no collection copies its pages."""
-        for module in ("uvloop", "wherry_shared.bus.connection", "wherry_shared.runtime", "wherry_shared.sqlite"):
+        for module in ("uvloop", "wherry_shared.runtime", "wherry_shared.sqlite"):
             importlib.import_module(module)
+        load_connection()
         for entry in services.values():
             importlib.import_module(entry.partition(":")[0])
         gc.collect()

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import importlib
 import secrets
+import sys
+from types import ModuleType
 from typing import TypeVar
 
 from typing_extensions import TypeForm
@@ -80,11 +83,26 @@ class Bus:
         await self.transport.close()
 
 
+def load_connection() -> ModuleType:
+    """The module that speaks NATS, loaded when first needed.
+
+    nats-py loads aiohttp where it finds it, for WebSockets that are not spoken here: a tenth of a second in every
+    command line and megabytes in every service. While it loads, there is none.
+    """
+    hidden = "aiohttp" not in sys.modules
+    if hidden:
+        sys.modules["aiohttp"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module(".connection", __name__)
+    finally:
+        if hidden:
+            del sys.modules["aiohttp"]
+
+
 async def connect(
     servers: list[str], *, node: str, name: str, seed: bytes, inbox_prefix: str, identity_of: IdentityOf = _admin_only
 ) -> Bus:
     """Connect to NATS with an nkey seed. Unavailable, Unauthenticated or FailedPrecondition (server too old)."""
-    from .connection import Connection
-
+    Connection = load_connection().Connection  # noqa: N806 - a class
     transport = await Connection.connect(servers, name=name, seed=seed, inbox_prefix=inbox_prefix)
     return Bus(transport, node=node, identity_of=identity_of)

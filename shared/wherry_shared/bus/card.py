@@ -36,7 +36,7 @@ class Card:
         self._instance = instance
         self._metadata = metadata
         self._started = datetime.now(UTC).isoformat()
-        self._stats = {name: Stats() for name in contract.endpoints}
+        self.counted = {name: Stats() for name in contract.endpoints}
 
     def subjects(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         """The subjects to answer, and with what."""
@@ -47,7 +47,7 @@ class Card:
 
     def count(self, endpoint: str, nanoseconds: int, error: WherryError | None) -> None:
         """Note one request that was answered."""
-        stats = self._stats[endpoint]
+        stats = self.counted[endpoint]
         stats.requests += 1
         stats.nanoseconds += nanoseconds
         if error is not None:
@@ -70,7 +70,7 @@ class Card:
                 "processing_time": s.nanoseconds,
                 "average_processing_time": s.nanoseconds // max(1, s.requests),
             }
-            for name, s in self._stats.items()
+            for name, s in self.counted.items()
         ]
         return {**self._identity("stats"), "started": self._started, "endpoints": endpoints}
 

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .. import context
@@ -30,7 +30,7 @@ from ..errors import (
 )  # fmt: skip
 from . import subjects
 from .answers import Answer, Answers
-from .card import Card
+from .card import Card, Stats
 from .proxy import DEADLINE, ERROR, ERROR_CODE, KEY, LEASE, RETRY, TRACE
 from .transport import Message, Subscription, Transport
 
@@ -143,6 +143,11 @@ class Server:
         if tasks:
             await asyncio.wait(tasks, timeout=1.0)
 
+    @property
+    def stats(self) -> Mapping[str, Stats]:
+        """What was answered so far, by operation."""
+        return self._card.counted
+
     # ---- a request comes in
 
     def _on_message(self, message: Message) -> None:
@@ -247,6 +252,7 @@ class Server:
         group.discard(request)
         self._card.count(request.endpoint.name, time.perf_counter_ns() - started, error)
         self._finish(request, answer, error)
+        error = None  # it holds this frame, which would hold it
         if self._backlog:
             self._next()
 

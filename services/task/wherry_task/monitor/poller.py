@@ -52,5 +52,3 @@ class Poller:
     def stop(self) -> None:
         """End the run after this round."""
         self._running = False
-
-
