@@ -10,6 +10,7 @@ from typing import Any
 
 import wherry
 from wherry.client import walk
+from wherry.container import DEFAULT_RUNTIME
 from wherry_shared import streams
 from wherry_shared.api.container import Container as Record
 from wherry_shared.api.container import Runtime
@@ -160,7 +161,7 @@ class WherryClient:
 
     async def life_time(self, image: str, top: str, runtime: str) -> float:
         """Snapshot, container and task made, started, waited for and deleted. runtime "": the node's default."""
-        container = await self._container(image, top, runtime or await self._client.default_runtime())
+        container = await self._container(image, top, runtime or DEFAULT_RUNTIME)
         began = time.perf_counter()
         await container.create(["true"])
         await container.start()

@@ -6,7 +6,7 @@ set -eu
 cd "$(dirname "$0")/.."
 
 demo='busybox-static crun docker-registry runc'
-test='docker-compose e2fsprogs git make openssl procps'
+test='docker-compose e2fsprogs git make openssl procps xfsprogs'
 bench='containerd redis-tools'
 
 say() { printf '==> %s\n' "$*" >&2; }
