@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -19,11 +19,14 @@ from .node import Node
 # Fixed in its shims: where runc's state and their sockets lie, whatever containerd's own state directory is.
 _RUNC_STATE = Path("/run/containerd/runc")
 _SHIM_SOCKETS = Path("/run/containerd/s")
+_IDS = 5000  # more containers than any run makes on one node
 _OTHER_SNAPSHOTTERS = ("aufs", "btrfs", "devmapper", "zfs")
 
 
 class ContainerdNode(Node):
     side = "containerd"
+    _absent_before: Sequence[Path] = ()
+    _cli_id = f"cli-{os.getpid()}"
 
     @cached_property
     def socket(self) -> Path:
@@ -45,6 +48,8 @@ class ContainerdNode(Node):
         ])  # fmt: skip
 
     def command(self) -> Sequence[str]:
+        shared = (_RUNC_STATE, _SHIM_SOCKETS, _RUNC_STATE.parent)
+        self._absent_before = [directory for directory in shared if not directory.exists()]
         config = self.place / "config.toml"
         config.write_text(self._config())
         return ["containerd", "--config", str(config), "--log-level", "warn"]
@@ -64,28 +69,21 @@ class ContainerdNode(Node):
         return {"CONTAINERD_ADDRESS": str(self.socket), "CONTAINERD_NAMESPACE": self.namespace}
 
     def run_true(self, image: str) -> Sequence[str]:
-        return ["ctr", "run", "--rm", "--fifo-dir", str(self.place / "fifo"), image, f"cli-{os.getpid()}", "true"]
+        return ["ctr", "run", "--rm", "--fifo-dir", str(self.place / "fifo"), image, self._cli_id, "true"]
+
+    def _shim_sockets(self) -> Iterator[str]:
+        """The names of our own shims' sockets, which one that is killed leaves: others' lie in the same directory."""
+        for id in (self._cli_id, *(f"bench-{serial}" for serial in range(1, _IDS))):
+            yield hashlib.sha256(f"{self.socket}/{self.namespace}/{id}".encode()).hexdigest()
 
     def tidy(self) -> None:
         shutil.rmtree(self.socket.parent)
-        for path in _SHIM_SOCKETS.glob("*"):
-            if not _listens(path):  # of a shim that was killed
-                path.unlink(missing_ok=True)
+        for name in self._shim_sockets():
+            (_SHIM_SOCKETS / name).unlink(missing_ok=True)
         shutil.rmtree(_RUNC_STATE / self.namespace, ignore_errors=True)
-        for directory in (_RUNC_STATE, _SHIM_SOCKETS, _RUNC_STATE.parent):
+        for directory in self._absent_before:
             with contextlib.suppress(OSError):
                 directory.rmdir()
-
-
-def _listens(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            return False
-        except OSError:
-            pass
-    return True
 
 
 def version() -> str:

@@ -43,7 +43,7 @@ class Container:
     def create(self, args: Sequence[str]) -> None:
         call = self._connection.call
         made = call(f"{SNAPSHOTS}/Prepare", encode({1: _SNAPSHOTTER, 2: self.id, 3: self._top, 4: entries(KEEP)}))
-        mounts = [{k: v for k, v in decode(mount).items()} for mount in nested(decode(made), 1)]
+        mounts = [decode(mount) for mount in nested(decode(made), 1)]
         container = {
             1: self.id, 3: self._image, 4: {1: _RUNTIME}, 5: _any("Spec", spec.make(self._cgroup, args)),
             6: _SNAPSHOTTER, 7: self.id,
@@ -98,14 +98,12 @@ class ContainerdClient:
     def ping(self) -> None:
         self._connection.call("containerd.services.version.v1.Version/Version")
 
-    def _environment(self) -> dict[str, str]:
-        return {**os.environ, "CONTAINERD_ADDRESS": self._socket, "CONTAINERD_NAMESPACE": self._namespace}
-
     def _ctr(self, *arguments: str, stdin: Any = subprocess.DEVNULL) -> float:
         """How long `ctr` with these arguments took."""
+        named = {"CONTAINERD_ADDRESS": self._socket, "CONTAINERD_NAMESPACE": self._namespace}
         began = time.perf_counter()
         done = subprocess.run(
-            ["ctr", *arguments], env=self._environment(), stdin=stdin, stdout=subprocess.DEVNULL,
+            ["ctr", *arguments], env={**os.environ, **named}, stdin=stdin, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )  # fmt: skip
         took = time.perf_counter() - began

@@ -1,7 +1,4 @@
-"""Print every lifecycle event of a node, with nothing but a NATS client: events are plain JSON on plain subjects.
-
-WHERRY_STATE=/run/wherry python examples/watch_events.py
-"""
+"""Print every lifecycle event of a node with nothing but a NATS client: events are plain JSON on plain subjects."""
 
 import asyncio
 import contextlib
@@ -12,12 +9,11 @@ import pathlib
 import nats
 
 STATE = pathlib.Path(os.environ.get("WHERRY_STATE", "/run/wherry"))
+SEED = os.environ.get("WHERRY_CREDS", str(STATE / "creds" / "observer.nk"))  # may read events, and nothing else
 
 
 async def main() -> None:
-    node = json.loads((STATE / "node.json").read_text())
-    seed = os.environ.get("WHERRY_CREDS", str(STATE / "creds" / "observer.nk"))
-    bus = await nats.connect(node["nats"], nkeys_seed=seed)  # an observer may read events, and nothing else
+    bus = await nats.connect(json.loads((STATE / "node.json").read_text())["nats"], nkeys_seed=SEED)
     events = await bus.subscribe("wherry.ev.v1.>")
     print("watching", flush=True)
     async for message in events.messages:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -73,7 +72,7 @@ class Journal:
                 break
             position, size = entry.sequence, size + len(entry.data)
             envelope = events.decode(entry.data)
-            if envelope is not None and matches(field_of(envelope)):
+            if envelope is not None and matches(events.field_of(envelope)):
                 found.append(envelope)
         # An answer without an event still moves the token on, or a reader would never get past what is filtered out.
         complete = len(stored) < limit and (not stored or position == stored[-1].sequence)
@@ -95,19 +94,3 @@ def _position(token: str, state: LogState) -> int:
     if position > state.last:  # a crash took the stream's end: what comes next would get numbers that were read before
         raise OutOfRange(f"the stream ends {position - state.last} events before this token: read the state again")
     return position
-
-
-def field_of(envelope: Envelope) -> Callable[[tuple[str, ...]], str | None]:
-    """The fields that filters see: `namespace`, `topic`, `event.<field>` (containerd's event adaptor)."""
-
-    def field(path: tuple[str, ...]) -> str | None:
-        if path == ("namespace",):
-            return envelope.namespace
-        if path == ("topic",):
-            return envelope.topic
-        value: Any = envelope.event if path[:1] == ("event",) else None
-        for part in path[1:]:
-            value = value.get(part) if isinstance(value, dict) else None
-        return str(value) if isinstance(value, str | int) else None
-
-    return field

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from pydantic import ValidationError
@@ -141,3 +141,19 @@ def pattern(node: str, namespace: str, topic: str) -> str:
     return f"{subjects.EV}.{node_token}.{namespace_token}." + ".".join(
         part.replace(".", "~") for part in subjects.check_topic(topic)
     )
+
+
+def field_of(envelope: Envelope) -> Callable[[tuple[str, ...]], str | None]:
+    """The fields that filters see: `namespace`, `topic`, `event.<field>` (containerd's event adaptor)."""
+
+    def field(path: tuple[str, ...]) -> str | None:
+        if path == ("namespace",):
+            return envelope.namespace
+        if path == ("topic",):
+            return envelope.topic
+        value: Any = envelope.event if path[:1] == ("event",) else None
+        for part in path[1:]:
+            value = value.get(part) if isinstance(value, dict) else None
+        return str(value) if isinstance(value, str | int) else None
+
+    return field
