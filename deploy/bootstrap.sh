@@ -112,7 +112,10 @@ ensure_environment() {
         .tools/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
     fi
     say "installing Python packages into .venv ($("$python" -V))"
-    UV_PYTHON_DOWNLOADS=never .tools/bin/uv sync --quiet --all-packages --all-extras --python "$python" >&2
+    # Compiled now and not at every start, also where the environment keeps Python from writing bytecode.
+    UV_PYTHON_DOWNLOADS=never .tools/bin/uv sync --quiet --compile-bytecode --all-packages --all-extras \
+        --python "$python" >&2
+    .venv/bin/python -m compileall -q shared client services >&2
     echo "$now" >$stamp
 }
 
