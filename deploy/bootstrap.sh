@@ -6,8 +6,8 @@ set -eu
 cd "$(dirname "$0")/.."
 
 demo='busybox-static crun docker-registry runc'
-test='docker-compose e2fsprogs git make openssl procps xfsprogs'
-bench='containerd redis-tools'
+test='containerd docker-compose e2fsprogs git make openssl procps systemd xfsprogs'
+bench=''  # what it needs, the tests need too
 
 say() { printf '==> %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
