@@ -12,6 +12,7 @@ from wherry_shared.errors import FailedPrecondition, NotFound, WherryError
 from wherry_shared.values import Mount, check_identifier
 
 from . import spec, users
+from .spec import Options
 from .stdio import Stdio
 from .task import NewTask, Task
 from .unpack import chain_ids
@@ -103,8 +104,6 @@ class NewContainer:
         self, client: Client, id: str, image: Image | None = None, *, snapshot: str = "", snapshotter: str = "",
         runtime: str = "", labels: dict[str, str] | None = None, spec: dict[str, Any] | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        from .spec import Options
-
         self._client = client
         self._id = check_identifier(id, "container id")
         self._image = image
@@ -132,7 +131,7 @@ class NewContainer:
         client = self._client
         resolved = await image.resolve()
         snapshotter = self._snapshotter
-        mounts = await self._prepare(image, resolved, snapshotter)
+        mounts = await self._prepare(image, resolved)
         try:
             made = self._spec
             if made is None:
@@ -148,10 +147,10 @@ class NewContainer:
                 await client.snapshots.remove(snapshotter, self._snapshot)
             raise
 
-    async def _prepare(self, image: Image, resolved: Resolved, snapshotter: str) -> list[Mount]:
+    async def _prepare(self, image: Image, resolved: Resolved) -> list[Mount]:
         """The container's own snapshot on the image's topmost; the image is unpacked first where it is not."""
         chain = chain_ids(resolved.config.diff_ids)
-        top = chain[-1] if chain else ""
+        top, snapshotter = chain[-1] if chain else "", self._snapshotter
         try:
             return await self._client.snapshots.prepare(snapshotter, self._snapshot, top)
         except NotFound:

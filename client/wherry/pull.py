@@ -11,7 +11,7 @@ from wherry_shared.errors import AlreadyExists, InvalidArgument
 from wherry_shared.streams import BlobWriter, write_blob
 from wherry_shared.values import Descriptor, Platform
 
-from .image import NESTING_MAX, Image, Resolved
+from .image import NESTING_MAX, Image, Resolved, read_document
 from .progress import OnProgress, Progress
 from .registry import Registry, documents, platforms
 from .registry.reference import Reference
@@ -120,8 +120,6 @@ class Pull:
         self, descriptor: Descriptor, manifest: documents.Manifest, snapshotter: str,
         ready: dict[str, asyncio.Future[None]],
     ) -> None:  # fmt: skip
-        from .image import read_document
-
         config = documents.parse_config(await read_document(self._client, manifest.config))
         resolved = Resolved(descriptor, manifest, config)
         await Unpack(self._client, resolved, snapshotter, ready=ready, on_progress=self._on_progress).run()

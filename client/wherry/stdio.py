@@ -1,4 +1,4 @@
-"""A process's stdin, stdout and stderr over FIFOs on this host (containerd.md §4.1).
+"""A process's stdin, stdout and stderr over FIFOs on this host.
 
 The client makes the FIFOs and reads them without ever blocking; the monitor at the other end holds them open.
 """

@@ -1,4 +1,4 @@
-"""From layers in content to snapshots (containerd.md §6.6): each layer as soon as it is there.
+"""From layers in content to snapshots: each layer as soon as it is there.
 
 Layers are extracted side by side, each into a snapshot without parent, and put onto their parents in order at commit
 (the snapshotter's `rebase`). A layer that turns out to need what lies under it is extracted again on its parent.

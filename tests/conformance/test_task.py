@@ -339,7 +339,7 @@ async def test_a_lost_connection_is_made_again(house: House) -> None:
 
 
 async def test_a_killed_monitor(house: House) -> None:
-    """Its container is killed and reported, an exec before the init, and deleting works (threats 8)."""
+    """Its container is killed and reported, an exec before the init, and deleting works."""
     id = await house.running("/bin/sleep", "1000")
     await house.tasks.exec(id, "e", exec_of("sleep", "1000"))
     await house.tasks.start(id, "e")

@@ -108,7 +108,7 @@ async def test_stdio_stays_in_the_nodes_own_directory(tenant: wherry.Client, bus
 
 
 async def test_content_is_not_shared_between_namespaces(tenant: wherry.Client, node: Node, busybox_ref: str) -> None:
-    """Who knows a digest cannot read the blob with it (policy `isolated`, threats 3.10)."""
+    """Who knows a digest cannot read the blob with it (policy `isolated`)."""
     node.run("pull", busybox_ref)
     digest = node.json("images")[0]["digest"]
     with pytest.raises(wherry.NotFound):

@@ -1,4 +1,4 @@
-"""A full disk: a clear error, what runs goes on, and removing still works (threats 16)."""
+"""A full disk: a clear error, what runs goes on, and removing still works."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ async def test_kill_during_a_pull(node: Node, redis_ref: str, namespace: str, se
 
 
 async def test_exits_while_the_task_service_is_down(node: Node, busybox_ref: str, namespace: str) -> None:
-    """Every exit is reported once, with its real status (threats 7)."""
+    """Every exit is reported once, with its real status."""
     async with wherry.connect(state=str(node.state), namespace=namespace) as client:
         image = await client.pull(busybox_ref, unpack=True)
         tasks = []
@@ -125,7 +125,7 @@ def _status(pid: int) -> str:
 
 
 async def test_a_killed_bus(node: Node, running: int, namespace: str) -> None:
-    """nats-server dies: containers live on, calls fail at once or succeed, and no command runs late (threats 10)."""
+    """nats-server dies: containers live on, calls fail at once or succeed, and no command runs late."""
     async with wherry.connect(state=str(node.state), namespace=namespace) as client:
         os.kill(node.pids()["nats-server"], signal.SIGKILL)
         failed = 0

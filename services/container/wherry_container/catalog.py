@@ -1,4 +1,4 @@
-"""The rules of containers (containerd §1.5): what may be recorded, what an update changes, what is told."""
+"""The rules of containers (containerd's): what may be recorded, what an update changes, what is told."""
 
 from __future__ import annotations
 

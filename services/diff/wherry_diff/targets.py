@@ -11,7 +11,7 @@ from .extract import Target
 
 
 def of(mounts: Sequence[Mount], *, standalone: bool) -> Target:
-    """The upper directory of one overlay mount, or the source of one bind mount (containerd.md §6.4).
+    """The upper directory of one overlay mount, or the source of one bind mount.
 
     Unimplemented: anything else would have to be mounted.
     """

@@ -1,4 +1,4 @@
-"""The rules of images (containerd §1.2): what may be recorded, what an update changes, what is told."""
+"""The rules of images (containerd's): what may be recorded, what an update changes, what is told."""
 
 from __future__ import annotations
 

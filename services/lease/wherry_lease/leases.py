@@ -1,4 +1,4 @@
-"""The rules of leases (containerd §1.10, §2): which there are, until when, and what they may keep."""
+"""The rules of leases (containerd's): which there are, until when, and what they may keep."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Registry:
 
 
 def expires_at(labels: dict[str, str]) -> datetime | None:
-    """The time of `containerd.io/gc.expire`; None without it, or when it is no RFC 3339 time (kept, says §2)."""
+    """The time of `containerd.io/gc.expire`; None without it, or when it is no RFC 3339 time (then it is kept)."""
     text = labels.get(EXPIRE_LABEL, "")
     if not _RFC_3339.fullmatch(text):
         return None

@@ -1,4 +1,4 @@
-"""The rules of namespaces (containerd §1.9): which are known, and when one may be forgotten."""
+"""The rules of namespaces (containerd's): which are known, and when one may be forgotten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules of snapshots (containerd §1.3): which may be made, committed and removed, and in what order that is done.
+"""The rules of snapshots (containerd's): which may be made, committed and removed, and in what order that is done.
 
 A directory is made before its row and removed after it, so a crash leaves directories that no row owns, never a row
 without its directory. What no row owns is removed at the start and by `cleanup`.

@@ -1,4 +1,4 @@
-"""The container service: container metadata, and nothing that runs (containerd §1.5)."""
+"""The container service: container metadata, and nothing that runs (containerd's rules)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The content service: the committed blobs of one namespace, and the ingests on their way (containerd §1.1)."""
+"""The content service: the committed blobs of one namespace, and the ingests on their way (containerd's rules)."""
 
 from __future__ import annotations
 

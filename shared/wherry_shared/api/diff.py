@@ -1,4 +1,4 @@
-"""The diff service: layers onto mounts (containerd §1.4)."""
+"""The diff service: layers onto mounts (containerd's rules)."""
 
 from __future__ import annotations
 

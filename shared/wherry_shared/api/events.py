@@ -1,4 +1,4 @@
-"""The events service: the durable stream of what happened (containerd §1.7)."""
+"""The events service: the durable stream of what happened (containerd's rules)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The image service: names that point into content (containerd §1.2)."""
+"""The image service: names that point into content (containerd's rules)."""
 
 from __future__ import annotations
 

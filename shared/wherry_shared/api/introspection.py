@@ -1,4 +1,4 @@
-"""The introspection service: what runs here, which plugins, what they can (containerd §1.8)."""
+"""The introspection service: what runs here, which plugins, what they can (containerd's rules)."""
 
 from __future__ import annotations
 

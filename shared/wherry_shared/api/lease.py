@@ -1,4 +1,4 @@
-"""The lease service: what is kept while work is under way (containerd §1.10)."""
+"""The lease service: what is kept while work is under way (containerd's rules)."""
 
 from __future__ import annotations
 

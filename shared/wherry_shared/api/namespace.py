@@ -1,4 +1,4 @@
-"""The namespace service (containerd §1.9). Its calls belong to no namespace themselves."""
+"""The namespace service (containerd's rules). Its calls belong to no namespace themselves."""
 
 from __future__ import annotations
 

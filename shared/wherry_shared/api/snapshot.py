@@ -1,4 +1,4 @@
-"""The snapshot service: filesystem snapshots as mounts that somebody else mounts (containerd §1.3)."""
+"""The snapshot service: filesystem snapshots as mounts that somebody else mounts (containerd's rules)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The task service: running containers over any OCI runtime (containerd §1.6)."""
+"""The task service: running containers over any OCI runtime (containerd's rules)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process gets as its standard streams, and what the monitor keeps open for it (containerd's rules, §4.1).
+"""What a process gets as its standard streams, and what the monitor keeps open for it (containerd's rules).
 
 A FIFO is handed to the container as it is and no byte passes through the monitor. A plain pipe and a copying loop, as
 containerd's shim has, are only needed where the runtime library cannot pass the FIFO on; here it saves two copies, a
