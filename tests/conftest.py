@@ -1,12 +1,31 @@
-"""What the tests with a whole node share: a registry, an image in it, and a namespace of one's own."""
+"""What the tests with a whole node share: a registry, an image in it, and a namespace of one's own.
+
+And the option that says which backends the suites of the ports run on (backends.py).
+"""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
 
+import backends
 import pytest
 from images import Registry, busybox
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        backends.OPTION, action="append", default=[], metavar="KIND/NAME",
+        help="run the conformance suites on this backend alone (repeatable): snapshot/btrfs, content/local",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    backends.ask(config.getoption(backends.OPTION))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    backends.keep_chosen(config, items)
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ class HouseBus(Bus):
         return self._places[service]
 
     async def serve(self, implementation: Any, **options: Any) -> Server:
-        return await (await self.of(implementation.service)).serve(implementation, **options)
+        return await (await self.of(implementation.owner)).serve(implementation, **options)
 
     async def drain(self, timeout: float = 10.0) -> None:
         for place in self._places.values():

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Step = Literal["resolving", "waiting", "downloading", "exists", "downloaded", "unpacking", "unpacked", "done"]
+Step = Literal[
+    "resolving", "waiting", "downloading", "exists", "downloaded", "stored", "converting", "converted", "unpacking",
+    "unpacked", "done",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

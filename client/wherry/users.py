@@ -6,25 +6,18 @@ leaving a layer through a link.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import stat
 from collections.abc import Iterator, Sequence
 
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound
+from wherry_shared.openat2 import IN_ROOT, NO_MAGICLINKS, openat2
 from wherry_shared.values import Mount
 
 from .spec import User
 
 ID_MAX = (1 << 31) - 1
 FILE_MAX = 10 << 20
-_OPENAT2 = 437
-_RESOLVE_IN_ROOT, _RESOLVE_NO_MAGICLINKS = 0x10, 0x02
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-class _OpenHow(ctypes.Structure):
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
 def resolve(wish: str, mounts: Sequence[Mount]) -> User:
@@ -135,11 +128,6 @@ def _open_inside(root: str, path: str) -> int:
     """A descriptor (O_PATH) of `path` under `root`; links never lead out of it."""
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        how = _OpenHow(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
-        fd: int = _libc.syscall(_OPENAT2, directory, path.encode(), ctypes.byref(how), ctypes.sizeof(how))
-        if fd < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), path)
-        return fd
+        return openat2(directory, path, os.O_PATH, IN_ROOT | NO_MAGICLINKS)
     finally:
         os.close(directory)

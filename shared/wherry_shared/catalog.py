@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from . import context
-from .contract import pack, unpack
+from .contract import Encoded, pack, pack_page, unpack
 from .errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
-from .filters import Adaptor, compile_filters
+from .filters import Adaptor, Matcher, compile_filters
 from .sqlite import Database, Transaction
 from .values import Model, Page
 
@@ -44,7 +44,6 @@ class Table(Generic[M]):
     ) -> None:
         self.database = database
         self._model = model
-        self._page: type[Page[M]] = Page[model]  # type: ignore[valid-type]
         self._noun = noun
         self._key = key
         self._adaptor = adaptor
@@ -56,34 +55,46 @@ class Table(Generic[M]):
             raise self.missing(key)
         return self._model.model_validate(unpack(row[0]))
 
+    def answer(self, namespace: str, key: str) -> M:
+        """One record for an answer: as it is stored, which is how it travels (`contract.Encoded`). NotFound."""
+        row = self.database.one("SELECT record FROM records WHERE namespace = ? AND key = ?", (namespace, key))
+        if row is None:
+            raise self.missing(key)
+        return cast(M, Encoded(row[0]))
+
     async def page(
         self, namespace: str, filters: Sequence[str], after: str, limit: int, *, keep: Callable[[M], bool] | None = None
     ) -> Page[M]:
-        """The records after the key `after`, in order of their keys (by code points), that the filters match.
+        """The records after the key `after`, in order of their keys (by code points), that the filters match: a page
+        for an answer, as it travels (`contract.Encoded`).
 
         At most `limit` (clamped to 1..1000) of them and about 448 KiB. Other requests run every few milliseconds, so
         what is written meanwhile may or may not be seen.
         """
         matches = compile_filters(filters)
         limit = min(max(limit, 1), LIMIT_MAX)
-        items: list[M] = []
+        plain = matches.everything and keep is None
+        documents: list[bytes] = []
         size = 0
         turn = time.monotonic() + _TURN
         while True:
             rows = self._rows(namespace, after, _CHUNK)
             for key, document in rows:
-                record = self._model.model_validate(unpack(document))
-                if (matches.everything or matches(self._adaptor(record))) and (keep is None or keep(record)):
-                    if items and (len(items) == limit or size + len(document) > PAGE_BYTES):
-                        return self._page(items=items, next=after)
-                    items.append(record)
+                if plain or self._fits(document, matches, keep):
+                    if documents and (len(documents) == limit or size + len(document) > PAGE_BYTES):
+                        return cast(Page[M], pack_page(documents, after))
+                    documents.append(document)
                     size += len(document)
                 after = key
                 if time.monotonic() > turn:
                     await asyncio.sleep(0)
                     turn = time.monotonic() + _TURN
             if len(rows) < _CHUNK:
-                return self._page(items=items)
+                return cast(Page[M], pack_page(documents, ""))
+
+    def _fits(self, document: bytes, matches: Matcher, keep: Callable[[M], bool] | None) -> bool:
+        record = self._model.model_validate(unpack(document))
+        return (matches.everything or matches(self._adaptor(record))) and (keep is None or keep(record))
 
     def keys(self, namespace: str) -> list[str]:
         """Every key of a namespace, in order."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -80,9 +80,14 @@ def namespace() -> str:
     return ns
 
 
-def enter(context: Context) -> None:
-    """Make `context` current in this task (the server's edge: each request is a task of its own)."""
-    _current.set(context)
+def enter(context: Context) -> Token[Context]:
+    """Make `context` current (the server's edge: a request is a task of its own, or is left again)."""
+    return _current.set(context)
+
+
+def leave(token: Token[Context]) -> None:
+    """Go back to what was current before `enter`."""
+    _current.reset(token)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import threading
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -28,6 +28,7 @@ from .values import Model, explain
 
 F = TypeVar("F", bound=Callable[..., Any])
 _DECLARED = "__wherry_endpoint__"
+IMMEDIATE = "__wherry_immediate__"
 # Bounds of a decoded body: a body is under 1 MiB, so no text or bytes can be longer.
 _LIMIT = 1 << 20
 # How many lists and maps, and entries in one of them, a body may have.
@@ -54,6 +55,21 @@ def endpoint(
     return mark
 
 
+def immediate(method: F) -> F:
+    """Say of a service's operation that it never waits: it is answered where it is read, without a task or a timer.
+
+    It may be awaited like any other; one that waits all the same is answered as Internal.
+    """
+    setattr(method, IMMEDIATE, True)
+    return method
+
+
+class Encoded(bytes):
+    """A reply as it travels: what a store keeps encoded is not decoded only to be encoded again."""
+
+    __slots__ = ()
+
+
 class _Packer(threading.local):
     """One a thread: making one for each document takes longer than the packing."""
 
@@ -69,13 +85,13 @@ def pack(value: Any) -> bytes:
     return _packer.pack(value)
 
 
-def unpack(data: bytes) -> Any:
+def unpack(data: bytes, *, bounded: bool = True) -> Any:
     """The value of one msgpack document.
 
-    DataLoss when it is malformed, nested too deep, of foreign types, or of more than 65536 lists and maps: each of
-    them takes a hundred times its byte in memory.
+    DataLoss when it is malformed, nested too deep or of foreign types, and, unless its sender is trusted (`bounded`
+    is False), of more than 65536 lists and maps: each of them takes a hundred times its byte in memory.
     """
-    hook = _Counter() if len(data) > CONTAINERS_MAX else None
+    hook = _Counter() if bounded and len(data) > CONTAINERS_MAX else None
     try:
         return msgpack.unpackb(
             data, timestamp=3, strict_map_key=True, ext_hook=_no_extension, max_str_len=_LIMIT, max_bin_len=_LIMIT,
@@ -83,6 +99,13 @@ def unpack(data: bytes) -> Any:
         )  # fmt: skip
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as e:
         raise DataLoss(f"message body is not a valid msgpack document: {type(e).__name__}") from None
+
+
+def pack_page(documents: Sequence[bytes], next: str) -> Encoded:
+    """A `values.Page` of items that are encoded already."""
+    packer = msgpack.Packer()
+    head = packer.pack_map_header(2) + packer.pack("items") + packer.pack_array_header(len(documents))
+    return Encoded(head + b"".join(documents) + packer.pack("next") + packer.pack(next))
 
 
 def _no_extension(code: int, data: bytes) -> Any:
@@ -202,14 +225,16 @@ class Endpoint:
             raise InvalidArgument(f"{self.contract.service}.{self.name}: {e}") from None
 
     def encode_reply(self, value: Any) -> bytes:
-        return value if self._opaque else pack(self.reply.serializer.to_python(value))
+        if self._opaque or type(value) is Encoded:
+            return value  # type: ignore[no-any-return]
+        return pack(self.reply.serializer.to_python(value))
 
     def decode_reply(self, data: bytes) -> Any:
         """The reply's value. DataLoss when the service sent what its contract does not promise."""
         if self._opaque:
             return data
         try:
-            return self.reply.validator.validate_python(unpack(data))
+            return self.reply.validator.validate_python(unpack(data, bounded=False))
         except ValidationError as e:
             raise DataLoss(f"reply of {self.contract.service}.{self.name}: {explain(e)}") from None
 
@@ -218,24 +243,26 @@ class Contract(Protocol):
     """Base of all contracts. `service` and `version` come from the class statement, `endpoints` from the methods.
 
     namespaced: False for contracts that belong to no namespace (`_` stands in their subjects), None for either.
+    owner: the service whose process serves it: itself, unless it is a second contract of that one.
     events: what its service publishes: each topic with the fields of its event.
     """
 
     service: ClassVar[str] = ""
     version: ClassVar[str] = ""
+    owner: ClassVar[str] = ""
     namespaced: ClassVar[bool | None] = True
     endpoints: ClassVar[dict[str, Endpoint]] = {}
     events: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(
         cls, *, service: str = "", version: str = "", namespaced: bool | None = True,
-        events: Mapping[str, str] | None = None, **kwargs: Any,
+        events: Mapping[str, str] | None = None, owner: str = "", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init_subclass__(**kwargs)
         if not service:
             return
         cls.service, cls.version, cls.namespaced = service, version, namespaced
+        cls.owner = owner or service
         cls.events = events or {}
-        cls.endpoints = {
-            name: Endpoint(cls, function) for name, function in vars(cls).items() if hasattr(function, _DECLARED)
-        }
+        declared = {n: f for base in reversed(cls.__mro__) for n, f in vars(base).items() if hasattr(f, _DECLARED)}
+        cls.endpoints = {name: Endpoint(cls, function) for name, function in declared.items()}

@@ -120,7 +120,7 @@ class Host:
         self.metadata: dict[str, str] = {}
         self.immediate_stop = False
         self._stack = stack
-        self._after_serving: list[Callable[[], Awaitable[None]]] = []
+        self.also: list[Contract] = []
 
     async def database(self, migrations: Sequence[str], *, shared: bool = False) -> Database:
         """The service's database, with its outbox relayed. `shared`: replicas on the same root may have it open too.
@@ -146,6 +146,10 @@ class Host:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FailedPrecondition(f"{path.parent} is in use by another {self.settings.service} service") from None
+
+    def also_serve(self, implementation: Contract) -> None:
+        """Serve a second contract of this service's, from the same moment on as the one that `build` answers."""
+        self.also.append(implementation)
 
     def on_stop(self, undo: Callable[[], Awaitable[None]]) -> None:
         """Run `undo` at the end, after the last request and in reverse order."""
@@ -189,6 +193,8 @@ async def _serve(settings: Settings, build: Build) -> None:
         # What is there now stays to the end: without it, a full collection takes a fraction of the time.
         gc.collect()
         gc.freeze()
+        for second in host.also:
+            await bus.serve(second, instance=host.instance)
         server = await bus.serve(implementation, instance=host.instance, metadata=host.metadata)
         log.info("serving on node %s as %s", settings.node, server.instance)
         await stop.wait()

@@ -27,7 +27,8 @@ _PRAGMAS = (
 _RESTORE = "restore it from a backup, or move it away with its -wal and its .ballast to start empty"
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path) -> sqlite3.Connection:
+    """A connection with the house's settings; any thread may use it, one at a time."""
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
     try:
         os.chmod(path, 0o600)
@@ -64,11 +65,11 @@ def open_database(path: Path, migrations: Sequence[str]) -> tuple[sqlite3.Connec
 def _open(path: Path, migrations: Sequence[str]) -> tuple[sqlite3.Connection, sqlite3.Connection]:
     opened: list[sqlite3.Connection] = []
     try:
-        opened.append(_connect(path))
+        opened.append(connect(path))
         if path.stat().st_size <= CHECKED_BYTES_MAX:
             _check(opened[0], path)
         _migrate(opened[0], migrations, path)
-        opened.append(_connect(path))
+        opened.append(connect(path))
     except BaseException:
         for connection in opened:
             connection.close()

@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import context
+from . import context, epoch
 from .errors import Internal, InvalidArgument, ResourceExhausted, Unavailable, WherryError
-from .schema import Ballast, is_broken, is_full, open_database, translate
+from .schema import Ballast, connect, is_broken, is_full, open_database, translate
 from .values import check_identifier, now
 
 T = TypeVar("T")
@@ -30,6 +30,8 @@ T = TypeVar("T")
 log = logging.getLogger("wherry.sqlite")
 
 GROUP_MAX = 64
+# While a collection's freeze holds writes, this often is looked whether it is over.
+HELD_SECONDS = 0.001
 REMEMBER_SECONDS = 600
 # An event must fit into a message of 1 MiB, with its envelope and its headers.
 EVENT_BYTES_MAX = 960 << 10
@@ -70,18 +72,24 @@ class Transaction:
 class _Write:
     """A queued write: its function, the context it was asked in, and where its result goes."""
 
-    __slots__ = ("context", "error", "frees", "function", "future", "remember", "result")
+    __slots__ = ("context", "error", "frees", "function", "future", "passes", "remember", "result")
 
     def __init__(
-        self, function: Callable[[Transaction], Any], future: asyncio.Future[Any], *, frees: bool, remember: bool
-    ) -> None:
+        self, function: Callable[[Transaction], Any], future: asyncio.Future[Any], *, frees: bool, remember: bool,
+        passes: bool,
+    ) -> None:  # fmt: skip
         self.function = function
+        self.passes = passes
         self.remember = remember
         self.future = future
         self.frees = frees
         self.context = contextvars.copy_context()
         self.result: Any = None
         self.error: BaseException | None = None
+
+
+class _Frozen(Exception):
+    """A collection's freeze holds the write."""
 
 
 class Database:
@@ -95,6 +103,9 @@ class Database:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name=f"sqlite:{path.name}", daemon=True)
         self._closed = False
+        self._epochs = epoch.takes_part(writer.execute)
+        self._aside: sqlite3.Connection | None = None
+        self._aside_lock = threading.Lock()
         self._ballast = Ballast(path)
         self._spare = self._ballast.make()
         self.on_events: Callable[[], None] | None = None
@@ -139,11 +150,32 @@ class Database:
         """
         return await self._enqueue(function, frees=frees, remember=True)
 
-    async def _enqueue(self, function: Callable[[Transaction], T], *, frees: bool, remember: bool) -> T:
+    async def collect(self, function: Callable[[Transaction], T]) -> T:
+        """A write of the garbage collector's: no freeze holds it."""
+        return await self._enqueue(function, frees=True, remember=False, passes=True)
+
+    async def aside(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        """Read much in a thread, on a connection of its own: neither the event loop nor a write waits for it."""
+        return await asyncio.to_thread(self._run_aside, function)
+
+    def _run_aside(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        with self._aside_lock:
+            if self._closed:
+                raise Unavailable(f"database {self.path} is closed")
+            try:
+                if self._aside is None:
+                    self._aside = connect(self.path)
+                return function(self._aside)
+            except sqlite3.DatabaseError as e:
+                raise translate(e, self.path) from None
+
+    async def _enqueue(
+        self, function: Callable[[Transaction], T], *, frees: bool, remember: bool, passes: bool = False
+    ) -> T:
         if self._closed:
             raise Unavailable(f"database {self.path} is closed")
         future: asyncio.Future[T] = self._loop.create_future()
-        self._queue.put(_Write(function, future, frees=frees, remember=remember))
+        self._queue.put(_Write(function, future, frees=frees, remember=remember, passes=passes))
         return await future
 
     async def close(self) -> None:
@@ -153,33 +185,65 @@ class Database:
         self._closed = True
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._close_aside)
         self._reader.close()
         self._writer.close()
 
     # ---- the writer's thread
 
+    def _close_aside(self) -> None:
+        with self._aside_lock:
+            if self._aside is not None:
+                self._aside.close()
+
     def _work(self) -> None:
-        stop = False
-        while not stop:
-            first = self._queue.get()
-            if first is None:
-                return
-            group = [first]
-            while len(group) < GROUP_MAX:
-                try:
-                    more = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-                if more is None:
-                    stop = True
-                    break
-                group.append(more)
-            try:
-                events = self._commit(group)
-            except Exception as e:  # nothing may end this thread: every later write would wait for ever
-                log.exception("a group of writes to %s failed", self.path)
-                events = self._fail(group, Internal(f"database {self.path}: {type(e).__name__}"))
-            self._loop.call_soon_threadsafe(self._settle, group, events)
+        waiting: list[_Write] = []
+        held, more = False, True
+        while more or waiting:
+            more = self._gather(waiting, held=held, more=more)
+            if held and (passing := [w for w in waiting if w.passes]):
+                waiting = [w for w in waiting if not w.passes]
+                self._do(passing)
+            group = waiting[:GROUP_MAX]
+            held = bool(group) and not self._do(group)
+            if not held:
+                del waiting[:GROUP_MAX]
+
+    def _gather(self, waiting: list[_Write], *, held: bool, more: bool) -> bool:
+        """Add what is queued to `waiting`, at least one unless a freeze holds some. Answers whether more may come."""
+        if not more:
+            time.sleep(HELD_SECONDS if held else 0.0)
+            return False
+        try:
+            if not waiting:
+                more = self._take(waiting, None)
+            elif held:
+                more = self._take(waiting, HELD_SECONDS)
+            while more and (held or len(waiting) < GROUP_MAX):
+                more = self._take(waiting, 0.0)
+        except queue.Empty:
+            return True
+        return more
+
+    def _take(self, waiting: list[_Write], patience: float | None) -> bool:
+        """Add the next that is queued. False when it is the end."""
+        write = self._queue.get(timeout=patience) if patience != 0 else self._queue.get_nowait()
+        if write is None:
+            return False
+        waiting.append(write)
+        return True
+
+    def _do(self, group: list[_Write]) -> bool:
+        """Commit a group and tell its callers. False when a freeze holds it: nothing was done then."""
+        try:
+            events = self._commit(group)
+        except _Frozen:
+            return False
+        except Exception as e:  # nothing may end this thread: every later write would wait for ever
+            log.exception("a group of writes to %s failed", self.path)
+            events = self._fail(group, Internal(f"database {self.path}: {type(e).__name__}"))
+        self._loop.call_soon_threadsafe(self._settle, group, events)
+        return True
 
     def _commit(self, group: list[_Write]) -> int:
         try:
@@ -225,6 +289,8 @@ class Database:
         connection = self._writer
         connection.execute("BEGIN IMMEDIATE")
         try:
+            if self._epochs and epoch.holds(connection.execute) and not all(w.passes for w in group):
+                raise _Frozen
             transaction = Transaction(connection)
             for write in group:
                 if not write.future.cancelled():  # its caller has given up before it began

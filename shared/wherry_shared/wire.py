@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel
 
-from .api import contracts
+from .api import contracts, second_contracts
 from .bus import subjects
 from .contract import Endpoint
 from .values import Digest, Identifier, Labels, Name
@@ -30,7 +30,7 @@ def text() -> str:
         "Bodies are msgpack maps of the parameters (bytes are answered raw); ! marks what an idempotency key protects.",
         "Every operation may also answer with InvalidArgument, Unavailable and DeadlineExceeded.",
     ]
-    for contract in contracts():
+    for contract in [*contracts(), *second_contracts()]:
         lines += ["", f"{contract.service} {contract.version}"]
         token = {True: "<ns>", False: "_", None: "<ns>|_"}[contract.namespaced]
         for endpoint in contract.endpoints.values():

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from backends import BackendName, chosen_backends
+from grounds import btrfs_disk
 from housebus import NODE, HouseServer
 from wherry_shared.bus import Bus
 from wherry_shared.memory import MemoryTransport
 
-sys.path.append(str(Path(__file__).parent))  # for toys.py and counting.py
+sys.path.append(str(Path(__file__).parent))  # for toys.py, counting.py and shelves.py
+sys.path.append(str(Path(__file__).parent.parent / "snapshot"))  # for snapshot_rig.py
 
+from shelves import Shelf
+from snapshot_rig import House
 from toys import Toy, Toys
 
 
@@ -50,3 +56,34 @@ async def toy(bus: Bus) -> Toy:
 def toys(bus: Bus) -> Toys:
     """Its proxy."""
     return bus.proxy(Toys, namespace="default")
+
+
+@pytest.fixture(scope="session")
+def btrfs_ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | str]:
+    """A btrfs for all tests, or why there is none."""
+    try:
+        with btrfs_disk(tmp_path_factory.mktemp("ground") / "btrfs") as disk:
+            yield disk
+    except OSError as e:
+        yield str(e)
+
+
+@pytest.fixture(params=chosen_backends("snapshot"))
+async def shelf(request: pytest.FixtureRequest, bus: Bus, tmp_path: Path) -> AsyncIterator[Shelf]:
+    """Each snapshotter, in a service of its own. A third party's may need --basetemp on a filesystem that it likes."""
+    backend: BackendName = request.param
+    root = tmp_path
+    if backend == "btrfs":
+        ground = request.getfixturevalue("btrfs_ground")
+        if isinstance(ground, str):
+            backend.refuse(ground)
+        root = ground / secrets.token_hex(8)
+        root.mkdir()
+    house = House(bus, root)
+    await house.start()
+    plugin = house.plugin(backend)
+    if "init_error" in plugin:
+        await house.stop()
+        backend.refuse(plugin["init_error"])
+    yield Shelf(house, backend, frozenset(plugin["capabilities"]))
+    await house.stop()

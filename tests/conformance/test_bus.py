@@ -21,6 +21,7 @@ from wherry_shared.errors import (
     DeadlineExceeded,
     Internal,
     InvalidArgument,
+    NotFound,
     ResourceExhausted,
     Unavailable,
     WherryError,
@@ -379,3 +380,17 @@ async def test_one_instance_of_several(bus: Bus, toys: Toys) -> None:
     for bad in ("*", ">", "a b", "a.", "x\r\ny"):
         with pytest.raises(InvalidArgument):
             await at_instance(toys, bad).tell()
+
+
+async def test_what_is_immediate_is_answered_without_a_task_and_sees_its_namespace(toy: Toy, toys: Toys) -> None:
+    before = context.current()
+    assert await toys.now("a") == "default a"
+    with pytest.raises(NotFound, match="no b"):
+        await toys.now("b")
+    assert context.current() == before
+
+
+async def test_what_is_immediate_and_waits_all_the_same_is_a_bug_and_told(toy: Toy, toys: Toys) -> None:
+    with pytest.raises(Internal, match=r"image\.now"):
+        await toys.now("wait")
+    assert await toys.now("a") == "default a"

@@ -14,8 +14,8 @@ from wherry_shared import context
 from wherry_shared.bus import Bus, subjects
 from wherry_shared.bus.proxy import DEADLINE, ERROR_CODE, KEY, LEASE
 from wherry_shared.bus.transport import Message
-from wherry_shared.contract import Contract, endpoint, pack
-from wherry_shared.errors import ERRORS, AlreadyExists
+from wherry_shared.contract import Contract, endpoint, immediate, pack
+from wherry_shared.errors import ERRORS, AlreadyExists, NotFound
 from wherry_shared.memory import MemoryTransport
 from wherry_shared.sqlite import Database, Transaction
 from wherry_shared.values import Name
@@ -54,6 +54,11 @@ class Toys(Contract, Protocol, service="image", version="1.2.3"):
     @endpoint(*ERRORS.values())
     async def fail(self, code: int, message: str) -> None:
         """Fail."""
+        ...
+
+    @endpoint(NotFound)
+    async def now(self, name: Name) -> str:
+        """The namespace and the name, at once; not of "b", and "wait" waits."""
         ...
 
     @endpoint()
@@ -127,6 +132,14 @@ class Toy(Toys):
         if code in ERRORS:
             raise ERRORS[code](message)
         raise {100: ValueError, 101: TimeoutError, 102: asyncio.CancelledError, 103: RecursionError}[code](message)
+
+    @immediate
+    async def now(self, name: str) -> str:
+        if name == "b":
+            raise NotFound("no b")
+        if name == "wait":
+            await asyncio.sleep(0)
+        return f"{context.namespace()} {name}"
 
     async def fill(self, size: int) -> bytes:
         return b"\xa5" * size

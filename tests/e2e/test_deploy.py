@@ -322,7 +322,7 @@ async def _count(bus: Bus, node: str, expect: int) -> dict[str, int]:
 # ---- a service's own environment
 
 OURS = {*(f"wherry_{name}" for name in SERVICES), "wherry"}
-CLIENTS = {"aiohttp", "typer", "rich", "nats_server"}
+CLIENTS = {"h11", "typer", "rich", "nats_server"}
 REPORT = """
 import importlib, importlib.util, json, sys
 importlib.import_module(sys.argv[1])

@@ -5,6 +5,7 @@ Test folders are not packages here: who needs this puts the folder on sys.path, 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -61,6 +62,10 @@ class House:
     async def restart(self) -> None:
         await self.stop()
         await self.start()
+
+    def plugin(self, snapshotter: str) -> dict[str, Any]:
+        """What introspection is told of a snapshotter."""
+        return next(p for p in json.loads(self.host.metadata["plugins"]) if p["id"] == snapshotter)
 
     def directories(self, snapshotter: str) -> set[str]:
         """What lies where the backend keeps its snapshots."""

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import re
+import ssl
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from urllib.parse import parse_qsl, urldefrag, urlencode, urlsplit, urlunsplit
 
-import aiohttp
 from wherry_shared.errors import NotFound, PermissionDenied, Unauthenticated
-from yarl import URL
 
+from . import http
 from .credentials import Credentials, CredentialSource
 from .documents import parse_object
 from .hosts import Kind, Origin
@@ -60,17 +61,38 @@ def parse_challenges(values: Iterable[str]) -> list[Challenge]:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What is asked of one registry: `actions` ("pull", "pull,push") on one repository."""
+    """What is asked of one host: `actions` ("pull", "pull,push") on one repository.
+
+    registry: whose credentials are sent. prefix: where the API lies. namespace: the registry that a mirror stands
+    for. headers, tls: what the host's configuration adds, for its own origin only. source: a repository that blobs
+    are mounted from.
+    """
 
     registry: str
     origin: Origin
     repository: str
     actions: str = "pull"
+    prefix: str = "/v2"
+    namespace: str = ""
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    tls: ssl.SSLContext | None = field(default=None, compare=False, repr=False)
+    source: str = ""
 
     @property
     def scope(self) -> str:
         """The token protocol's scope."""
         return f"repository:{self.repository}:{self.actions}"
+
+    @property
+    def scopes(self) -> str:
+        """All scopes, separated by blanks."""
+        return f"{self.scope} repository:{self.source}:pull" if self.source else self.scope
+
+    def url(self, rest: str) -> str:
+        """The URL of `rest` below the repository."""
+        sign = "&" if "?" in rest else "?"
+        ns = f"{sign}ns={self.namespace}" if self.namespace else ""
+        return self.origin.url(f"{self.prefix}/{self.repository}/{rest}{ns}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +102,16 @@ class _Held:
 
 
 def narrow(asked: str, access: Access) -> str:
-    """The scope to request: the challenge's repository names (proxies rename them), never more than our actions."""
+    """The scopes to request: the challenge's repository names (proxies rename them), never more than our actions."""
     wanted = set(access.actions.split(","))
     kept = []
     for part in asked.split():
         kind, _, rest = part.partition(":")
         name, _, actions = rest.rpartition(":")
-        allowed = [a for a in actions.split(",") if a in wanted]
-        if kind == "repository" and name and allowed:
-            kept.append(f"repository:{name}:{','.join(allowed)}")
-    return " ".join(kept) or access.scope
+        if kind == "repository" and name and name != access.source and wanted & set(actions.split(",")):
+            kept.append(f"repository:{name}:{access.actions}")
+    own = " ".join(dict.fromkeys(kept)) or access.scope
+    return f"{own} repository:{access.source}:pull" if access.source else own
 
 
 class Authorizer:
@@ -103,14 +125,14 @@ class Authorizer:
 
     def header(self, access: Access) -> str | None:
         """The header to send, None while there is none or it has expired."""
-        held = self._held.get((access.origin, access.scope))
+        held = self._held.get((access.origin, access.scopes))
         return held.header if held is not None and time.monotonic() < held.expires else None
 
     async def answer(
         self, access: Access, trust: frozenset[Kind], challenges: list[Challenge], refused: str | None
     ) -> None:
         """Meet a 401: afterwards `header` holds another one than `refused`. Unauthenticated when that cannot be."""
-        key = (access.origin, access.scope)
+        key = (access.origin, access.scopes)
         # One request for a token, however many layers met the 401 at once.
         async with self._locks.setdefault(key, asyncio.Lock()):
             if self.header(access) not in (None, refused):
@@ -144,10 +166,9 @@ class Authorizer:
     ) -> _Held:
         host = access.origin.authority
         realm = self._realm(access, challenge.parameters.get("realm", ""))
-        query = {"scope": narrow(challenge.parameters.get("scope", ""), access)}
-        if challenge.parameters.get("service"):
-            query["service"] = challenge.parameters["service"]
-        raw = await self._ask(realm, trust, query, known, host)
+        query = {"service": challenge.parameters["service"]} if challenge.parameters.get("service") else {}
+        scope = narrow(challenge.parameters.get("scope", ""), access)
+        raw = await self._ask(realm, access, trust, query, scope, known)
         answer = parse_object(raw, f"the token answer for {host}", _ANSWER_MAX)
         token = answer.get("token") or answer.get("access_token")
         if not isinstance(token, str):
@@ -157,40 +178,43 @@ class Authorizer:
         # A tenth early, so that a token does not expire between being sent and being read.
         return _Held(f"Bearer {_clean(token, host)}", time.monotonic() + seconds * 0.9)
 
-    def _realm(self, access: Access, text: str) -> URL:
+    def _realm(self, access: Access, text: str) -> str:
         host = access.origin.authority
         try:
-            url = URL(text)
-            origin = Origin.of(url)
-        except (ValueError, PermissionDenied):
+            origin = Origin.of(text)
+        except PermissionDenied:
             raise PermissionDenied(f"{host} names a token service whose URL is not acceptable") from None
         if origin.scheme == "http" and access.origin.scheme != "http":
             raise PermissionDenied(f"{host} names a token service on plain http ({origin.authority})")
-        return url.with_fragment(None)
+        return urldefrag(text).url
 
     async def _ask(
-        self, realm: URL, trust: frozenset[Kind], query: dict[str, str], known: Credentials | None, registry: str
-    ) -> bytes:
+        self, realm: str, access: Access, trust: frozenset[Kind], query: dict[str, str], scope: str,
+        known: Credentials | None,
+    ) -> bytes:  # fmt: skip
         origin = Origin.of(realm)
-        headers, form, method, url = {"Accept": "application/json"}, None, "GET", realm.update_query(query)
+        headers = {"Accept": "application/json"}
+        method, body, url = "GET", None, _with_query(realm, [*query.items(), *(("scope", s) for s in scope.split())])
         if known is not None and known.identity_token:
-            method, url = "POST", realm
             form = query | {
-                "grant_type": "refresh_token", "refresh_token": known.identity_token, "client_id": "wherry",
+                "scope": scope, "grant_type": "refresh_token", "refresh_token": known.identity_token,
+                "client_id": "wherry",
             }  # fmt: skip
+            method, body, url = "POST", urlencode(form).encode(), realm
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
         elif known is not None and known.password:
             headers["Authorization"] = known.basic
+        tls = access.tls if origin == access.origin else None
 
         async def attempt() -> bytes:
             await self._wire.vet(origin, trust)
-            response = await self._wire.send(method, url, headers, form)
-            async with response:
-                await self._check(response, origin, registry)
+            async with await self._wire.send(method, url, headers, body, tls) as response:
+                await self._check(response, origin, access.origin.authority)
                 return await self._wire.read(response, origin.authority, _ANSWER_MAX, "the token answer")
 
         return await self._wire.persist(attempt, origin.authority)
 
-    async def _check(self, response: aiohttp.ClientResponse, origin: Origin, registry: str) -> None:
+    async def _check(self, response: http.Response, origin: Origin, registry: str) -> None:
         what = f"a token for {registry}"
         if 300 <= response.status < 400:
             raise PermissionDenied(f"{origin.authority} redirects the request of {what}: not followed")
@@ -198,6 +222,14 @@ class Authorizer:
             await check_status(response, origin.authority, what)
         except (NotFound, PermissionDenied) as e:
             raise Unauthenticated(e.message) from None
+
+
+def _with_query(url: str, pairs: list[tuple[str, str]]) -> str:
+    """The URL with these parameters in the place of its own of the same names."""
+    parts = urlsplit(url)
+    names = {name for name, _ in pairs}
+    kept = [(name, value) for name, value in parse_qsl(parts.query, keep_blank_values=True) if name not in names]
+    return urlunsplit(parts._replace(query=urlencode([*kept, *pairs])))
 
 
 def _clean(token: str, host: str) -> str:

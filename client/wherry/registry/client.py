@@ -8,10 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import aiohttp
 from wherry_shared.errors import DataLoss, InvalidArgument, ResourceExhausted, Unimplemented, WherryError
 from wherry_shared.values import Descriptor, check_digest
 
+from . import http
 from .auth import Access, Authorizer
 from .credentials import CredentialSource, DockerConfig
 from .documents import (
@@ -126,10 +126,10 @@ class Registry:
             refuse_foreign(descriptor)
         access = self._access(ref)
         what = f"blob {descriptor.digest}"
-        path = _path(ref, f"blobs/{descriptor.digest}")
+        path = f"blobs/{descriptor.digest}"
         headers = {"Accept": "*/*"}
 
-        async def open_(extra: Mapping[str, str]) -> aiohttp.ClientResponse:
+        async def open_(extra: Mapping[str, str]) -> http.Response:
             if is_foreign(descriptor.media_type) and descriptor.urls:
                 return await self._open_foreign(access, descriptor, {**headers, **extra})
             return await self._transport.get(access, path, {**headers, **extra}, what)
@@ -137,9 +137,7 @@ class Registry:
         hasher = make_hasher(verify, descriptor.digest, offset)
         return Download(self._wire, open_, descriptor, access.origin.authority, offset, hasher).chunks()
 
-    async def _open_foreign(
-        self, access: Access, descriptor: Descriptor, headers: Mapping[str, str]
-    ) -> aiohttp.ClientResponse:
+    async def _open_foreign(self, access: Access, descriptor: Descriptor, headers: Mapping[str, str]) -> http.Response:
         refusal: Exception = InvalidArgument(f"layer {descriptor.digest} names no URL")
         for url in descriptor.urls[:_URLS_MAX]:
             try:
@@ -158,7 +156,7 @@ class Registry:
         host = access.origin.authority
 
         async def attempt() -> tuple[bytes, Mapping[str, str]]:
-            async with await self._transport.get(access, _path(ref, path), _ACCEPT, what) as response:
+            async with await self._transport.get(access, path, _ACCEPT, what) as response:
                 return await self._wire.read(response, host, bound, what, excess), response.headers
 
         return await self._wire.persist(attempt, host)
@@ -179,11 +177,6 @@ class Registry:
         hasher.update(raw)
         check_digest_of(hasher, descriptor.digest, host)
         return raw
-
-
-def _path(ref: Reference, rest: str) -> str:
-    # Every part was checked against a grammar that needs no quoting.
-    return f"/v2/{ref.repository}/{rest}"
 
 
 def _hex(raw: bytes, algorithm: str) -> str:

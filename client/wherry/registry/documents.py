@@ -83,6 +83,14 @@ def is_foreign(media_type: str) -> bool:
 
 def parse_object(raw: bytes, what: str, bound: int = DOCUMENT_MAX) -> dict[str, Any]:
     """A JSON object of at most `bound` bytes, DEPTH_MAX deep, VALUES_MAX values, without duplicate keys or NaN."""
+    value = parse_value(raw, what, bound)
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"{what} is not a JSON object")
+    return value
+
+
+def parse_value(raw: bytes, what: str, bound: int = DOCUMENT_MAX) -> Any:
+    """Any JSON value within the bounds of `parse_object`."""
     if len(raw) > bound:
         raise ResourceExhausted(f"{what} is longer than {bound} bytes")
     # Counted before parsing, commas inside strings included: a bound on memory, not a syntax check.
@@ -96,8 +104,6 @@ def parse_object(raw: bytes, what: str, bound: int = DOCUMENT_MAX) -> dict[str, 
         raise InvalidArgument(f"{what} names a key twice") from None
     except ValueError:
         raise InvalidArgument(f"{what} is not valid JSON") from None
-    if not isinstance(value, dict):
-        raise InvalidArgument(f"{what} is not a JSON object")
     _check_depth(value, what)
     return value
 

@@ -12,15 +12,15 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Protocol
 
-import aiohttp
 from wherry_shared.errors import DataLoss, InvalidArgument, OutOfRange, Unavailable
 from wherry_shared.values import Descriptor
 
+from . import http
 from .wire import Pace, Transient, Wire, failure
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(?:(\d{1,19})|\*)")
 
-Open = Callable[[Mapping[str, str]], Awaitable[aiohttp.ClientResponse]]
+Open = Callable[[Mapping[str, str]], Awaitable[http.Response]]
 """request headers -> an answer with status 200 or 206; raises Transient or a typed error."""
 
 
@@ -79,7 +79,7 @@ class Download:
         if self._hasher is not None:
             check_digest_of(self._hasher, self._digest, self._host)
 
-    async def _body(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+    async def _body(self, response: http.Response) -> AsyncGenerator[bytes, None]:
         skip = self._to_skip(response)
         while chunk := await self._read(response):
             if skip:
@@ -96,7 +96,7 @@ class Download:
             short = f"{self._host} sent {self.position} of the {self._size} bytes of {self._digest}"
             raise Transient(DataLoss(short))
 
-    async def _answer(self) -> aiohttp.ClientResponse:
+    async def _answer(self) -> http.Response:
         # The first request of a whole blob goes without Range: caches before registries like it better.
         if self.position == 0:
             return await self._open({})
@@ -105,7 +105,7 @@ class Download:
         except OutOfRange:
             raise DataLoss(f"{self._host} has fewer than the {self._size} bytes of {self._digest}") from None
 
-    def _to_skip(self, response: aiohttp.ClientResponse) -> int:
+    def _to_skip(self, response: http.Response) -> int:
         """Bytes of the answer to leave out; raises where the headers contradict the descriptor or the request."""
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise DataLoss(f"{self._host} sent {self._digest} in an encoding that was not asked for")
@@ -123,7 +123,7 @@ class Download:
             )
         return skip
 
-    def _range_length(self, response: aiohttp.ClientResponse) -> int:
+    def _range_length(self, response: http.Response) -> int:
         match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if match is None or self.position == 0:
             raise DataLoss(f"{self._host} sent a part of {self._digest} that does not say which, or was not asked for")
@@ -132,12 +132,12 @@ class Download:
             raise DataLoss(f"{self._host} sent another part of {self._digest} than was asked for")
         return last - first + 1
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _read(self, response: http.Response) -> bytes:
         now = asyncio.get_running_loop().time
         before = now()
         try:
-            chunk = await response.content.readany()
-        except (TimeoutError, aiohttp.ClientError, OSError) as e:
+            chunk = await response.readany()
+        except (TimeoutError, http.HttpError, OSError) as e:
             raise failure(self._host, e) from None
         if chunk:
             self._pace.note(now() - before, len(chunk))

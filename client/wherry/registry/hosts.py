@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from urllib.parse import urlsplit
 
-from aiohttp.abc import AbstractResolver, ResolveResult
 from wherry_shared.errors import InvalidArgument, PermissionDenied
-from yarl import URL
 
 from .reference import DEFAULT_REGISTRY
 
@@ -23,6 +23,8 @@ DEFAULT_ENDPOINT = "registry-1.docker.io"
 """Where the default registry serves its API; its own name serves a web site."""
 
 _PORTS = {"http": 80, "https": 443}
+_URL = re.compile(r"[\x21-\x7e]{1,8192}")
+_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -85,13 +87,21 @@ class Origin:
     port: int
 
     @classmethod
-    def of(cls, url: URL) -> Origin:
+    def of(cls, url: str) -> Origin:
         """The origin of an absolute http(s) URL without user information; else PermissionDenied, without its text."""
-        if url.scheme not in _PORTS or not url.host or url.port is None:
-            raise PermissionDenied(f"only http and https URLs with a host are followed, not scheme {url.scheme[:16]!r}")
-        if url.user is not None or url.password is not None:
-            raise PermissionDenied(f"a URL for {url.host} carries credentials and is not followed")
-        return cls(url.scheme, url.host.lower().rstrip("."), url.port)
+        try:
+            parts = urlsplit(url if _URL.fullmatch(url) else "")
+            scheme, host, port = parts.scheme, parts.hostname or "", parts.port
+        except ValueError:
+            raise PermissionDenied("a URL that is not valid is not followed") from None
+        if scheme not in _PORTS or not host or port == 0:
+            raise PermissionDenied(f"only http and https URLs with a host are followed, not scheme {scheme[:16]!r}")
+        if parts.username is not None or parts.password is not None:
+            raise PermissionDenied("a URL that carries credentials is not followed")
+        host = host.lower().rstrip(".")
+        if not _HOST.fullmatch(host):
+            raise PermissionDenied("a URL whose host is not valid is not followed")
+        return cls(scheme, host, port or _PORTS[scheme])
 
     @property
     def authority(self) -> str:
@@ -99,10 +109,15 @@ class Origin:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
 
-    @property
-    def url(self) -> URL:
-        """The origin's root."""
-        return URL.build(scheme=self.scheme, host=self.host, port=self.port, path="/")
+    def url(self, path: str) -> str:
+        """The URL of an absolute path here."""
+        return f"{self.scheme}://{self.authority}{path}"
+
+
+def path_of(url: str) -> str:
+    """Path and query of a URL, as they are written: a signed URL that is quoted again is another URL."""
+    parts = urlsplit(url)
+    return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
 
 def split_authority(registry: str) -> tuple[str, int | None]:
@@ -162,11 +177,11 @@ async def system_lookup(host: str, port: int) -> Sequence[str]:
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
-class PinnedResolver(AbstractResolver):
-    """Names resolved by us before each hop; the connector gets only these addresses, so what was vetted is reached.
+class PinnedResolver:
+    """Names resolved by us before each hop; connections go to these addresses only, so what was vetted is reached.
 
     Invariant: `kinds(host)` covers every address that any connection of this session to `host` can have, including
-    pooled ones: addresses are added when a name is looked up again, and never forgotten.
+    kept ones: addresses are added when a name is looked up again, and never forgotten.
     """
 
     def __init__(self, lookup: Lookup = system_lookup) -> None:
@@ -191,24 +206,7 @@ class PinnedResolver(AbstractResolver):
         """Look the name up again next time: its addresses did not answer."""
         self._current.pop(host, None)
 
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        """The connector's side: pinned addresses only, no look-up."""
-        addresses = self._current.get(host.lower().rstrip("."), ())
-        if not addresses:
-            raise OSError(f"{host} was not vetted")
-        return [
-            ResolveResult(
-                hostname=host,
-                host=address,
-                port=port,
-                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
-                proto=0,
-                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
-            )
-            for address in addresses
-        ]
-
-    async def close(self) -> None:
-        """Nothing is held."""
+    def addresses(self, host: str) -> Sequence[str]:
+        """The connection's side: the vetted addresses and no others, without a look-up."""
+        address = literal(host)
+        return (address,) if address is not None else self._current.get(host, ())

@@ -7,8 +7,8 @@ could carry anything back, the token that it was sent included.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 
-import aiohttp
 from wherry_shared.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -21,6 +21,7 @@ from wherry_shared.errors import (
     WherryError,
 )
 
+from . import http
 from .documents import parse_object
 from .wire import Transient, retry_after
 
@@ -42,10 +43,10 @@ _ERRORS: dict[int, type[WherryError]] = {
 }
 
 
-async def check_status(response: aiohttp.ClientResponse, host: str, what: str) -> None:
-    """Nothing for 200 and 206. Else the typed error; as Transient for 408, 429 and 5xx, with the host's delay."""
+async def check_status(response: http.Response, host: str, what: str, accept: Collection[int] = (200, 206)) -> None:
+    """Nothing for what is accepted. Else the typed error; as Transient for 408, 429 and 5xx, with the host's delay."""
     status = response.status
-    if status in (200, 206):
+    if status in accept:
         return
     codes = await _codes(response)
     message = f"{host} answered {status} for {what}" + (f" ({', '.join(codes)})" if codes else "")
@@ -56,12 +57,12 @@ async def check_status(response: aiohttp.ClientResponse, host: str, what: str) -
     raise _ERRORS.get(status, FailedPrecondition)(message)
 
 
-async def _codes(response: aiohttp.ClientResponse) -> list[str]:
+async def _codes(response: http.Response) -> list[str]:
     try:
         async with asyncio.timeout(_BODY_SECONDS):
-            raw = await response.content.read(_BODY_MAX)
+            raw = (await response.readany())[: _BODY_MAX + 1]
         entries = parse_object(raw, "error body", _BODY_MAX).get("errors")
-    except (TimeoutError, aiohttp.ClientError, OSError, WherryError):
+    except (TimeoutError, http.HttpError, OSError, WherryError):
         return []  # the status says enough
     if not isinstance(entries, list):
         return []

@@ -11,11 +11,9 @@ import random
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Self, TypeVar
 
-import aiohttp
 from wherry_shared.errors import (
     DeadlineExceeded,
     InvalidArgument,
@@ -25,14 +23,13 @@ from wherry_shared.errors import (
     WherryError,
 )
 from wherry_shared.values import now
-from yarl import URL
 
-from .hosts import HostRules, Kind, Origin, PinnedResolver
+from . import http
+from .hosts import HostRules, Kind, Origin, PinnedResolver, path_of
 
 T = TypeVar("T")
 
-READ_BUFFER = 1 << 20
-"""Bytes that a connection may hold before it stops reading; also the longest line or header is 8 KiB (aiohttp)."""
+USER_AGENT = "wherry/0.1.0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,31 +94,22 @@ class Wire:
         self.rules = rules
         self.limits = limits
         self._resolver = resolver
-        self._user_agent = user_agent
+        self._always = {"User-Agent": user_agent, "Accept-Encoding": "identity"}
         self._tls = tls
-        self._session: aiohttp.ClientSession | None = None
+        self._tls_lock = asyncio.Lock()
+        self._pool: http.Pool | None = None
 
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(resolver=self._resolver, use_dns_cache=False, ssl=self._tls or True)
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"User-Agent": self._user_agent, "Accept-Encoding": "identity"},
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=self.limits.connect, sock_read=self.limits.idle, ceil_threshold=3600
-            ),
-            auto_decompress=False,
-            read_bufsize=READ_BUFFER,
-            trust_env=False,
-        )
+        timeouts = http.Timeouts(self.limits.connect, self.limits.head, self.limits.idle)
+        self._pool = http.Pool(self._resolver.addresses, timeouts)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
 
     async def admit(self, registry: Origin) -> frozenset[Kind]:
         """The kinds of addresses of the host that the user named: what it may point to later."""
@@ -149,24 +137,34 @@ class Wire:
             raise Transient(Unavailable(f"{target.host} cannot be resolved: {reason}")) from None
 
     async def send(
-        self, method: str, url: URL, headers: Mapping[str, str], form: Mapping[str, str] | None = None
-    ) -> aiohttp.ClientResponse:
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | http.Body | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> http.Response:  # fmt: skip
         """The head of the answer, of whatever status; redirects are not followed. The caller vetted the URL's host
-        and closes the response. Raises Transient for what another try may cure."""
-        if self._session is None:
+        and closes the response. `tls`: the context for an https URL, the system's by default. Raises Transient for
+        what another try may cure."""
+        if self._pool is None:
             raise InvalidArgument("the registry client is closed: use it inside `async with`")
         origin = Origin.of(url)
+        context = (tls or await self._system_tls()) if origin.scheme == "https" else None
+        target = http.Target(origin.host, origin.port, context)
+        fields = {"Host": origin.authority, **self._always, **headers}
         try:
-            async with asyncio.timeout(self.limits.head):
-                return await self._session.request(method, url, headers=headers, data=form, allow_redirects=False)
-        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as e:
-            if isinstance(e, aiohttp.ClientConnectorError):
+            return await self._pool.request(method, target, url, path_of(url), fields, body)
+        except (TimeoutError, http.HttpError, OSError, ValueError) as e:
+            if isinstance(e, http.ConnectError):
                 self._resolver.unpin(origin.host)
             raise failure(origin.authority, e) from None
 
+    async def _system_tls(self) -> ssl.SSLContext:
+        async with self._tls_lock:
+            if self._tls is None:  # reading every authority's certificate takes a while
+                self._tls = await asyncio.to_thread(ssl.create_default_context)
+            return self._tls
+
     async def read(
         self,
-        response: aiohttp.ClientResponse,
+        response: http.Response,
         host: str,
         bound: int,
         what: str,
@@ -177,12 +175,12 @@ class Wire:
             raise excess(f"{what} from {host} is longer than {bound} bytes")
         parts, total = [], 0
         try:
-            while chunk := await response.content.readany():
+            while chunk := await response.readany():
                 total += len(chunk)
                 if total > bound:
                     raise excess(f"{what} from {host} is longer than {bound} bytes")
                 parts.append(chunk)
-        except (TimeoutError, aiohttp.ClientError, OSError) as e:
+        except (TimeoutError, http.HttpError, OSError) as e:
             raise failure(host, e) from None
         return b"".join(parts)
 
@@ -210,29 +208,26 @@ class Wire:
 
 
 def failure(host: str, error: Exception) -> Exception:
-    """What an exception of aiohttp means; its own text is not passed on, it may hold a URL."""
+    """What went wrong on the wire, as a typed error or as Transient."""
     if isinstance(error, TimeoutError):
         return Transient(DeadlineExceeded(f"{host} did not answer in time"))
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return PermissionDenied(f"{host}: its certificate is not trusted ({_certificate_reason(error)})")
-    if isinstance(error, aiohttp.ClientSSLError):
+    if isinstance(error, http.CertificateError):
+        return PermissionDenied(f"{host}: its certificate is not trusted ({error})")
+    if isinstance(error, http.TlsError):
         return Unavailable(f"{host} does not speak TLS as expected")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return Transient(Unavailable(f"{host} cannot be reached: {error.strerror or 'connection failed'}"))
-    if isinstance(error, aiohttp.ClientResponseError):
+    if isinstance(error, http.ConnectError):
+        return Transient(Unavailable(f"{host} cannot be reached: {error}"))
+    if isinstance(error, http.ProtocolError):
         return Transient(Unavailable(f"{host} did not answer in valid HTTP"))
-    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientConnectionError | OSError):
+    if isinstance(error, http.Dropped | OSError):
         return Transient(Unavailable(f"{host} dropped the connection"))
     return InvalidArgument(f"{host} cannot be asked for this: the URL is not valid")
 
 
-def _certificate_reason(error: aiohttp.ClientConnectorCertificateError) -> str:
-    cause = error.certificate_error
-    return str(getattr(cause, "verify_message", "") or "verification failed")
-
-
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that a Retry-After header asks for (a number or an HTTP date), None without a valid one."""
+    from email.utils import parsedate_to_datetime
+
     value = headers.get("Retry-After", "").strip()
     if value.isascii() and value.isdigit():
         return float(value[:9])

@@ -23,7 +23,7 @@ class Catalog:
         self._containers = containers
 
     def get(self, namespace: str, id: str) -> Container:
-        return self._containers.get(namespace, id)
+        return self._containers.answer(namespace, id)
 
     async def walk(self, namespace: str, filters: Sequence[str], after: str, limit: int) -> Page[Container]:
         return await self._containers.page(namespace, filters, after, limit)

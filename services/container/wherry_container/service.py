@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from wherry_shared import context
 from wherry_shared.api.container import Container, Containers
+from wherry_shared.contract import immediate
 from wherry_shared.values import Page
 
 from .catalog import Catalog
@@ -17,6 +18,7 @@ class ContainerService(Containers):
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
 
+    @immediate
     async def get(self, id: str) -> Container:
         return self._catalog.get(context.namespace(), id)
 

@@ -137,13 +137,14 @@ class Metadata:
     async def commit(
         self, namespace: str, ref: str, digest: str, size: int, labels: dict[str, str], place: Callable[[bool], None]
     ) -> Info:
-        """Turn an ingest into a blob. `place(known)` puts the file there; `known`: some namespace has the blob.
+        """Turn an ingest (ref "": one without a row) into a blob. `place(known)` puts the file there; `known`: some
+        namespace has the blob.
 
         NotFound: the ingest was aborted. AlreadyExists: this namespace has the blob; nothing is changed here.
         """
 
         def turn(tx: Transaction) -> Info:
-            if not _forget(tx, namespace, ref):
+            if ref and not _forget(tx, namespace, ref):
                 raise NotFound(f"ingest {ref!r}: not found")
             known = _known(tx, digest)
             if self._blobs.find(tx, namespace, digest) is not None:

@@ -69,6 +69,12 @@ class ContentService(Content):
         await self._let_go(INGESTS, ref)
         return info
 
+    async def put(self, data: bytes, expected: str, labels: dict[str, str] | None = None) -> Info:
+        async def keep(digest: str) -> None:
+            await self._keep(BLOBS, digest)
+
+        return await self._store.put(context.namespace(), data, expected, labels or {}, keep)
+
     async def close(self, ref: str) -> None:
         await self._store.close(context.namespace(), ref)
 

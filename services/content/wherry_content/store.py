@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -232,24 +233,53 @@ class Store:
     async def _turn(
         self, namespace: str, ref: str, writer: Writer, digest: str, total: int, labels: dict[str, str]
     ) -> Info:
-        """The ingest becomes a blob: file and row in one transaction; the one that is there already is kept."""
-        held = writer.held
-
-        def place(known: bool) -> None:
-            if not known or not self._backend.has(digest, total):
-                held.settle(digest, total)
-
         try:
-            info = await self._metadata.commit(namespace, ref, digest, total, labels, place)
+            info = await self._place(namespace, ref, writer.held, digest, total, labels)
         except AlreadyExists:
             await self._drop(namespace, ref, missing_ok=True)
+            raise
+        await self._release((namespace, ref), writer, keep=False)
+        return info
+
+    async def put(self, namespace: str, data: bytes, expected: str, labels: dict[str, str], keep: Keep) -> Info:
+        """A small blob whole; `keep(digest)` is awaited before anyone can see it."""
+        algorithm = check_digest(expected).partition(":")[0]
+        if len(data) > CHUNK:
+            raise InvalidArgument(f"blob {expected}: {len(data)} bytes at once are more than {CHUNK}")
+        found = f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
+        if found != expected:
+            raise FailedPrecondition(f"the bytes have the digest {found}, and {expected} is expected")
+        return await self._finish(self._put(namespace, data, expected, labels, keep))
+
+    async def _put(self, namespace: str, data: bytes, digest: str, labels: dict[str, str], keep: Keep) -> Info:
+        if self.present(namespace, digest):
+            await keep(digest)  # before the second look, so it cannot go in between
+            if self.present(namespace, digest):
+                await self._metadata.refuse(AlreadyExists(f"blob {digest}: already exists"))
+        held = await self._backend.open(secrets.token_hex(32), f"blob {digest}")
+        try:
+            await asyncio.gather(_fill(held, data), keep(digest))
+            return await self._place(namespace, "", held, digest, len(data), labels)
+        finally:
+            await held.release(keep=False)
+
+    async def _place(
+        self, namespace: str, ref: str, held: Held, digest: str, size: int, labels: dict[str, str]
+    ) -> Info:
+        """The ingest becomes a blob: file and row in one transaction; the one that is there already is kept."""
+
+        def place(known: bool) -> None:
+            if not known or not self._backend.has(digest, size):
+                held.settle(digest, size)
+
+        try:
+            return await self._metadata.commit(namespace, ref, digest, size, labels, place)
+        except AlreadyExists:
             raise
         except WherryError:
             with suppress(WherryError):
                 await self._metadata.unless_known(digest, lambda: held.unsettle(digest))
             raise
-        await self._release((namespace, ref), writer, keep=False)
-        return info
 
     async def close(self, namespace: str, ref: str) -> None:
         """Let go of an ingest held here; its bytes stay."""
@@ -339,6 +369,11 @@ class Store:
         elif time.monotonic() - writer.since > self._idle and not writer.lock.locked():
             log.info("ingest %r of %s: nobody wrote for %.0f s, it is let go", name[1], name[0], self._idle)
             await self._release(name, writer)
+
+
+async def _fill(held: Held, data: bytes) -> None:
+    await held.append(0, data)
+    await held.seal()
 
 
 def ingest_key(namespace: str, ref: str) -> str:

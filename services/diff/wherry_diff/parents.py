@@ -8,8 +8,7 @@ import stat
 from collections.abc import Iterator
 
 from wherry_shared.errors import NotFound
-
-from .openat2 import IN_ROOT, NO_MAGICLINKS, openat2
+from wherry_shared.openat2 import BENEATH, IN_ROOT, NO_MAGICLINKS, NO_SYMLINKS, openat2
 
 OPAQUE = "trusted.overlay.opaque"
 _RESOLVE = IN_ROOT | NO_MAGICLINKS
@@ -60,6 +59,30 @@ class Parents:
                     seen.add(name)
                     if not is_whiteout(os.stat(name, dir_fd=root, follow_symlinks=False)):
                         yield name
+
+    def names(self, path: bytes) -> set[bytes]:
+        """What the directory `path` holds in the parents taken together; nothing if it is none. No link is followed."""
+        found: set[bytes] = set()
+        gone: set[bytes] = set()
+        for index, root in enumerate(self._roots):
+            try:
+                fd = openat2(root, path, _DIRECTORY | os.O_NOFOLLOW, NO_SYMLINKS | BENEATH)
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    continue
+                if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                    break
+                raise
+            try:
+                for name in map(os.fsencode, os.listdir(fd)):
+                    if name not in found and name not in gone:
+                        removed = is_whiteout(os.stat(name, dir_fd=fd, follow_symlinks=False))
+                        (gone if removed else found).add(name)
+            finally:
+                os.close(fd)
+            if path and (self._is_opaque(index, path) or self._ends_above(index, path)):
+                break
+        return found
 
     def _find(self, path: bytes, flags: int) -> int | None:
         for index, root in enumerate(self._roots):

@@ -24,10 +24,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
+from wherry_shared.openat2 import BENEATH, NO_SYMLINKS, openat2
 
 from .limits import Limits
 from .names import join, show
-from .openat2 import BENEATH, NO_SYMLINKS, openat2
 from .parents import OPAQUE, Parents, copy_attributes, is_whiteout
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

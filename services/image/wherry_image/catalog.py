@@ -22,7 +22,7 @@ class Catalog:
         self._images = images
 
     def get(self, namespace: str, name: str) -> Image:
-        return self._images.get(namespace, name)
+        return self._images.answer(namespace, name)
 
     async def walk(self, namespace: str, filters: Sequence[str], after: str, limit: int) -> Page[Image]:
         return await self._images.page(namespace, filters, after, limit)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from wherry_shared import context
 from wherry_shared.api.image import Image, Images
 from wherry_shared.api.lease import EXPIRE_LABEL, Leases, Resource
+from wherry_shared.contract import immediate
 from wherry_shared.values import Page
 
 from .catalog import Catalog
@@ -19,6 +20,7 @@ class ImageService(Images):
         self._catalog = catalog
         self._leases = leases
 
+    @immediate
     async def get(self, name: str) -> Image:
         return self._catalog.get(context.namespace(), name)
 

@@ -36,7 +36,7 @@ async def build(host: Host) -> SnapshotService:
             broken[name] = str(e)
             host.plugin(type=PLUGIN, id=name, platforms=_platforms(), init_error=str(e))
             continue
-        found[name] = Snapshotter(name, rows, backend)
+        found[name] = Snapshotter(name, rows, backend, host.settings.options.get("sync", "background"))
         host.on_stop(found[name].close)
         await found[name].start()
         host.plugin(

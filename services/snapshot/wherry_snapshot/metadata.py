@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -22,6 +22,10 @@ MIGRATIONS = (
     CREATE INDEX snapshots_parent ON snapshots (parent);
     CREATE TABLE numbers (next INTEGER NOT NULL);
     INSERT INTO numbers VALUES (1)
+    """,
+    """
+    CREATE TABLE unsynced (
+        number INTEGER PRIMARY KEY REFERENCES snapshots (number) ON DELETE CASCADE, boot TEXT NOT NULL)
     """,
 )
 
@@ -99,6 +103,30 @@ class Rows:
     def numbers(self, snapshotter: str) -> set[int]:
         """Every directory that a snapshot owns."""
         return {n for (n,) in self.database.all("SELECT number FROM snapshots WHERE snapshotter = ?", (snapshotter,))}
+
+    def kinds(self, snapshotter: str) -> list[tuple[int, Kind]]:
+        """Every directory that a snapshot owns, and what the snapshot is."""
+        return self.database.all("SELECT number, kind FROM snapshots WHERE snapshotter = ?", (snapshotter,))
+
+    def unsynced(self, snapshotter: str) -> dict[int, str]:
+        """The committed snapshots whose files are not known to be durable, and in which boot they were committed."""
+        return dict(
+            self.database.all(
+                "SELECT u.number, u.boot FROM unsynced u JOIN snapshots s USING (number) WHERE s.snapshotter = ?",
+                (snapshotter,),
+            )
+        )
+
+    def mark_unsynced(self, tx: Transaction, number: int, boot: str) -> None:
+        tx.execute("INSERT INTO unsynced (number, boot) VALUES (?, ?)", (number, boot))
+
+    def mark_synced(self, tx: Transaction, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            tx.execute("DELETE FROM unsynced WHERE number = ?", (number,))
+
+    def get(self, tx: Transaction, number: int) -> Row:
+        """The snapshot that owns a directory."""
+        return _row(tx.one(f"{_SELECT} WHERE s.number = ?", (number,)))
 
     def find(self, source: Database | Transaction, place: Place, name: str) -> Row | None:
         """One snapshot, or None."""

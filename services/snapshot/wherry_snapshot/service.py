@@ -78,6 +78,9 @@ class SnapshotService(Snapshots):
     async def usage(self, snapshotter: str, key: str) -> Usage:
         return await self._chosen(snapshotter).usage(context.namespace(), key)
 
+    async def snapshotters(self) -> list[str]:
+        return sorted(self._snapshotters)
+
     async def cleanup(self, snapshotter: str) -> None:
         await self._chosen(snapshotter).cleanup()
 

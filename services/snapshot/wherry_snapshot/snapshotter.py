@@ -8,57 +8,51 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
+from weakref import WeakValueDictionary
 
-from wherry_shared import context
 from wherry_shared.api.snapshot import INHERITED_PREFIX, REBASE_LABEL, REF_LABEL, Info, Kind, Usage
 from wherry_shared.catalog import LIMIT_MAX, PAGE_BYTES, check_mask, raise_if_replayed
 from wherry_shared.errors import (
     Aborted,
     AlreadyExists,
     DataLoss,
-    DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    Unavailable,
     WherryError,
 )
-from wherry_shared.files import translate
 from wherry_shared.filters import compile_filters, fields
 from wherry_shared.sqlite import Database, Transaction
 from wherry_shared.values import Mount, Page, now, stored_labels, update_labels
 
-from .backends import REBASE, Backend, Check, Snapshot
+from .backends import REBASE, Backend, Snapshot
 from .metadata import Place, Row, Rows
+from .syncer import Syncer
+from .workers import Workers
 
-T = TypeVar("T")
 Source = Database | Transaction
 
 log = logging.getLogger("wherry.snapshot")
 
-THREADS = 4
 _CHUNK = 64  # rows between two turns of the event loop
 
 
 class Snapshotter:
     """The snapshots that one backend keeps, of every namespace."""
 
-    def __init__(self, name: str, rows: Rows, backend: Backend) -> None:
+    def __init__(self, name: str, rows: Rows, backend: Backend, sync: str = "background") -> None:
         self.name = name
         self._rows = rows
         self._backend = backend
-        self._threads = ThreadPoolExecutor(THREADS, f"snapshot-{name}")
-        # Removal has a thread of its own: however much there is to remove, nobody waits behind it.
-        self._reaper = ThreadPoolExecutor(1, f"snapshot-{name}-reaper")
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._workers = Workers(name, backend.root)
+        self._syncer = Syncer(name, rows, backend, self._workers, sync)
         self._making: set[int] = set()
+        self._committing: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
         self._sweeping = asyncio.Lock()
-        self._closing = False
 
     async def start(self) -> None:
         """Begin to remove what an earlier process left. FailedPrecondition: the database is older than the directories.
@@ -66,23 +60,29 @@ class Snapshotter:
         Without that check a database that was lost would be followed by all that it knew of.
         """
         limit = self._rows.next_number()
-        entries = await self._threaded(self._backend.entries)
+        entries = await self._workers.run(self._backend.entries)
         if any(e.number >= limit for e in entries):
             raise FailedPrecondition(
                 f"{self._backend.root} holds snapshots that {self._rows.database.path} does not know yet: the database "
                 "is lost or out of date. Restore it, or move the directory away to start empty"
             )
-        for number in self._rows.numbers(self.name) - {e.number for e in entries}:
+        there = {e.number for e in entries}
+        for number in self._rows.numbers(self.name) - there:
             log.error("%s: directory %d of a snapshot is missing", self._backend.root, number)
-        self._spawn(self._sweep())
+        await self._syncer.start()
+        await self._workers.run(self._put_right, there)
+        self._workers.spawn(self._sweep())
+
+    def _put_right(self, there: set[int]) -> None:
+        """End the commits that a crash cut off: the row says which way."""
+        for number, kind in self._rows.kinds(self.name):
+            if number in there and kind != "view":
+                (self._backend.settle if kind == "committed" else self._backend.unseal)(number)
 
     async def close(self) -> None:
         """End what is under way. A removal that is stopped goes on at the next start."""
-        self._closing = True
-        while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.to_thread(self._threads.shutdown)
-        await asyncio.to_thread(self._reaper.shutdown)
+        await self._syncer.close()
+        await self._workers.close()
 
     # ---- making
 
@@ -90,10 +90,13 @@ class Snapshotter:
         """Make an active snapshot or a view, and answer its mounts."""
         raise_if_replayed(self._rows.database)
         wish = _Wish(self._place(namespace), key, parent, stored_labels(labels), kind)
-        return await asyncio.shield(self._spawn(self._make(wish)))
+        return await asyncio.shield(self._workers.spawn(self._make(wish)))
 
     async def _make(self, wish: _Wish) -> list[Mount]:
         chain = self._rows.chain(self._rows.database, self._parent_of(self._rows.database, wish))
+        self._syncer.check(chain, wish.parent)
+        if not chain and wish.kind == "active" and REBASE_LABEL in wish.inherited:
+            self._check_rebase(FailedPrecondition)
         number = await self._rows.number()
         snapshot = Snapshot(number, wish.kind, chain, wish.inherited)
         self._making.add(number)
@@ -107,9 +110,9 @@ class Snapshotter:
             self._making.discard(number)
 
     async def _create(self, snapshot: Snapshot, wish: _Wish) -> None:
-        check = self._check_deadline()
+        check = self._workers.check_deadline()
         try:
-            await self._threaded(self._backend.create, snapshot, check)
+            await self._workers.run(self._backend.create, snapshot, check)
         except (NotFound, Aborted) as e:
             # Its parent went while it was looked at: that is then what to say.
             self._still_above(self._rows.database, wish, snapshot)
@@ -157,25 +160,71 @@ class Snapshotter:
         """Turn an active snapshot into a committed one."""
         raise_if_replayed(self._rows.database)
         work = self._commit(self._place(namespace), name, key, parent, stored_labels(labels))
-        return await asyncio.shield(self._spawn(work))
+        return await asyncio.shield(self._workers.spawn(work))
 
     async def _commit(self, place: Place, name: str, key: str, parent: str, labels: dict[str, str]) -> Info:
-        row, above = self._committable(self._rows.database, place, name, key, parent)
-        check = self._check_deadline()
-        if above is not None or self._rebases(row):
-            await self._threaded(self._backend.rebase, row.number, above.number if above else None, check)
-        usage = await self._measured(row, check)
+        number = self._committable(self._rows.database, place, name, key, parent)[0].number
+        async with self._alone(number):
+            raise_if_replayed(self._rows.database)  # by the one that this has waited for
+            row, above = self._committable(self._rows.database, place, name, key, parent)
+            if row.number != number:
+                raise Aborted(f"snapshot {key!r} was replaced meanwhile")
+            try:
+                usage = await self._seal(row, above)
+                done = replace(row, name=name, kind="committed", labels=labels, usage=usage)
+                info = await self._record(done, key, above)
+            except BaseException:
+                await self._unseal(row)
+                raise
+        self._syncer.after()
+        self._workers.spawn(self._settle(number))
+        return info
+
+    @asynccontextmanager
+    async def _alone(self, number: int) -> AsyncIterator[None]:
+        """One at a time for each directory: a commit must not undo what another one builds on."""
+        lock = self._committing.setdefault(number, asyncio.Lock())
+        async with lock:
+            yield
+
+    async def _seal(self, row: Row, above: Row | None) -> Usage:
+        chain = self._rows.chain(self._rows.database, above.number if above else row.above)
+        self._syncer.check(chain, row.name)
+        rebase = above is not None or self._rebases(row)
+        check = self._workers.check_deadline()
+        sealed = Snapshot(row.number, row.kind, chain, row.inherited)
+        usage = await self._on_disk(row, self._backend.seal, sealed, rebase, check)
+        await self._syncer.before()
         check()
+        return usage
+
+    async def _unseal(self, row: Row) -> None:
+        """After a commit that failed, if that was not because the snapshot is committed or gone."""
+        there = self._rows.find(self._rows.database, row.place, row.name)
+        if there is not None and there.number == row.number and there.kind == "active":
+            with suppress(WherryError):  # it is tried again at the next start
+                await self._workers.run(self._backend.unseal, row.number)
+
+    async def _settle(self, number: int) -> None:
+        async with self._alone(number):
+            with suppress(WherryError):
+                await self._workers.run(self._backend.settle, number)
+
+    async def _record(self, done: Row, key: str, above: Row | None) -> Info:
+        parent = above.name if above else ""
 
         def write(tx: Transaction) -> Info:
-            row, above = self._committable(tx, place, name, key, parent)
+            row, still_above = self._committable(tx, done.place, done.name, key, parent)
+            if row.number != done.number or (still_above and still_above.number) != (above and above.number):
+                raise Aborted(f"snapshot {key!r} or its parent was replaced meanwhile")
             at = now()
-            row = replace(row, name=name, kind="committed", labels=labels, created_at=at, updated_at=at, usage=usage)
+            row = replace(done, created_at=at, updated_at=at)
             if above is not None:
                 row = replace(row, parent=above.name, above=above.number)
             self._rows.replace(tx, row)
-            self._publish(tx, "commit", key=key, name=name)
-            return row.info
+            self._syncer.mark(tx, row)
+            self._publish(tx, "commit", key=key, name=row.name)
+            return self._info(row)
 
         return await self._rows.database.mutate(write)
 
@@ -188,8 +237,7 @@ class Snapshotter:
             raise FailedPrecondition(f"snapshot {key!r} is {_KINDS[row.kind]}: only an active one can be committed")
         if not parent or row.parent == parent:
             return row, None
-        if REBASE not in self._backend.capabilities:
-            raise InvalidArgument(f"snapshotter {self.name!r} cannot rebase: commit without a parent")
+        self._check_rebase(InvalidArgument)
         if row.parent:
             raise FailedPrecondition(f"snapshot {key!r} has the parent {row.parent!r}: it cannot get another")
         if not self._rebases(row):
@@ -200,11 +248,15 @@ class Snapshotter:
         """Whether an active snapshot was prepared to get its parent at its commit, where the backend can do that."""
         return not row.parent and REBASE_LABEL in row.inherited and REBASE in self._backend.capabilities
 
+    def _check_rebase(self, error: type[WherryError]) -> None:
+        if REBASE not in self._backend.capabilities:
+            raise error(f"snapshotter {self.name!r} cannot rebase: prepare the snapshot on its parent")
+
     # ---- removing
 
     async def remove(self, namespace: str, key: str) -> None:
         """Remove a snapshot that nothing stands on; its directory goes afterwards."""
-        await asyncio.shield(self._spawn(self._remove(self._place(namespace), key)))
+        await asyncio.shield(self._workers.spawn(self._remove(self._place(namespace), key)))
 
     async def _remove(self, place: Place, key: str) -> None:
         removed = 0
@@ -223,39 +275,28 @@ class Snapshotter:
 
     async def cleanup(self) -> None:
         """Remove every directory that no snapshot owns; back when they are gone."""
-        await asyncio.shield(self._spawn(self._sweep()))
+        await asyncio.shield(self._workers.spawn(self._sweep()))
 
     def _discard(self, number: int) -> None:
-        self._spawn(self._take_away(number))
-
-    async def _take_away(self, number: int) -> None:
-        await self._reap(self._detach_and_delete, number)
+        self._workers.spawn(self._workers.reap(self._detach_and_delete, number))
 
     def _detach_and_delete(self, number: int) -> None:
         try:
             self._backend.detach(number)
         except OSError as e:
             log.warning("directory %d cannot be renamed, and is removed where it is: %s", number, e)
-            self._backend.delete(str(number), self._check_closing)
-        self._backend.delete(f"rm-{number}", self._check_closing)
+            self._backend.delete(str(number), self._workers.check_closing)
+        self._backend.delete(f"rm-{number}", self._workers.check_closing)
 
     async def _sweep(self) -> None:
         async with self._sweeping:
             # The directories first: what is made meanwhile is either not among them, or known when they are compared.
-            entries = await self._threaded(self._backend.entries)
+            entries = await self._workers.run(self._backend.entries)
             kept = self._rows.numbers(self.name) | self._making
             for entry in entries:
                 if entry.number not in kept or entry.name.startswith("rm-"):
                     log.info("%s: removing %s, which no snapshot owns", self._backend.root, entry.name)
-                    await self._reap(self._backend.delete, entry.name, self._check_closing)
-
-    async def _reap(self, remove: Callable[..., None], *args: Any) -> None:
-        """Remove in the reaper's thread. What cannot be removed stays for the next cleanup, and is told of."""
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._reaper, remove, *args)
-        except (OSError, WherryError) as e:
-            if not self._closing:
-                log.warning("%s: %s is left for the next cleanup: %s", self._backend.root, args[0], e)
+                    await self._workers.reap(self._backend.delete, entry.name, self._workers.check_closing)
 
     # ---- asking and labelling
 
@@ -264,12 +305,13 @@ class Snapshotter:
         row = self._found(self._rows.database, self._place(namespace), key)
         if row.kind == "committed":
             raise FailedPrecondition(f"snapshot {key!r} is committed and has no mounts: prepare or view one on it")
-        chain = self._rows.chain(self._rows.database, row.above)
-        return self._backend.mounts(Snapshot(row.number, row.kind, chain, row.inherited))
+        snapshot = self._snapshot(row)
+        self._syncer.check(snapshot.parents, key)
+        return self._backend.mounts(snapshot)
 
     def stat(self, namespace: str, key: str) -> Info:
         """One snapshot."""
-        return self._found(self._rows.database, self._place(namespace), key).info
+        return self._info(self._found(self._rows.database, self._place(namespace), key))
 
     async def update(self, namespace: str, key: str, labels: dict[str, str], mask: Sequence[str]) -> Info:
         """Change a snapshot's labels; an empty mask replaces all."""
@@ -280,7 +322,7 @@ class Snapshotter:
             old = self._found(tx, place, key)
             row = replace(old, labels=update_labels(old.labels, labels, mask or ("labels",)), updated_at=now())
             self._rows.replace(tx, row)
-            return row.info
+            return self._info(row)
 
         return await self._rows.database.mutate(write)
 
@@ -297,7 +339,7 @@ class Snapshotter:
                 if matches.everything or matches(_fields(row)):
                     if items and (len(items) == limit or size + row.weight > PAGE_BYTES):
                         return Page[Info](items=items, next=after)
-                    items.append(row.info)
+                    items.append(self._info(row))
                     size += row.weight
                 after = row.name
             if len(rows) < _CHUNK:
@@ -309,14 +351,21 @@ class Snapshotter:
         row = self._found(self._rows.database, self._place(namespace), key)
         if row.kind != "active":
             return row.usage
-        return await self._measured(row, self._check_deadline())
+        return await self._on_disk(row, self._backend.usage, self._snapshot(row), self._workers.check_deadline())
 
-    async def _measured(self, row: Row, check: Check) -> Usage:
+    async def _on_disk(self, row: Row, work: Callable[..., Usage], *args: Any) -> Usage:
         try:
-            return await self._threaded(self._backend.usage, row.number, check)
+            return await self._workers.run(work, *args)
         except NotFound:
             self._found(self._rows.database, row.place, row.name)  # it went meanwhile, or its directory is lost
             raise DataLoss(f"snapshot {row.name!r}: its directory {row.number} is missing") from None
+
+    def _snapshot(self, row: Row) -> Snapshot:
+        return Snapshot(row.number, row.kind, self._rows.chain(self._rows.database, row.above), row.inherited)
+
+    def _info(self, row: Row) -> Info:
+        shown = self._backend.shown_labels(row.number)
+        return row.info.model_copy(update={"labels": {**row.labels, **shown}}) if shown else row.info
 
     def _place(self, namespace: str) -> Place:
         return Place(namespace, self.name)
@@ -337,41 +386,6 @@ class Snapshotter:
 
     def _publish(self, tx: Transaction, what: str, **event: str) -> None:
         tx.publish(f"/snapshot/{what}", {**event, "snapshotter": self.name})
-
-    # ---- threads and ends
-
-    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run to the end whoever waits: a request that is cancelled half way would leave what nobody takes away."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (e := task.exception()) is not None:
-            log.debug("%s: %s", task.get_name(), e)  # its caller has it too, unless it has gone
-
-    async def _threaded(self, function: Callable[..., T], *args: Any) -> T:
-        """Run a backend's function in a thread; the system's refusals become errors of the house."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
-        except OSError as e:
-            raise translate(e, f"snapshotter {self.name!r}, {e.filename or self._backend.root}") from e
-
-    def _check_closing(self) -> None:
-        if self._closing:
-            raise Unavailable("the service is stopping")
-
-    def _check_deadline(self) -> Check:
-        deadline = context.current().deadline
-
-        def check() -> None:
-            self._check_closing()
-            if deadline and time.time() > deadline:
-                raise DeadlineExceeded("the deadline passed before the snapshot was there")
-
-        return check
 
 
 _KINDS = {"active": "active", "view": "a view", "committed": "committed"}

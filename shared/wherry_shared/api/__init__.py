@@ -22,3 +22,10 @@ def contracts() -> list[Any]:
         Containers, Content, Diff, Events, Images, Introspection, Leases, Namespaces, Snapshots, Tasks,
     ]  # fmt: skip
     return found
+
+
+def second_contracts() -> list[Any]:
+    """Those that a service's process serves beside its own, for other services."""
+    from .gc import Collections, ContainerCollection, ContentCollection, ImageCollection, SnapshotCollection
+
+    return [Collections, ContainerCollection, ContentCollection, ImageCollection, SnapshotCollection]

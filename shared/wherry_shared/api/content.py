@@ -159,6 +159,15 @@ class Content(Contract, Protocol, service="content", version="1.0.0", events=EVE
         """
         ...
 
+    @endpoint(AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted, mutates=True)
+    async def put(self, data: bytes, expected: Digest, labels: Labels = {}) -> Info:
+        """Make `data` (at most 512 KiB) a blob, durably: what open, write and commit do, in one call without a ref.
+
+        AlreadyExists: the blob is in this namespace. FailedPrecondition: the bytes have another digest. NotFound:
+        there is no such lease.
+        """
+        ...
+
     @endpoint(NotFound, mutates=True)
     async def close(self, ref: Name) -> None:
         """Let go of an ingest and keep its bytes for a later `open`. Goes to the instance that opened it."""

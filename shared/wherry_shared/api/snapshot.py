@@ -14,6 +14,11 @@ REF_LABEL = "containerd.io/snapshot.ref"
 INHERITED_PREFIX = "containerd.io/snapshot/"
 REBASE_LABEL = "containerd.io/snapshot/rebase"
 """On `prepare` of a snapshot without parent: it holds one layer of a stack and will be committed onto its parent."""
+UID_LABEL = "containerd.io/snapshot/uidmapping"
+GID_LABEL = "containerd.io/snapshot/gidmapping"
+"""Both on `prepare` or `view`, `containerID:hostID:size[,...]`: show the parents' files under other owners."""
+UPPERDIR_LABEL = "containerd.io/snapshot/overlay.upperdir"
+"""Told of overlay's snapshots where its setting `upperdir_label` is on; never stored."""
 
 
 class Info(Model):
@@ -44,12 +49,15 @@ EVENTS = {
 class Snapshots(Contract, Protocol, service="snapshot", version="1.0.0", events=EVENTS):
     """The snapshots of one namespace. Active keys and committed names share one key space per snapshotter."""
 
-    @endpoint(AlreadyExists, NotFound, ResourceExhausted, mutates=True, timeout=60.0)
+    @endpoint(AlreadyExists, NotFound, FailedPrecondition, ResourceExhausted, mutates=True, timeout=60.0)
     async def prepare(self, snapshotter: str, key: Name, parent: str = "", labels: Labels = {}) -> list[Mount]:
-        """Make an active snapshot on a committed parent ("": empty) and answer its mounts."""
+        """Make an active snapshot on a committed parent ("": empty) and answer its mounts.
+
+        FailedPrecondition: its labels ask for what the snapshotter cannot do here (`rebase`, `remap-ids`).
+        """
         ...
 
-    @endpoint(AlreadyExists, NotFound, ResourceExhausted, mutates=True, timeout=60.0)
+    @endpoint(AlreadyExists, NotFound, FailedPrecondition, ResourceExhausted, mutates=True, timeout=60.0)
     async def view(self, snapshotter: str, key: Name, parent: str = "", labels: Labels = {}) -> list[Mount]:
         """Make a read-only snapshot on a committed parent and answer its mounts."""
         ...
@@ -90,6 +98,11 @@ class Snapshots(Contract, Protocol, service="snapshot", version="1.0.0", events=
     @endpoint(NotFound, timeout=60.0)
     async def usage(self, snapshotter: str, key: Name) -> Usage:
         """What a snapshot takes: measured now when active, as stored at commit otherwise."""
+        ...
+
+    @endpoint()
+    async def snapshotters(self) -> list[str]:
+        """The names of the snapshotters that this host has."""
         ...
 
     @endpoint(mutates=True, timeout=60.0)

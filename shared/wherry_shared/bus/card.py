@@ -39,7 +39,9 @@ class Card:
         self.counted = {name: Stats() for name in contract.endpoints}
 
     def subjects(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-        """The subjects to answer, and with what."""
+        """The subjects to answer, and with what; a second contract of a process is not told of."""
+        if self._contract.owner != self._contract.service:
+            return
         for verb, answer in (("PING", self.ping), ("INFO", self.info), ("STATS", self.stats)):
             yield f"$SRV.{verb}", answer
             yield f"$SRV.{verb}.{self._contract.service}", answer

@@ -13,6 +13,7 @@ import logging
 import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import Any, Final
 
 from nats.errors import BadSubjectError
@@ -100,7 +101,9 @@ class Connection:
         self._inbox_prefix = inbox_prefix
         self._inbox = f"{inbox_prefix}.{link._nuid.next().decode()}."
         self._tokens = itertools.count(1)
-        self._waiting: dict[str, tuple[asyncio.Future[Message], str]] = {}  # token -> answer, subject asked
+        # token -> answer, subject asked, and when the caller gives up (the loop's time)
+        self._waiting: dict[str, tuple[asyncio.Future[Message], str, float]] = {}
+        self._patience = inf  # when `_give_up` looks next
         self._flushes: set[asyncio.Future[Any]] = set()
         self._interests: list[_Interest] = []
         self._announced = True
@@ -225,20 +228,35 @@ class Connection:
             raise DeadlineExceeded(f"the deadline had passed before {subject} was asked")
         answer: asyncio.Future[Message] = self._loop.create_future()
         token = f"{next(self._tokens):x}"
-        self._waiting[token] = answer, subject
-        timer = self._loop.call_later(timeout, _expire, answer, subject, timeout)
+        until = self._loop.time() + timeout
+        self._waiting[token] = answer, subject, until
+        if until < self._patience:
+            self._patience = until
+            self._loop.call_at(until, self._give_up, until)
         try:
             self.publish(subject, data, reply=self._inbox + token, headers=headers)
             return await answer
         finally:
-            timer.cancel()
             self._waiting.pop(token, None)
+
+    def _give_up(self, planned: float) -> None:
+        """End what was not answered in time. One timer for all requests: one each costs more than the rest of it."""
+        if planned != self._patience:
+            return  # an earlier one has taken its place
+        now, self._patience = self._loop.time() + 0.001, inf
+        for answer, subject, until in self._waiting.values():
+            if until > now:
+                self._patience = min(self._patience, until)
+            elif not answer.done():
+                answer.set_exception(DeadlineExceeded(f"{subject} was not answered in time"))
+        if self._patience < inf:
+            self._loop.call_at(self._patience, self._give_up, self._patience)
 
     def _answered(self, message: Any) -> None:
         waiting = self._waiting.pop(message.subject[len(self._inbox) :], None)
         if waiting is None or waiting[0].done():
             return
-        answer, subject = waiting
+        answer, subject, _ = waiting
         if message.no_responders:
             answer.set_exception(NoResponders(f"nobody listens on {subject}"))
         else:
@@ -319,7 +337,7 @@ class Connection:
                     if str(sid) in self._link.callbacks and sub.subject != inbox:
                         await self._unsubscribe(sid)
                 await self.flush(timeout)
-                while waiting := [answer for answer, _ in self._waiting.values()]:
+                while waiting := [answer for answer, _, _ in self._waiting.values()]:
                     await asyncio.wait(waiting)
                     await asyncio.sleep(0)
                 await self.flush(timeout)
@@ -351,7 +369,7 @@ class Connection:
                 log.exception("a listener to the connection's state failed")
 
     def _fail_waiting(self) -> None:
-        for answer, subject in self._waiting.values():
+        for answer, subject, _ in self._waiting.values():
             if not answer.done():
                 answer.set_exception(Unavailable(f"the connection to NATS dropped before {subject} was answered"))
         for pong in self._flushes:
@@ -387,7 +405,7 @@ class Connection:
         of_reply = kind.endswith("reply of")
         found = [
             answer
-            for token, (answer, asked) in self._waiting.items()
+            for token, (answer, asked, _) in self._waiting.items()
             if (self._inbox + token if of_reply else asked) == subject and not answer.done()
         ]
         for answer in found:
@@ -400,8 +418,3 @@ _RIGHTS: Final = {
     "publish with reply of": "ask for replies on",
     "subscription to": "subscribe to",
 }
-
-
-def _expire(answer: asyncio.Future[Message], subject: str, timeout: float) -> None:
-    if not answer.done():
-        answer.set_exception(DeadlineExceeded(f"{subject} was not answered within {timeout:g} s"))

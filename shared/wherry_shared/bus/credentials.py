@@ -21,7 +21,7 @@ from typing import Any
 
 import nkeys
 
-from ..api import contracts
+from ..api import contracts, second_contracts
 from ..context import Identity
 from ..errors import FailedPrecondition, NotFound, Unauthenticated
 from ..values import check_identifier
@@ -34,19 +34,21 @@ ROLES = (ADMIN, OBSERVER)
 IDENTITIES = "identities.json"
 NATS_USERS = "nats-users.conf"
 
-# Which services a service calls itself. Everything else is denied.
+# Which contracts a service calls itself. Everything else is denied.
 CALLS: dict[str, tuple[str, ...]] = {
     "content": ("lease",),
     "snapshot": ("lease",),
     "diff": ("content", "snapshot"),
-    "image": ("lease",),
+    "image": ("lease", "gc"),
     "container": (),
     "task": ("container", "snapshot"),
     "events": (),
     "namespace": ("content", "snapshot", "image", "container"),
-    "lease": (),
+    "lease": ("content-gc", "snapshot-gc", "image-gc", "container-gc"),
     "introspection": (),
 }
+# What makes work for the garbage collector, which lives with the leases.
+DELETIONS = ("/content/delete", "/snapshot/remove", "/images/delete", "/containers/delete")
 STREAM = "WHERRY-EV"
 _LEAF = "leaf-"
 
@@ -153,9 +155,12 @@ def service_permissions(service: str, node: str) -> dict[str, Any]:
     own = subjects.encode_token(node)
     publish = [f"{subjects.RPC}.{own}.*.{other}.>" for other in CALLS[service]]
     publish += [f"{subjects.EV}.{own}.*.{topic}.>" for topic in topics(service)]
-    subscribe = [f"{subjects.RPC}.{own}.*.{service}.>", *_discovery(service)]
+    served = [service, *(c.service for c in second_contracts() if c.owner == service)]
+    subscribe = [f"{subjects.RPC}.{own}.*.{contract}.>" for contract in served] + _discovery(service)
     if service == "namespace":
         subscribe.append(f"{subjects.EV}.{own}.>")
+    if service == "lease":
+        subscribe += [f"{subjects.EV}.{own}.*.{topic[1:].replace('/', '.')}" for topic in DELETIONS]
     if service == "task":
         publish.append(f"{subjects.IO}.{own}.>")
         subscribe.append(f"{subjects.IO}.{own}.>")

@@ -18,6 +18,7 @@ from wherry_shared.errors import FailedPrecondition, NotFound, OutOfRange, Unava
 from wherry_shared.files import os_errors
 
 from . import Place
+from .durable import NOTE, Note
 
 T = TypeVar("T")
 Target = Callable[[str], tuple[Path, int]]
@@ -28,6 +29,7 @@ BLOCK = 256 << 10  # stays in the processor's cache between read and hash
 STEP = 32 << 20  # bytes hashed before somebody else's turn on the thread: 20 ms
 FOLLOW_SECONDS = 0.03
 FOLLOW_BYTES = 1 << 20
+SAVE_BYTES = 32 << 20  # bytes after which they are made durable: the disk writes while the next ones come
 _OPEN = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -35,8 +37,9 @@ class LocalIngest:
     """A held ingest.
 
     Bytes are appended by `append`, or by a local writer to the file itself. The running hash covers the first
-    `_hashed` bytes: `append` extends it at once, and a task follows what others append. Locks are taken in the
-    order `_hash`, `_order`; the event loop takes neither.
+    `_hashed` bytes: `append` extends it at once, and a task follows what others append. Every SAVE_BYTES they are
+    made durable, and the note says how far. Locks are taken in the order `_saving`, `_hash`, `_order`; the event loop
+    takes none of them.
     """
 
     def __init__(self, what: str, path: Path, fds: tuple[int, int], pool: Executor, target: Target) -> None:
@@ -50,8 +53,15 @@ class LocalIngest:
         self._closed = False
         self._order = threading.Lock()  # one append or truncation at a time
         self._hash = threading.Lock()
+        self._saving = threading.Lock()
+        self._saver: asyncio.Future[None] | None = None
+        self._unsaved: OSError | None = None  # the kernel tells a failed write-back once only, whoever asks first
         self._restart("sha256")
         self._follower: asyncio.Task[None] | None = None
+        self._note = Note(self._directory)
+        limit = self._note.limit()
+        if limit is not None and os.fstat(self._data).st_size > limit:
+            os.ftruncate(self._data, limit)  # it is from before the machine went down
         state = os.fstat(self._data)
         self._place = Place(str(path / DATA), state.st_dev, state.st_ino)
 
@@ -153,8 +163,9 @@ class LocalIngest:
         await self._in_thread(self._truncate)
 
     def _truncate(self) -> None:
-        with self._using(), self._hash, self._order:
+        with self._using(), self._saving, self._hash, self._order:
             if self._size():
+                self._note.set(0)
                 os.ftruncate(self._data, 0)
             self._restart(self._algorithm)
 
@@ -166,7 +177,10 @@ class LocalIngest:
     async def _follow(self) -> None:
         while True:
             try:
-                if self.size() - self._hashed >= FOLLOW_BYTES:
+                size = self.size()
+                if size - self._note.count >= SAVE_BYTES and (self._saver is None or self._saver.done()):
+                    self._saver = asyncio.ensure_future(self._in_thread(self._save))
+                if size - self._hashed >= FOLLOW_BYTES:
                     await self._in_thread(self._step)
                     continue
             except WherryError:
@@ -203,15 +217,33 @@ class LocalIngest:
                 pass
             return f"{algorithm}:{self._digest.hexdigest()}", self._hashed
 
+    # ---- durability
+
+    def _save(self) -> None:
+        """Make durable what is there now, and note how much it is. An error is kept for the commit to tell."""
+        with suppress(WherryError), self._using(), self._saving:
+            size = self._size()
+            self._sync(os.fdatasync)
+            self._note.set(min(size, self._size()))
+
+    def _sync(self, sync: Callable[[int], None]) -> None:
+        if self._unsaved is not None:
+            raise self._unsaved
+        try:
+            sync(self._data)
+        except OSError as e:
+            self._unsaved = e
+            raise
+
     # ---- the end
 
     async def seal(self) -> None:
         await self._in_thread(self._seal)
 
     def _seal(self) -> None:
-        with self._using():
+        with self._using(), self._saving:
             os.fchmod(self._data, 0o444)
-            os.fsync(self._data)
+            self._sync(os.fsync)
 
     def check(self) -> None:
         with self._using():
@@ -244,11 +276,14 @@ class LocalIngest:
         with suppress(NotFound), self._using():
             if not keep:
                 self._remove()
+            elif os.fstat(self._data).st_size != self._note.count:
+                self._save()
             self._closed = True  # the last user closes, at the latest this one
 
     def _remove(self) -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(DATA, dir_fd=self._directory)
+        for name in (DATA, NOTE):
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self._directory)
         if same_file(self._path, self._directory):
             with suppress(OSError):  # one that is left empty is swept at the next start
                 os.rmdir(self._path)

@@ -19,8 +19,11 @@ GROUP = "wherry.snapshotters"
 """Entry points of this group name a Factory each: distributions add snapshotters of their own."""
 REBASE = "rebase"
 """Capability: a snapshot that was prepared without parent may be committed onto one."""
+REMAP_IDS = "remap-ids"
+"""Capability: the labels UID_LABEL and GID_LABEL show a container its parents' files under other owners."""
 
 _OWN = (
+    EntryPoint("btrfs", "wherry_snapshot.backends.btrfs:BtrfsBackend", GROUP),
     EntryPoint("native", "wherry_snapshot.backends.native:NativeBackend", GROUP),
     EntryPoint("overlay", "wherry_snapshot.backends.overlay:OverlayBackend", GROUP),
 )
@@ -45,14 +48,20 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A directory that the backend made, whole or not: what it is called and for which number."""
+    """What the backend made for a snapshot, whole or not: its name, and for which number."""
 
     name: str
     number: int
 
 
 class Backend(Protocol):
-    """One way to keep snapshots on one root. Raises OSError where the disk refuses."""
+    """One way to keep snapshots on one root. Raises OSError where the disk refuses.
+
+    A snapshot's way: `create`, then `mounts` any number of times; an active one may be committed, which is `seal`, the
+    row, `settle`; at its end `detach` and `delete`. After a crash the row says how far it came: at the start every
+    active one is unsealed and every committed one settled, so both have to be cheap where there is nothing to do.
+    No two calls for one number run at the same time, but for `mounts`, `usage` and the end.
+    """
 
     capabilities: frozenset[str]
     root: Path
@@ -65,12 +74,31 @@ class Backend(Protocol):
         """How to mount an active snapshot or a view."""
         ...
 
-    def rebase(self, number: int, parent: int | None, check: Check) -> None:
-        """Fit what was prepared to be rebased to the parent that it is about to get, None: it becomes a base."""
+    def seal(self, snapshot: Snapshot, rebase: bool, check: Check) -> Usage:
+        """Make an active snapshot what it will be as a committed one, and measure it; `parents` are what it will have.
+
+        rebase: it was prepared to get its parents now, or none after all. It may be repeated after a failure.
+        """
         ...
 
-    def usage(self, number: int, check: Check) -> Usage:
-        """What a snapshot's directory takes now. Aborted when it changes too fast to be measured."""
+    def unseal(self, number: int) -> None:
+        """The commit came to nothing: the snapshot is active again. One not sealed, or not there, is no error."""
+        ...
+
+    def settle(self, number: int) -> None:
+        """The commit is recorded: let go of what only the active snapshot needed. It may be repeated."""
+        ...
+
+    def usage(self, snapshot: Snapshot, check: Check) -> Usage:
+        """What an active snapshot takes now, without its parents. Aborted when it changes too fast to be measured."""
+        ...
+
+    def shown_labels(self, number: int) -> Mapping[str, str]:
+        """What is told of a snapshot besides its own labels; touches no disk."""
+        ...
+
+    def sync(self) -> None:
+        """Back when everything that was written to the snapshots survives a power cut."""
         ...
 
     def entries(self) -> list[Entry]:

@@ -6,25 +6,44 @@ ours and are left alone.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from wherry_shared.api.snapshot import Usage
 
-from . import Check, Entry, trees
+from . import Check, Entry, Snapshot, trees
 
 _ENTRY = re.compile(r"(?:new-|rm-)?([0-9]+)(?:-links)?\Z")
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def to_the_end() -> None:
     """The check of what is not to be stopped."""
 
 
+def magic(path: Path) -> int:
+    """The f_type of statfs(2), its first word, which the standard library does not give. `path` need not be there."""
+    while not path.exists():
+        path = path.parent
+    buffer = ctypes.create_string_buffer(256)
+    _checked(_libc.statfs(os.fsencode(path), buffer), path)
+    return ctypes.c_long.from_buffer(buffer).value
+
+
+def _checked(result: int, path: Path) -> None:
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(path))
+
+
 class Directories:
     """The half of a backend that is the same for all that keep a directory a snapshot."""
+
+    capabilities: frozenset[str] = frozenset()
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -44,15 +63,35 @@ class Directories:
         """Make a directory whole or not at all: `fill` gets an empty one of mode 0700."""
         new = f"{self.snapshots}/new-{number}"
         try:
-            os.mkdir(new, 0o700)
+            self.begin(new)
             fill(new)
             os.rename(new, self.path(number))
         except BaseException:
             self.delete(f"new-{number}", to_the_end)
             raise
 
-    def usage(self, number: int, check: Check) -> Usage:
-        return trees.measure(self.tree(number), check)
+    def begin(self, new: str) -> None:
+        """Make the directory that is to be filled."""
+        os.mkdir(new, 0o700)
+
+    def seal(self, snapshot: Snapshot, rebase: bool, check: Check) -> Usage:
+        return self.usage(snapshot, check)
+
+    def unseal(self, number: int) -> None:
+        """Nothing was done to it."""
+
+    def settle(self, number: int) -> None:
+        """Nothing is left over."""
+
+    def usage(self, snapshot: Snapshot, check: Check) -> Usage:
+        return trees.measure(self.tree(snapshot.number), check)
+
+    def shown_labels(self, number: int) -> Mapping[str, str]:
+        return {}
+
+    def sync(self) -> None:
+        with trees.trusted_directory(self.snapshots) as fd:
+            _checked(_libc.syncfs(fd), self.snapshots)
 
     def entries(self) -> list[Entry]:
         found = ((name, _ENTRY.match(name)) for name in os.listdir(self.snapshots))

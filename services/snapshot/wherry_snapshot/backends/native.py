@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from wherry_shared.errors import Unimplemented
 from wherry_shared.values import Mount
 
 from . import Check, Snapshot
@@ -18,9 +17,10 @@ from .directories import Directories, to_the_end
 
 
 class NativeBackend(Directories):
-    """`<root>/snapshots/<n>`. A view has an empty directory of its own and shows its parent's."""
+    """`<root>/snapshots/<n>`. A view has an empty directory of its own and shows its parent's.
 
-    capabilities: frozenset[str] = frozenset()
+    No `rebase`: whiteouts would have to be kept somewhere, and a merge at commit costs as much as the copy does now.
+    """
 
     def __init__(self, root: Path, settings: Mapping[str, str]) -> None:
         super().__init__(root)
@@ -44,6 +44,3 @@ class NativeBackend(Directories):
         if snapshot.kind == "view":
             shown, access = (snapshot.parents or (snapshot.number,))[0], "ro"
         return [Mount(type="bind", source=self.tree(shown), options=[access, "rbind"])]
-
-    def rebase(self, number: int, parent: int | None, check: Check) -> None:
-        raise Unimplemented("the native snapshotter copies its parent when a snapshot is prepared: it cannot rebase")

@@ -7,17 +7,17 @@ directories of one walk are open at once, however deep the tree; the way back up
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from wherry_shared.api.snapshot import Usage
 from wherry_shared.errors import Aborted, FailedPrecondition
+from wherry_shared.openat2 import BENEATH, NO_MAGICLINKS, NO_SYMLINKS, NO_XDEV, openat2
 
 from . import Check
 
@@ -26,39 +26,19 @@ ROUNDS = 5
 BLOCK = 512
 """The unit of st_blocks, whatever the filesystem's own block size."""
 
-_SYS_OPENAT2 = 437  # the same on every architecture
-_NO_XDEV, _NO_MAGICLINKS, _NO_SYMLINKS, _BENEATH = 0x01, 0x02, 0x04, 0x08
 _GETFLAGS, _SETFLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS and FS_IOC_SETFLAGS of linux/fs.h, 64 bit
 _FLAGS = struct.Struct("I4x")  # the kernel writes 32 bits, though the number says 64
 _IMMUTABLE_OR_APPEND = 0x10 | 0x20
 # The entry went away, became something else, or is a mount: there is no directory of this tree to go into.
 _NOT_OURS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV})
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-
-
-class _How(ctypes.Structure):
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
-
-
-_HOW = _How(
-    os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, 0, _NO_XDEV | _NO_MAGICLINKS | _NO_SYMLINKS | _BENEATH
-)
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_RESOLVE = NO_XDEV | NO_MAGICLINKS | NO_SYMLINKS | BENEATH
 
 
 def open_directory(parent: int, name: str) -> int:
     """A descriptor of the directory `name` in `parent`. OSError EXDEV for a mount, ENOTDIR or ELOOP for a link."""
-    while True:
-        fd: int = _libc.syscall(
-            ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(parent), os.fsencode(name), ctypes.byref(_HOW),
-            ctypes.c_size_t(ctypes.sizeof(_HOW)),
-        )  # fmt: skip
-        if fd >= 0:
-            return fd
-        code = ctypes.get_errno()
-        if code not in (errno.EAGAIN, errno.EINTR):
-            raise OSError(code, os.strerror(code), name)
+    return openat2(parent, name, _DIRECTORY, _RESOLVE)
 
 
 @contextmanager
@@ -192,23 +172,22 @@ def _step_into(place: Descent, visitor: Visitor) -> None:
 
 
 class _Measure(Visitor):
-    def __init__(self, fd: int) -> None:
+    """Counts inodes once each, and those not at all that `known` has with the same time of change."""
+
+    def __init__(self, fd: int, known: Mapping[int, int]) -> None:
         self.size = 0
         self.inodes = 0
+        self._known = known
         self._linked: set[int] = set()
         self._count(os.fstat(fd))
 
     def visit(self, fd: int) -> list[str]:
         below = []
-        with os.scandir(fd) as entries:
-            for entry in entries:
-                try:
-                    st = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
+        for name, st in _entries(fd):
+            if self._known.get(st.st_ino) != st.st_ctime_ns:
                 self._count(st)
-                if stat.S_ISDIR(st.st_mode):
-                    below.append(entry.name)
+            if stat.S_ISDIR(st.st_mode):
+                below.append(name)
         return below
 
     def _count(self, st: os.stat_result) -> None:
@@ -220,11 +199,43 @@ class _Measure(Visitor):
         self.inodes += 1
 
 
-def measure(path: os.PathLike[str] | str, check: Check) -> Usage:
-    """Bytes on disk and inodes of a tree with its root; each inode once. Aborted when it keeps being moved about."""
+class _Changes(Visitor):
+    """When each inode was changed for the last time, in ns."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, int] = {}
+
+    def visit(self, fd: int) -> list[str]:
+        below = []
+        for name, st in _entries(fd):
+            self.at[st.st_ino] = st.st_ctime_ns
+            if stat.S_ISDIR(st.st_mode):
+                below.append(name)
+        return below
+
+
+def _entries(fd: int) -> Iterator[tuple[str, os.stat_result]]:
+    with os.scandir(fd) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                yield entry.name, entry.stat(follow_symlinks=False)
+
+
+def measure(path: os.PathLike[str] | str, check: Check, origin: os.PathLike[str] | str = "") -> Usage:
+    """Bytes on disk and inodes of a tree with its root; each inode once. Aborted when it keeps being moved about.
+
+    origin: what the tree was copied from with its inode numbers and times of change, as btrfs does; only what was
+    changed since is counted, a file as a whole.
+    """
+    known: dict[int, int] = {}
+    if origin:
+        changes = _Changes()
+        with trusted_directory(origin) as fd:
+            walk(os.dup(fd), changes, check)
+        known = changes.at
     for _ in range(ROUNDS):
         with trusted_directory(path) as fd:
-            found = _Measure(fd)
+            found = _Measure(fd, known)
             try:
                 walk(os.dup(fd), found, check)
                 return Usage(size=found.size, inodes=found.inodes)

@@ -1,0 +1,122 @@
+"""Where archives come from and go to: a path, a file object, an async stream."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import stat
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from wherry_shared.errors import InvalidArgument
+from wherry_shared.files import atomic_file, os_errors
+
+T = TypeVar("T")
+
+CHUNK = 1 << 20
+
+
+class Readable(Protocol):
+    """A binary file object, or an asyncio.StreamReader."""
+
+    def read(self, size: int = -1, /) -> Any: ...
+
+
+class Writable(Protocol):
+    """A binary file object, or an asyncio.StreamWriter."""
+
+    def write(self, data: Any, /) -> Any: ...
+
+
+Source = str | os.PathLike[str] | Readable | AsyncIterable[bytes]
+Target = str | os.PathLike[str] | Writable
+Write = Callable[[bytes], Awaitable[None]]
+
+
+async def chunks(source: Source) -> AsyncGenerator[bytes, None]:
+    """The bytes of a source, in pieces of about 1 MiB. NotFound, PermissionDenied: a path cannot be read."""
+    if isinstance(source, str | os.PathLike):
+        with os_errors(os.fspath(source)), open(source, "rb", buffering=0) as file:
+            async for chunk in chunks(file):
+                yield chunk
+    elif hasattr(source, "read"):
+        read = source.read
+        while chunk := await (read(CHUNK) if inspect.iscoroutinefunction(read) else asyncio.to_thread(_read, read)):
+            yield chunk
+    elif isinstance(source, AsyncIterable):
+        async for chunk in source:
+            yield chunk
+    else:
+        raise InvalidArgument(f"an archive is read from a path or a binary stream, not from a {type(source).__name__}")
+
+
+def _read(read: Callable[[int], Any]) -> bytes:
+    data = read(CHUNK)
+    if data is None:
+        raise InvalidArgument("the archive's stream does not block: give an asyncio.StreamReader")
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise InvalidArgument("the archive's stream gives text: open it in binary mode")
+    return bytes(data)
+
+
+@asynccontextmanager
+async def writing(target: Target) -> AsyncIterator[Write]:
+    """Where to write an archive. A regular file at a path is there, whole and durably, when the block ended well."""
+    if not isinstance(target, str | os.PathLike):
+        yield _writer(target)
+        return
+    path = Path(target)
+    with os_errors(str(path)):
+        special = path.exists() and not stat.S_ISREG(path.stat().st_mode)
+        if special:
+            with path.open("wb", buffering=0) as file:
+                yield _writer(file)
+            return
+        async with _in_thread(atomic_file(path, mode=0o644)) as file:
+            yield _writer(file)
+
+
+@asynccontextmanager
+async def _in_thread(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
+    """Enter and leave it in a thread: its fsync must not hold up the event loop."""
+    value = await asyncio.to_thread(manager.__enter__)
+    try:
+        yield value
+    except BaseException as e:
+        await asyncio.shield(asyncio.to_thread(_leave, manager, e))
+        raise
+    await asyncio.to_thread(manager.__exit__, None, None, None)
+
+
+def _leave(manager: AbstractContextManager[Any], error: BaseException) -> None:
+    with suppress(BaseException):  # it raises the error that it was given, which the caller raises himself
+        manager.__exit__(type(error), error, error.__traceback__)
+
+
+def _writer(target: Writable) -> Write:
+    write = target.write
+    drain = getattr(target, "drain", None)
+    if drain is not None:  # an asyncio.StreamWriter
+
+        async def feed(data: bytes) -> None:
+            write(data)
+            await drain()
+
+        return feed
+    if inspect.iscoroutinefunction(write):
+        return write
+
+    async def in_thread(data: bytes) -> None:
+        await asyncio.to_thread(_write_all, write, data)
+
+    return in_thread
+
+
+def _write_all(write: Callable[[Any], Any], data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        done = write(view)
+        view = view[done if isinstance(done, int) else len(view) :]

@@ -1,0 +1,73 @@
+"""How much of an ingest a power cut leaves: a note beside its bytes, `<bytes> <boot id>`.
+
+The page cache outlives a killed process, but not the machine. While the boot is the one of the note, all bytes that
+are there count; after another boot only as many as the note says, since the rest is what the disk happened to keep.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+NOTE = "durable"
+_NOTE_MAX = 64
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@lru_cache(maxsize=1)
+def boot_id() -> str:
+    """The kernel's name for this boot."""
+    return _BOOT_ID.read_text().strip()
+
+
+class Note:
+    """The note of one ingest, by its directory's descriptor. Not for several threads at once."""
+
+    def __init__(self, directory: int) -> None:
+        self._directory = directory
+        self.count = 0
+
+    def limit(self) -> int | None:
+        """Take the note over, or make it; answers how many bytes count, None for all that are there."""
+        try:
+            fd = os.open(NOTE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory)
+        except FileNotFoundError:
+            self._write(durably=False)
+            return 0
+        self.count, same_boot = _parse(fd)
+        if same_boot:
+            return None
+        self._write(durably=False)
+        return self.count
+
+    def set(self, count: int) -> None:
+        """Note that so many bytes are durable; the note itself is when this returns."""
+        if count != self.count:
+            self.count = count
+            self._write(durably=True)
+
+    def _write(self, *, durably: bool) -> None:
+        fd = os.open(NOTE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self._directory)
+        try:
+            os.pwrite(fd, f"{self.count:<19} {boot_id()}\n".encode(), 0)
+            if durably:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def noted(path: Path) -> int:
+    """How many bytes of the ingest in the directory `path` are durable, by its note."""
+    try:
+        return _parse(os.open(path / NOTE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))[0]
+    except FileNotFoundError:
+        return 0
+
+
+def _parse(fd: int) -> tuple[int, bool]:
+    try:
+        count, _, boot = os.read(fd, _NOTE_MAX).decode("ascii", "replace").partition(" ")
+    finally:
+        os.close(fd)
+    return (int(count), boot.strip() == boot_id()) if count.isdecimal() else (0, False)

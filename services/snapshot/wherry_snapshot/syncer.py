@@ -1,0 +1,111 @@
+"""Whether what is committed survives a power cut (docs/decisions/0007).
+
+A commit is answered when its row is durable, not when its files are. The row is marked until the filesystem was
+flushed, a moment later and for many at once. A mark of an earlier boot says that the power went before: such a
+snapshot may lack data, and is taken back, so that its layer is unpacked again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from wherry_shared.errors import DataLoss, InvalidArgument, WherryError
+from wherry_shared.sqlite import Transaction
+
+from .backends import Backend
+from .metadata import Row, Rows
+from .workers import Workers
+
+log = logging.getLogger("wherry.snapshot")
+
+DELAY = 2.0
+"""Seconds between a commit and the flush: what is committed meanwhile goes along."""
+MODES = ("background", "commit", "off")
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Syncer:
+    """Flushes one backend's filesystem by the mode, one of MODES."""
+
+    def __init__(self, name: str, rows: Rows, backend: Backend, workers: Workers, mode: str) -> None:
+        if mode not in MODES:
+            raise InvalidArgument(f"setting sync={mode!r}: it is one of {', '.join(MODES)}")
+        self._name, self._rows, self._backend, self._workers = name, rows, backend, workers
+        self._mode = mode
+        self._boot = _BOOT.read_text().strip()
+        self._pending = False
+        self._closing = asyncio.Event()
+        self._suspect: frozenset[int] = frozenset()
+
+    async def start(self) -> None:
+        """Take back what an earlier boot committed and did not flush; `check` refuses what has to stay."""
+        marks = self._rows.unsynced(self._name)
+        lost = {number for number, boot in marks.items() if boot != self._boot}
+        if lost:
+            self._suspect = await self._rows.database.write(lambda tx: self._take_back(tx, lost))
+            for number in self._suspect:
+                log.error("%s: snapshot directory %d may lack data since the power went", self._backend.root, number)
+        if len(lost) < len(marks):
+            self._arm()
+
+    def _take_back(self, tx: Transaction, lost: set[int]) -> frozenset[int]:
+        """Remove the marked snapshots on which nothing stands, from the top down; answers what is left."""
+        left = set(lost)
+        while gone := {n for n in left if not self._rows.has_children(tx, n)}:
+            for number in gone:
+                row = self._rows.get(tx, number)
+                log.error("snapshot %r may lack data since the power went: it is taken back", row.name)
+                self._rows.delete(tx, number)
+                event = {"key": row.name, "snapshotter": self._name}
+                tx.publish("/snapshot/remove", event, namespace=row.place.namespace)
+            left -= gone
+        return frozenset(left)
+
+    def check(self, chain: Iterable[int], what: str) -> None:
+        """DataLoss when one of these directories may lack data."""
+        if self._suspect and (found := self._suspect.intersection(chain)):
+            raise DataLoss(
+                f"snapshot {what!r}: directory {min(found)} under it may lack data: the power went before it was "
+                "flushed. Remove what stands on it and unpack it again"
+            )
+
+    async def before(self) -> None:
+        """A snapshot is sealed, and about to be recorded as committed."""
+        if self._mode == "commit":
+            await self._workers.run(self._backend.sync)
+
+    def mark(self, tx: Transaction, row: Row) -> None:
+        """In the transaction that records the commit."""
+        if self._mode == "background":
+            self._rows.mark_unsynced(tx, row.number, self._boot)
+
+    def after(self) -> None:
+        """The commit is recorded."""
+        if self._mode == "background":
+            self._arm()
+
+    def _arm(self) -> None:
+        if not self._pending:
+            self._pending = True
+            self._workers.spawn(self._flush_soon())
+
+    async def _flush_soon(self) -> None:
+        try:
+            async with asyncio.timeout(DELAY):
+                await self._closing.wait()
+        except TimeoutError:
+            pass
+        self._pending = False  # what is committed from here on is not surely in this flush
+        numbers = [n for n, boot in self._rows.unsynced(self._name).items() if boot == self._boot]
+        try:
+            await self._workers.run(self._backend.sync)
+            await self._rows.database.write(lambda tx: self._rows.mark_synced(tx, numbers), frees=True)
+        except WherryError as e:  # it is tried again with the next commit, and at the next start
+            log.error("%s is not flushed: %s", self._backend.root, e)
+
+    async def close(self) -> None:
+        """Flush what waits for it."""
+        self._closing.set()
