@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Generator
+from collections.abc import AsyncIterator, Collection, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from wherry_shared import context
 from wherry_shared.api.container import Containers
@@ -26,15 +27,18 @@ from wherry_shared.api.task import Tasks
 from wherry_shared.bus import Bus
 from wherry_shared.bus import connect as connect_bus
 from wherry_shared.bus.credentials import ADMIN, load
-from wherry_shared.errors import AlreadyExists, Unavailable
+from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
 from wherry_shared.runtime import NODE_FILE
-from wherry_shared.values import Page, Platform, check_identifier, now
+from wherry_shared.values import Platform, check_identifier, now
 
 from .container import DEFAULT_SNAPSHOTTER, Container, NewContainer
 from .image import Image
+from .paging import walk
 from .progress import OnProgress, silent
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from .archive.ends import Source, Target
+    from .registry import CredentialSource
 
 DEFAULT_STATE = "/run/wherry"
 DEFAULT_NAMESPACE = "default"
@@ -106,29 +110,133 @@ class Client:
         *,
         unpack: bool = False,
         snapshotter: str = "",
-        platform: Platform | None = None,
+        platform: Platform | Sequence[Platform] | None = None,
+        all_platforms: bool = False,
+        all_metadata: bool = False,
+        referrers: bool = False,
+        discard_unpacked_layers: bool = False,
+        foreign_layers: bool = False,
         insecure: Collection[str] = (),
+        hosts_dir: str = "",
+        credentials: CredentialSource | None = None,
         on_progress: OnProgress = silent,
     ) -> Image:
         """Fetch an image from a registry into content, record it, and with `unpack` make its snapshots.
 
-        platform: this host's unless given. insecure: hosts (`host:port`) that may be spoken to in plain http;
-        loopback may always. What an interrupted pull has fetched is used by the next.
+        platform: one or several, this host's unless given; the other options are those of `wherry.pull.Options`.
+        insecure: hosts (`host:port`) that may be spoken to in plain http; loopback may always. hosts_dir: where
+        mirrors and per-host settings are configured (`WHERRY_CONFIG`). credentials: instead of docker's files.
+        What an interrupted pull has fetched is used by the next, and what is here is not fetched.
         NotFound: no such image or platform. DataLoss: the registry sent something else than it announced.
         """
-        from .pull import Pull
+        from .pull import Options, Pull
+        from .registry import Reference, Registry
 
+        wanted = () if platform is None else (platform,) if isinstance(platform, Platform) else tuple(platform)
+        options = Options(
+            wanted, all_platforms, all_metadata, referrers, unpack, discard_unpacked_layers, foreign_layers
+        )
+        async with Registry(
+            insecure=insecure, foreign_layers=foreign_layers, hosts_dir=hosts_dir, credentials=credentials
+        ) as registry:
+            pull = Pull(self, Reference.parse(reference), registry, options, on_progress)
+            (target, data), chosen = await asyncio.gather(pull.resolve(), self._snapshotter(snapshotter))
+            async with self.lease():
+                return await pull.run(target, data, chosen)
+
+    async def _snapshotter(self, name: str) -> str:
+        """The snapshotter that is meant, in a namespace that is known."""
         await self.ensure_namespace()
-        chosen = snapshotter or await self.default_snapshotter()
-        async with self.lease():
-            pull = Pull(self, reference, platform=platform, insecure=insecure, on_progress=on_progress)
-            return await pull.run(unpack_to=chosen if unpack else "")
+        return name or await self.default_snapshotter()
 
     async def image(self, name: str) -> Image:
-        """An image by its name (`redis`, `docker.io/library/redis:alpine`). NotFound."""
+        """An image by its name (`redis`, `docker.io/library/redis:alpine`), or by exactly what it is recorded as.
+
+        NotFound. InvalidArgument: that is no image's name either.
+        """
         from .registry.reference import Reference
 
-        return Image(self, await self.images.get(str(Reference.parse(name))))
+        try:
+            return Image(self, await self.images.get(str(Reference.parse(name))))
+        except (InvalidArgument, NotFound):
+            with contextlib.suppress(NotFound):
+                return Image(self, await self.images.get(name))
+            raise
+
+    async def import_images(
+        self,
+        source: Source,
+        *,
+        base_name: str = "",
+        digests: bool = False,
+        index_name: str = "",
+        platform: Platform | None = None,
+        all_platforms: bool = False,
+        labels: Mapping[str, str] | None = None,
+        unpack: bool = False,
+        snapshotter: str = "",
+        on_progress: OnProgress = silent,
+    ) -> list[Image]:
+        """Record the images of an archive: an OCI image layout or `docker save`'s, plain, gzip or zstd.
+
+        source: a path, a binary file object, an asyncio.StreamReader or an async iterable of bytes; it is read once,
+        forwards. The other options are those of `wherry.archive.importing.Wishes`; with `unpack` snapshots are made of
+        what runs here. Nothing is recorded unless every image is whole.
+        InvalidArgument: it is no such archive, is ambiguous, or its images have no names. NotFound: what is missing.
+        DataLoss: it is cut off, or a file is not what its name says. ResourceExhausted: it passes a bound.
+        Unimplemented: a checkpoint, or a format that is not known.
+        """
+        from .archive.importing import Wishes, import_images
+
+        wishes = Wishes(base_name, digests, index_name, platform, all_platforms, labels or {})
+        await self.ensure_namespace()
+        chosen = (snapshotter or await self.default_snapshotter()) if unpack else ""
+        return await import_images(self, source, wishes, unpack_to=chosen, on_progress=on_progress)
+
+    async def export_images(
+        self,
+        images: Sequence[str | Image],
+        target: Target,
+        *,
+        platforms: Sequence[Platform] = (),
+        all_platforms: bool = False,
+        docker: bool = True,
+        on_progress: OnProgress = silent,
+    ) -> None:
+        """Write images as one archive: an OCI image layout that `docker load` reads, too.
+
+        target: a path, a binary file object or an asyncio.StreamWriter. The other options are those of
+        `wherry.archive.exporting.Choice`. The same images give the same bytes.
+        NotFound, before the first byte: an image, a platform, or what of it is missing. DataLoss: a blob is rotten.
+        """
+        from .archive.exporting import Choice, export_images
+
+        found = [await self.image(image) if isinstance(image, str) else image for image in images]
+        choice = Choice(tuple(platforms), all_platforms, docker)
+        await export_images(self, found, target, choice, on_progress)
+
+    async def convert(
+        self,
+        source: str | Image,
+        name: str,
+        *,
+        compression: str = "",
+        level: int = 0,
+        oci: bool = False,
+        platforms: Sequence[Platform] = (),
+        on_progress: OnProgress = silent,
+    ) -> Image:
+        """Make another image of one, called `name`: the same files in another shape.
+
+        Options are those of `wherry.convert.Wish`. The same input gives the same digest.
+        NotFound: the image, a platform, or what of it is missing. DataLoss: a layer is not what its config says.
+        """
+        from .convert import Wish, convert_image
+        from .registry.reference import Reference
+
+        found = await self.image(source) if isinstance(source, str) else source
+        wish = Wish(compression, level, oci, tuple(platforms))
+        return await convert_image(self, found, str(Reference.parse(name)), wish, on_progress)
 
     # ---- containers
 
@@ -196,21 +304,6 @@ class Client:
             self, since=since, filters=filters or [], all_namespaces=all_namespaces, follow=follow
         ):
             yield envelope
-
-
-async def walk(
-    window: Callable[..., Awaitable[Page[T]]], filters: list[str] | None = None, **arguments: Any
-) -> list[T]:
-    """Every item of a walk: `await walk(client.images.walk, ['name~=redis'])`."""
-    items: list[T] = []
-    after = ""
-    while True:
-        extra = {"filters": filters} if filters else {}
-        page = await window(after=after, **extra, **arguments)
-        items += page.items
-        if not page.next:
-            return items
-        after = page.next
 
 
 class _Connecting:

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wherry_shared.api.image import Image as Record
-from wherry_shared.errors import InvalidArgument
+from wherry_shared.errors import AlreadyExists, InvalidArgument
 from wherry_shared.streams import read_blob
 from wherry_shared.values import Descriptor, Platform
 
+from .paging import walk
 from .registry import documents, platforms
+from .registry.reference import Reference
 
 if TYPE_CHECKING:
     from .client import Client
+    from .usage import State, Usage
 
 # An index may hold indexes; nobody nests deeper than this.
 NESTING_MAX = 4
@@ -75,9 +78,35 @@ class Image:
         async with self.client.lease():
             return await Unpack(self.client, resolved, chosen).run()
 
-    async def delete(self) -> None:
-        """Forget the name; what only it held is collected later. NotFound when it is gone already."""
-        await self.client.images.delete(self.name)
+    async def tag(self, name: str, *, force: bool = False) -> Image:
+        """Another name for the same target, with the same labels. AlreadyExists, unless `force` lets it move there."""
+        record = Record(name=str(Reference.parse(name)), target=self.target, labels=self.record.labels)
+        try:
+            return Image(self.client, await self.client.images.create(record))
+        except AlreadyExists:
+            if not force:
+                raise
+        return Image(self.client, await self.client.images.update(record))
+
+    async def usage(self) -> Usage:
+        """What it takes: its content, its part in that alone, its documents, its snapshots."""
+        from .usage import Inspect
+
+        others = [Image(self.client, record) for record in await walk(self.client.images.walk)]
+        return await Inspect(self.client).usage(self, others)
+
+    async def state(self) -> State:
+        """Whether it is whole and unpacked, per platform; what of it is missing."""
+        from .usage import Inspect
+
+        return await Inspect(self.client).state(self)
+
+    async def delete(self, *, sync: bool = False) -> None:
+        """Forget the name; what only it held is collected later, with `sync` before this answers.
+
+        NotFound when it is gone already.
+        """
+        await self.client.images.delete(self.name, sync=sync)
 
 
 async def read_document(client: Client, descriptor: Descriptor) -> bytes:

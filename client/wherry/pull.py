@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wherry_shared.api.content import CHUNK, Info
 from wherry_shared.api.image import Image as Record
-from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
-from wherry_shared.streams import BlobWriter
+from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted, WherryError
+from wherry_shared.streams import BlobWriter, write_blob
 from wherry_shared.values import Descriptor, Platform
 
 from .image import NESTING_MAX, Image, Resolved, read_document
@@ -37,27 +36,38 @@ class Options:
 
     platforms: those wanted, () for this host's; all_platforms: every one that there is. all_metadata: the manifests
     and configs of the other platforms, too. referrers: what refers to the image (signatures, SBOMs), too.
-    unpack_to: a snapshotter, "" for none; wanted platforms are unpacked, of all only this host's.
-    discard_unpacked_layers: layers are not kept once they are unpacked. foreign_layers: from the URLs that manifests
-    name.
+    unpack: the wanted platforms, of all only this host's. discard_unpacked_layers: layers are not kept once they are
+    unpacked. foreign_layers: from the URLs that manifests name.
     """
 
     platforms: tuple[Platform, ...] = ()
     all_platforms: bool = False
     all_metadata: bool = False
     referrers: bool = False
-    unpack_to: str = ""
+    unpack: bool = False
     discard_unpacked_layers: bool = False
     foreign_layers: bool = False
 
 
-class Pull:
-    """One pull of one image."""
+@dataclass(frozen=True, slots=True)
+class _Want:
+    """What of one document: its layers, its snapshots. referrer: it refers to the image, and is no part of it."""
 
-    def __init__(self, client: Client, reference: Reference, registry: Registry, options: Options, on_progress: OnProgress) -> None:
-        if options.discard_unpacked_layers and not options.unpack_to:
+    layers: bool = False
+    unpack: bool = False
+    referrer: bool = False
+
+
+class Pull:
+    """One pull of one image. `resolve` needs no lease and may run beside what makes one; `run` wants one."""
+
+    def __init__(
+        self, client: Client, reference: Reference, registry: Registry, options: Options, on_progress: OnProgress
+    ) -> None:
+        if options.discard_unpacked_layers and not options.unpack:
             raise InvalidArgument("layers that are not unpacked are not discarded: ask for both, or for neither")
         self._client = client
+        self._content = client.content
         self._reference = reference
         self._registry = registry
         self._options = options
@@ -66,99 +76,207 @@ class Pull:
         self._source = labels.source_label(reference.registry)
         self._nodes = 0
         self._ready: dict[str, asyncio.Future[None]] = {}
+        self._configs: dict[str, bytes] = {}
+        self._group = asyncio.TaskGroup()
+        self._snapshotter = ""
 
     async def resolve(self) -> tuple[Descriptor, bytes]:
-        """What the name means now. It needs no lease, and may run beside what makes one."""
+        """What the name means now."""
         self._report(Progress(str(self._reference), "resolving"))
         return await self._registry.resolve(self._reference)
 
-    async def run(self, target: Descriptor, data: bytes) -> Image:
+    async def run(self, target: Descriptor, data: bytes, snapshotter: str = "") -> Image:
         """Fetch all that the options ask for, unpack, and record the image. The record comes last."""
         name = str(self._reference)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._node(target, data, Want(layers=True, unpack=True), NESTING_MAX))
+        self._snapshotter = snapshotter
+        want = _Want(layers=True, unpack=self._options.unpack)
+        try:
+            async with self._group:
+                await self._node(target, data, want, NESTING_MAX)
+        except BaseExceptionGroup as e:
+            raise first_of(e) from None
         image = await self._record(name, target)
         self._report(Progress(name, "done", "image"))
         return image
 
     # ---- the tree
 
-    async def _node(self, descriptor: Descriptor, data: bytes, want: Want, depth: int) -> None:
-        """An index or a manifest that is at hand, and all below it."""
+    async def _node(self, descriptor: Descriptor, data: bytes, want: _Want, depth: int) -> None:
+        """An index or a manifest that is at hand; what is below it is under way when this returns."""
         self._nodes += 1
         if depth <= 0 or self._nodes > NODES_MAX:
             raise ResourceExhausted(
-                f"image {self._reference}: over {NESTING_MAX} levels of indexes, or over {NODES_MAX} manifests"
+                f"image {self._reference} is nested deeper than {NESTING_MAX} or has over {NODES_MAX} manifests"
             )
-        async with asyncio.TaskGroup() as group:
-            if descriptor.media_type in documents.INDEX_TYPES:
-                index = documents.parse_index(data, descriptor.media_type)
-                kept = labels.children(index.manifests)
-                children = self._choose(index, want)
-                for child, wanted in children:
-                    group.create_task(self._child(child, wanted, depth - 1))
-            else:
-                foreign = self._options.foreign_layers or not want.unpack
-                manifest = documents.parse_manifest(data, descriptor.media_type, foreign=foreign)
-                discard = self._options.discard_unpacked_layers
-                kept = labels.children((manifest.config, *manifest.layers), layers=not discard)
-                group.create_task(self._image(descriptor, manifest, want))
-            if self._options.referrers and not want.referrer:
-                kept |= await self._referrers(descriptor, group, depth)
-            await self._document(descriptor, data, kept)
+        if descriptor.media_type in documents.INDEX_TYPES:
+            index = documents.parse_index(data, descriptor.media_type)
+            kept = labels.children(index.manifests)
+            for child, wanted in self._choose(index, want):
+                self._group.create_task(self._child(child, wanted, depth - 1))
+        else:
+            foreign = self._options.foreign_layers or not want.unpack
+            manifest = documents.parse_manifest(data, descriptor.media_type, foreign=foreign)
+            keep_layers = not self._options.discard_unpacked_layers or not want.unpack
+            kept = labels.children((manifest.config, *manifest.layers), layers=keep_layers)
+            self._group.create_task(self._image(descriptor, manifest, want))
+        if self._options.referrers and want.layers and not want.referrer:
+            kept |= await self._referrers(descriptor)
+        await self._document(descriptor, data, kept)
 
-    def _choose(self, index: documents.Index, want: Want) -> list[tuple[Descriptor, Want]]:
+    def _choose(self, index: documents.Index, want: _Want) -> list[tuple[Descriptor, _Want]]:
         """The children to fetch, and what of each."""
         options = self._options
         if want.referrer:
             return [(child, want) for child in index.manifests]
         if options.all_platforms:
-            host = platforms.choose(index.manifests, (), missing_ok=True)
-            return [(child, Want(layers=True, unpack=child in host and want.unpack)) for child in index.manifests]
+            host = platforms.choose(index.manifests, missing_ok=True)
+            return [(c, _Want(layers=True, unpack=want.unpack and c in host)) for c in index.manifests]
         wanted = platforms.choose(index.manifests, options.platforms)
         found = [(child, want) for child in wanted]
         if options.all_metadata:
-            found += [(child, Want()) for child in index.manifests if child not in wanted]
+            found += [(child, _Want()) for child in index.manifests if child not in wanted]
         return found
 
-    async def _child(self, descriptor: Descriptor, want: Want, depth: int) -> None:
-        if descriptor.media_type not in documents.INDEX_TYPES | documents.MANIFEST_TYPES:
-            if want.layers:
-                await self._blob(descriptor, "blob", await self._info(descriptor.digest))
-            return
-        async with self._slots:
-            data = await self._registry.manifest(self._reference, descriptor)
-        await self._node(descriptor, data, want, depth)
+    async def _child(self, descriptor: Descriptor, want: _Want, depth: int) -> None:
+        if descriptor.media_type in documents.INDEX_TYPES | documents.MANIFEST_TYPES:
+            async with self._slots:
+                data = await self._registry.manifest(self._reference, descriptor)
+            await self._node(descriptor, data, want, depth)
+        elif want.layers:
+            await self._fetch([descriptor], "blob")
 
-    async def _image(self, descriptor: Descriptor, manifest: documents.Manifest, want: Want) -> None:
+    async def _image(self, descriptor: Descriptor, manifest: documents.Manifest, want: _Want) -> None:
         """A manifest's config and layers, and its snapshots."""
-        unpack = self._options.unpack_to if want.unpack else ""
-        layers = self._layers(manifest, want, unpack)
-        infos = await self._infos([manifest.config, *layers])
-        config = asyncio.create_task(self._blob(manifest.config, "config", infos[manifest.config.digest]))
-        if unpack and self._options.discard_unpacked_layers and await self._unpacked(manifest, await config):
-            layers = []
-        loop = asyncio.get_running_loop()
-        ready = {layer.digest: loop.create_future() for layer in layers}
-        async with asyncio.TaskGroup() as group:
-            for layer in layers:
-                group.create_task(self._layer(layer, infos[layer.digest], ready[layer.digest]))
-            data = await config
-            if unpack:
-                resolved = Resolved(descriptor, manifest, documents.parse_config(data or await read_document(self._client, manifest.config)))
-                group.create_task(Unpack(self._client, resolved, unpack, ready=ready, on_progress=self._report).run())
+        unpack = self._snapshotter if want.unpack else ""
+        layers = [
+            layer for layer in manifest.layers
+            if want.layers and (unpack or self._options.foreign_layers or not documents.is_foreign(layer.media_type))
+        ]  # fmt: skip
+        if unpack and self._options.discard_unpacked_layers:
+            await self._fetch([manifest.config], "config")
+            if await self._is_unpacked(await self._config(manifest), unpack):
+                return
+            await self._fetch(layers, "layer")
+        else:
+            await self._fetch([manifest.config, *layers], "layer", config=manifest.config.digest)
+        if unpack:
+            resolved = Resolved(descriptor, manifest, await self._config(manifest))
+            await Unpack(self._client, resolved, unpack, ready=self._ready, on_progress=self._report).run()
 
-    def _layers(self, manifest: documents.Manifest, want: Want, unpack: str) -> list[Descriptor]:
-        """The layers to fetch, each once."""
-        if not want.layers:
-            return []
-        skip = not self._options.foreign_layers and not unpack
-        layers = {layer.digest: layer for layer in manifest.layers if not (skip and documents.is_foreign(layer.media_type))}
-        return list(layers.values())
+    async def _config(self, manifest: documents.Manifest) -> documents.ImageConfig:
+        digest = manifest.config.digest
+        await asyncio.shield(self._ready[digest])
+        data = self._configs.get(digest) or await read_document(self._client, manifest.config)
+        return documents.parse_config(data)
+
+    async def _is_unpacked(self, config: documents.ImageConfig, snapshotter: str) -> bool:
+        try:
+            await self._client.snapshots.stat(snapshotter, chain_ids(config.diff_ids)[-1])
+        except (NotFound, IndexError):
+            return False
+        return True
+
+    async def _referrers(self, subject: Descriptor) -> dict[str, str]:
+        found = await self._registry.referrers(self._reference, subject.digest)
+        for descriptor in found:
+            self._group.create_task(self._child(descriptor, _Want(layers=True, referrer=True), NESTING_MAX))
+        return labels.referrers(found)
 
     # ---- blobs
 
-    async def _layer(self, layer: Descriptor, info: Info | None, ready: asyncio.Future[None]) -> None:
-        await self._blob(layer, "layer", info)
-        ready.set_result(None)
+    async def _fetch(self, descriptors: Iterable[Descriptor], kind: str, *, config: str = "") -> None:
+        """Let blobs come into content, each once; `_ready` tells when."""
+        loop = asyncio.get_running_loop()
+        fresh = {d.digest: d for d in descriptors if d.digest not in self._ready}
+        self._ready |= {digest: loop.create_future() for digest in fresh}
+        infos = await asyncio.gather(*(self._info(digest) for digest in fresh))
+        for descriptor, info in zip(fresh.values(), infos, strict=True):
+            own = "config" if descriptor.digest == config else kind
+            self._group.create_task(self._blob(descriptor, own, info))
 
+    async def _info(self, digest: str) -> Info | None:
+        try:
+            return await self._content.info(digest)
+        except NotFound:
+            return None
+
+    async def _blob(self, descriptor: Descriptor, kind: str, info: Info | None) -> None:
+        """Fetch one blob, unless it is here."""
+        size = descriptor.size
+        async with self._slots:
+            if info is not None or size > CHUNK:
+                step = await self._stream(descriptor, kind)
+            else:
+                step = await self._small(descriptor, kind)
+        if step == "exists":
+            await self._label(descriptor.digest, {}, info)
+        self._report(Progress(descriptor.digest, "exists" if step == "exists" else "downloaded", kind, size, size))
+        self._ready[descriptor.digest].set_result(None)
+
+    async def _small(self, descriptor: Descriptor, kind: str) -> str:
+        """A blob that fits into one message, in one call."""
+        self._report(Progress(descriptor.digest, "downloading", kind, 0, descriptor.size))
+        data = await self._registry.small(self._reference, descriptor)
+        if kind == "config":
+            self._configs[descriptor.digest] = data
+        try:
+            await self._content.put(data, descriptor.digest, {self._source: self._reference.repository})
+        except AlreadyExists:
+            return "exists"
+        return "downloaded"
+
+    async def _stream(self, descriptor: Descriptor, kind: str) -> str:
+        """Any blob, from where an earlier pull stopped; one that is here is kept by the lease from now on."""
+        digest, size = descriptor.digest, descriptor.size
+        try:
+            async with BlobWriter(self._content, f"{kind}-{digest}", total=size, expected=digest) as writer:
+                told = writer.offset
+                self._report(Progress(digest, "downloading", kind, told, size))
+                async for chunk in self._registry.blob(self._reference, descriptor, offset=writer.offset):
+                    await writer.write(chunk)
+                    if writer.offset - told >= PROGRESS_BYTES:
+                        told = writer.offset
+                        self._report(Progress(digest, "downloading", kind, told, size))
+                await writer.commit(labels={self._source: self._reference.repository})
+        except AlreadyExists:
+            return "exists"
+        return "downloaded"
+
+    async def _document(self, descriptor: Descriptor, data: bytes, kept: dict[str, str]) -> None:
+        """Put a manifest or index into content, with the labels that keep what it names."""
+        digest = descriptor.digest
+        added = {**kept, self._source: self._reference.repository}
+        try:
+            if len(data) <= CHUNK:
+                await self._content.put(data, digest, added)
+                return
+            info = await write_blob(
+                self._content, f"manifest-{digest}", data, size=len(data), expected=digest, labels=added
+            )
+        except AlreadyExists:
+            info = await self._content.info(digest)
+        await self._label(digest, kept, info)
+
+    async def _label(self, digest: str, kept: dict[str, str], info: Info | None) -> None:
+        """Give a blob that was here the labels that it lacks."""
+        known = (info or await self._content.info(digest)).labels
+        source = labels.add_source(known.get(self._source, ""), self._reference.repository)
+        wanted = {**kept, self._source: source}
+        if changed := {key: value for key, value in wanted.items() if known.get(key) != value}:
+            await self._content.update(digest, changed, [f"labels.{key}" for key in changed])
+
+    async def _record(self, name: str, target: Descriptor) -> Image:
+        bare = Descriptor(media_type=target.media_type, digest=target.digest, size=target.size)
+        record = Record(name=name, target=bare)
+        try:
+            return Image(self._client, await self._client.images.create(record))
+        except AlreadyExists:
+            return Image(self._client, await self._client.images.update(record, ["target"]))
+
+
+def first_of(group: BaseException) -> BaseException:
+    """The one error that a caller is told of several that came together: a typed one where there is one."""
+    if not isinstance(group, BaseExceptionGroup):
+        return group
+    leaves = [first_of(error) for error in group.exceptions]
+    return next((leaf for leaf in leaves if isinstance(leaf, WherryError)), leaves[0])

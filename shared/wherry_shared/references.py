@@ -7,7 +7,7 @@ besides. References never leave their namespace, so they are pairs of type and k
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -119,6 +119,19 @@ def parse_duration(text: str) -> float | None:
     if not parts or "".join(number + unit for number, unit in parts) != body:
         return None
     return sign * sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def some_fields(document: bytes, names: Container[str]) -> dict[str, Any]:
+    """The fields of a record's document that have these names; the others are not decoded."""
+    unpacker = msgpack.Unpacker(timestamp=3, max_buffer_size=len(document))
+    unpacker.feed(document)
+    found: dict[str, Any] = {}
+    for _ in range(unpacker.read_map_header()):
+        if (name := unpacker.unpack()) in names:
+            found[name] = unpacker.unpack()
+        else:
+            unpacker.skip()
+    return found
 
 
 # ---- how they travel

@@ -225,7 +225,7 @@ async def test_an_oversized_manifest_is_not_read() -> None:
 async def test_a_manifest_of_other_bytes_is_data_loss() -> None:
     asked = BLOB.model_copy(update={"media_type": OCI_MANIFEST, "size": len(MANIFEST)})
     async with serving(answer(200, MANIFEST)) as trap, client() as registry:
-        for fetch in (registry.manifest, registry.config):
+        for fetch in (registry.manifest, registry.small):
             with pytest.raises(DataLoss, match=BLOB.digest):
                 await fetch(trap.ref(), asked)
 

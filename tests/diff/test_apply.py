@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from wherry_diff.apply import Applied, _Ahead, apply
+from wherry_diff.ahead import Ahead
+from wherry_diff.apply import Applied, apply
 from wherry_diff.extract import Target
 from wherry_diff.limits import Limits
 from wherry_shared.errors import (
@@ -120,7 +121,7 @@ def test_the_reader_keeps_a_bounded_distance() -> None:
             taken += 1
             yield b"piece"
 
-    with _Ahead(source(), 4) as pieces:
+    with Ahead(source(), 4) as pieces:
         assert next(pieces) == b"piece"
         while taken < 5:
             time.sleep(0.001)

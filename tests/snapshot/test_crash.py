@@ -22,10 +22,12 @@ from wherry_shared.bus import Bus
 from wherry_shared.errors import FailedPrecondition, NotFound
 from wherry_shared.memory import MemoryTransport
 from wherry_shared.sqlite import Database
+from wherry_snapshot.backends import btrfs
 
 pytestmark = needs_root
 
 Work = Callable[[House, Snapshots], Awaitable[Any]]
+Ground = Callable[[str], Path]
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def die(root: Path, trap: Trap, work: Work, *, at_start: bool = False) -> None:
                 trap.arm()
 
             async def armed(house: House, api: Snapshots) -> Any:
-                for snapshotter in ("overlay", "native"):
+                for snapshotter in await api.snapshotters():
                     await api.cleanup(snapshotter)  # what the start sweeps would fall into traps set for `work`
                 if not at_start:
                     trap.arm()
@@ -160,18 +162,24 @@ NATIVE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("snapshotter", "step"),
-    [("overlay", s) for s in {**PREPARE, **OVERLAY}] + [("native", s) for s in {**PREPARE, **NATIVE}],
-)
-def test_prepare(tmp_path: Path, snapshotter: str, step: str) -> None:
+BTRFS = {
+    "before the volume": Trap(btrfs, "_ioctl", on("new-")),
+    "after the volume": Trap(btrfs, "_ioctl", on("new-"), after=True),
+    **{k: v for k, v in PREPARE.items() if "directory" not in k},
+}
+STEPS = {"overlay": {**PREPARE, **OVERLAY}, "native": {**PREPARE, **NATIVE}, "btrfs": BTRFS}
+
+
+@pytest.mark.parametrize(("snapshotter", "step"), [(name, step) for name, steps in STEPS.items() for step in steps])
+def test_prepare(ground: Ground, snapshotter: str, step: str) -> None:
+    tmp_path = ground(snapshotter)
     run(tmp_path, furnished(snapshotter))
 
     async def prepare(house: House, api: Snapshots) -> Any:
         with context.use(key="once"):
             return await api.prepare(snapshotter, "new", "base")
 
-    die(tmp_path, {**PREPARE, **OVERLAY, **NATIVE}[step], prepare)
+    die(tmp_path, STEPS[snapshotter][step], prepare)
 
     async def check(house: House, api: Snapshots) -> None:
         await sound(house, api, snapshotter)
@@ -184,26 +192,35 @@ def test_prepare(tmp_path: Path, snapshotter: str, step: str) -> None:
     run(tmp_path, check)
 
 
-@pytest.mark.parametrize("snapshotter", ["overlay", "native"])
-@pytest.mark.parametrize("step", ["before the row", "after the row"])
-def test_commit(tmp_path: Path, snapshotter: str, step: str) -> None:
+SEALED = Trap(btrfs, "_set_read_only", lambda fd, wanted: wanted, after=True)
+COMMIT = {"before the row": TRANSACTION, "after the row": COMMITTED}
+
+
+@pytest.mark.parametrize(
+    ("snapshotter", "step"), [(name, step) for name in STEPS for step in COMMIT] + [("btrfs", "sealed")]
+)
+def test_commit(ground: Ground, snapshotter: str, step: str) -> None:
+    tmp_path = ground(snapshotter)
     run(tmp_path, furnished(snapshotter))
 
     async def commit(house: House, api: Snapshots) -> Any:
         with context.use(key="once"):
             return await api.commit(snapshotter, "name", "key")
 
-    die(tmp_path, {"before the row": TRANSACTION, "after the row": COMMITTED}[step], commit)
+    die(tmp_path, {**COMMIT, "sealed": SEALED}[step], commit)
 
     async def check(house: House, api: Snapshots) -> None:
         await sound(house, api, snapshotter)
         committed = step == "after the row"
         names = [i.name for i in (await api.walk(snapshotter)).items]
         assert names == (["base", "name"] if committed else ["base", "key"])
+        if not committed:
+            with mounted(await api.mounts(snapshotter, "key"), house.root / "mnt") as at:
+                (at / "more").write_text("still active")
         info = await commit(house, api)
         assert info == await api.stat(snapshotter, "name")
         with mounted(await api.view(snapshotter, "view", "name"), house.root / "mnt") as at:
-            assert tree(at) == FILES
+            assert tree(at) == (FILES if committed else {**FILES, "more": "still active"})
         with pytest.raises(NotFound):
             await api.stat(snapshotter, "key")
 
@@ -244,9 +261,20 @@ REMOVE = {
 }
 
 
-@pytest.mark.parametrize("snapshotter", ["overlay", "native"])
-@pytest.mark.parametrize("step", list(REMOVE))
-def test_remove(tmp_path: Path, snapshotter: str, step: str) -> None:
+BTRFS_REMOVE = {
+    "before the volume's end": Trap(btrfs, "_destroy", on("rm-")),
+    "after the volume's end": Trap(btrfs, "_destroy", on("rm-"), after=True),
+    **{k: v for k, v in REMOVE.items() if "removal" not in k and "last" not in k},
+}
+
+
+@pytest.mark.parametrize(
+    ("snapshotter", "step"),
+    [(name, step) for name in ("overlay", "native") for step in REMOVE] + [("btrfs", step) for step in BTRFS_REMOVE],
+)
+def test_remove(ground: Ground, snapshotter: str, step: str) -> None:
+    tmp_path = ground(snapshotter)
+
     async def furnish(house: House, api: Snapshots) -> None:
         await furnished(snapshotter)(house, api)
         await api.remove(snapshotter, "key")
@@ -259,7 +287,7 @@ def test_remove(tmp_path: Path, snapshotter: str, step: str) -> None:
             await api.remove(snapshotter, "base")
         await api.cleanup(snapshotter)
 
-    die(tmp_path, REMOVE[step], remove)
+    die(tmp_path, {**REMOVE, **BTRFS_REMOVE}[step], remove)
 
     async def check(house: House, api: Snapshots) -> None:
         await sound(house, api, snapshotter)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from snapshot_rig import needs_root
-from wherry_shared.api.snapshot import REBASE_LABEL, Kind
-from wherry_shared.errors import FailedPrecondition
+from wherry_shared.api.snapshot import GID_LABEL, REBASE_LABEL, UID_LABEL, UPPERDIR_LABEL, Kind
+from wherry_shared.errors import FailedPrecondition, InvalidArgument
 from wherry_shared.values import Mount
 from wherry_snapshot.backends import Snapshot, overlay
+from wherry_snapshot.backends.directories import magic
 from wherry_snapshot.backends.overlay import OverlayBackend
 
 pytestmark = needs_root
@@ -94,8 +95,8 @@ def test_a_rebased_root_takes_its_parents_owner_unless_its_layer_said_one(backen
         backend.create(snapshot(number), never)
     os.chown(backend.tree(1), 1000, 1000)
     os.chown(backend.tree(3), 5, 6)
-    backend.rebase(2, 1, never)
-    backend.rebase(3, 1, never)
+    for number in (2, 3):
+        backend.seal(snapshot(number, "active", 1), True, never)
     owners = [(os.stat(backend.tree(n)).st_uid, os.stat(backend.tree(n)).st_gid) for n in (2, 3)]
     assert owners == [(1000, 1000), (5, 6)]
 
@@ -104,7 +105,7 @@ def test_a_host_without_overlay_is_told_so(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(FailedPrecondition, match="mount options"):
         OverlayBackend(tmp_path / "a:b", {})
     with monkeypatch.context() as patch:
-        patch.setattr(overlay, "_OVERLAY_MAGIC", overlay._magic(tmp_path))
+        patch.setattr(overlay, "_OVERLAY_MAGIC", magic(tmp_path))
         with pytest.raises(FailedPrecondition, match="overlay itself"):
             OverlayBackend(tmp_path / "o", {})
     real = Path.read_text
@@ -114,3 +115,71 @@ def test_a_host_without_overlay_is_told_so(tmp_path: Path, monkeypatch: pytest.M
     )
     with pytest.raises(FailedPrecondition, match="/proc/filesystems"):
         OverlayBackend(tmp_path / "o", {})
+
+
+def test_what_the_user_says_of_an_option_holds(tmp_path: Path) -> None:
+    assert overlay.mount_options("index=on,volatile") == ["index=on", "volatile"]
+    assert overlay.mount_options("") == options_at_the_end()[2:]
+
+
+def test_in_a_user_namespace_attributes_are_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.read_text
+    maps = "0 100000 65536"
+    monkeypatch.setattr(Path, "read_text", lambda self, *a: maps if str(self).endswith("uid_map") else real(self, *a))
+    assert overlay.mount_options("volatile")[:2] == ["volatile", "userxattr"]
+    assert overlay.mount_options("userxattr").count("userxattr") == 1
+
+
+def test_the_upper_directory_is_told_of_where_that_is_wanted(tmp_path: Path, backend: OverlayBackend) -> None:
+    assert backend.shown_labels(3) == {}
+    telling = OverlayBackend(tmp_path / "telling", {"upperdir_label": "true"})
+    assert telling.shown_labels(3) == {UPPERDIR_LABEL: f"{telling.root}/snapshots/3/fs"}
+
+
+# ---- id mappings
+
+
+MAPPED = {UID_LABEL: "0:100000:65536", GID_LABEL: "0:200000:65536"}
+
+
+def test_mappings_stand_first_and_root_is_mapped(backend: OverlayBackend) -> None:
+    backend.create(snapshot(1), never)
+    backend.create(Snapshot(2, "active", (1,), MAPPED), never)
+    st = os.stat(backend.tree(2))
+    assert (st.st_uid, st.st_gid) == (100000, 200000)
+    (mount,) = backend.mounts(Snapshot(2, "active", (1,), MAPPED))
+    assert mount.options[:2] == ["uidmap=0:100000:65536", "gidmap=0:200000:65536"]
+    assert mount.options[2].startswith("workdir=") and mount.options[3].startswith("upperdir=")
+    (view,) = backend.mounts(Snapshot(3, "view", (2, 1), MAPPED))
+    assert view.options[:2] == mount.options[:2] and view.options[2].startswith("lowerdir=")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {UID_LABEL: "0:1:1"}, {GID_LABEL: "0:1:1"}, {UID_LABEL: "0:1:1", GID_LABEL: "x"},
+        {UID_LABEL: "0:1", GID_LABEL: "0:1:1"}, {UID_LABEL: "0:1:0", GID_LABEL: "0:1:1"},
+        {UID_LABEL: "5:1:1", GID_LABEL: "0:1:1"}, {UID_LABEL: "0:4294967290:100", GID_LABEL: "0:1:1"},
+        {UID_LABEL: "0:-1:5", GID_LABEL: "0:1:1"}, {UID_LABEL: "0:1:1,lowerdir=/", GID_LABEL: "0:1:1"},
+        {UID_LABEL: ",".join(["0:1:1"] * 341), GID_LABEL: "0:1:1"},
+    ],
+)  # fmt: skip
+def test_a_malformed_mapping_is_refused(backend: OverlayBackend, labels: dict[str, str]) -> None:
+    with pytest.raises(InvalidArgument, match="mapping"):
+        backend.create(Snapshot(1, "active", (), labels), never)
+    assert backend.entries() == []
+
+
+def test_without_the_kernel_no_mapping_is_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "remap-ids" in OverlayBackend(tmp_path / "with", {}).capabilities
+    monkeypatch.setattr(overlay.idmap, "works_on", lambda directory: False)
+    backend = OverlayBackend(tmp_path / "without", {})
+    assert backend.capabilities == {"rebase"}
+    with pytest.raises(FailedPrecondition, match="map ids"):
+        backend.create(Snapshot(1, "active", (), MAPPED), never)
+
+
+def test_whether_ids_can_be_mapped_is_tried(tmp_path: Path) -> None:
+    assert overlay.idmap.works_on(tmp_path)
+    assert not overlay.idmap.works_on(Path("/proc"))
+    assert not overlay.idmap.works_on(tmp_path / "nothing")

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from wherry_shared.errors import DataLoss, InvalidArgument, ResourceExhausted, Unimplemented, WherryError
+from wherry_shared.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted, Unimplemented, WherryError
 from wherry_shared.values import Descriptor, check_digest
 
 from . import http
@@ -24,6 +24,7 @@ from .documents import (
     OCI_MANIFEST,
     document_type,
     is_foreign,
+    parse_index,
     refuse_foreign,
 )
 from .download import Download, Hasher, check_digest_of, hasher_for, make_hasher
@@ -57,6 +58,7 @@ class Registry:
         insecure: Collection[str] = (),
         secure: Collection[str] = (),
         foreign_layers: bool = False,
+        hosts_dir: str = "",
         user_agent: str = "wherry/0.1.0",
         limits: Limits | None = None,
         lookup: Lookup = system_lookup,
@@ -106,11 +108,24 @@ class Registry:
         raw, _ = await self._document(ref, f"manifests/{descriptor.digest}", descriptor.size, what)
         return self._whole(ref, descriptor, raw)
 
-    async def config(self, ref: Reference, descriptor: Descriptor) -> bytes:
-        """A small blob, such as an image config: size and digest checked, at most DOCUMENT_MAX bytes."""
+    async def small(self, ref: Reference, descriptor: Descriptor) -> bytes:
+        """A small blob whole, such as an image config: size and digest checked, at most DOCUMENT_MAX bytes."""
+        if is_foreign(descriptor.media_type):
+            return b"".join([chunk async for chunk in self.blob(ref, descriptor, verify=True)])
         self._check_small(descriptor)
         raw, _ = await self._document(ref, f"blobs/{descriptor.digest}", descriptor.size, f"blob {descriptor.digest}")
         return self._whole(ref, descriptor, raw)
+
+    async def referrers(self, ref: Reference, digest: str) -> list[Descriptor]:
+        """What refers to a manifest (OCI distribution specification 1.1: the API, else the tag), [] for nothing."""
+        what = f"what refers to {digest}"
+        for path in (f"referrers/{digest}", f"manifests/{check_digest(digest).replace(':', '-')}"):
+            try:
+                raw, headers = await self._document(ref, path, DOCUMENT_MAX, what, ResourceExhausted)
+            except NotFound:
+                continue
+            return list(parse_index(raw, headers.get("Content-Type", ""), what).manifests)
+        return []
 
     def blob(
         self, ref: Reference, descriptor: Descriptor, *, offset: int = 0, verify: bool | Hasher = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform as host
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from wherry_shared.errors import InvalidArgument, NotFound
 from wherry_shared.values import Descriptor, Platform
@@ -71,13 +71,45 @@ def is_attestation(child: Descriptor) -> bool:
 
 
 def rank(candidate: Platform, wanted: Platform) -> int | None:
-    """How well `candidate` runs on `wanted`: 0 is best, None not at all. A wanted os_version must be met exactly."""
+    """How well `candidate` runs on `wanted`: 0 is best, None not at all.
+
+    A wanted os_version must be met (of Windows' up to the build), and all features that the candidate needs.
+    """
     candidate = normalise(candidate)
-    if candidate.os != wanted.os.lower() or (wanted.os_version and candidate.os_version != wanted.os_version):
+    if candidate.os != wanted.os.lower() or not _version_fits(candidate, wanted):
+        return None
+    if not set(candidate.os_features) <= set(wanted.os_features):
         return None
     order = acceptable(wanted)
     own = (candidate.architecture, candidate.variant)
     return order.index(own) if own in order else None
+
+
+def _version_fits(candidate: Platform, wanted: Platform) -> bool:
+    if not wanted.os_version or candidate.os_version == wanted.os_version:
+        return True
+    build = wanted.os_version.split(".")[:3]
+    return candidate.os == "windows" and len(build) == 3 and candidate.os_version.split(".")[:3] == build
+
+
+def choose(
+    children: Sequence[Descriptor], wanted: Sequence[Platform] = (), *, missing_ok: bool = False
+) -> list[Descriptor]:
+    """The children to run on each of the wanted platforms (none: this host's), each child once.
+
+    NotFound for one that has none, unless `missing_ok`.
+    """
+    found: list[Descriptor] = []
+    for platform in wanted or (default_platform(),):
+        try:
+            best = pick(children, platform)
+        except NotFound:
+            if not missing_ok:
+                raise
+            continue
+        if best not in found:
+            found.append(best)
+    return found
 
 
 def pick(children: Iterable[Descriptor], wanted: Platform | None = None) -> Descriptor:

@@ -8,12 +8,14 @@ from wherry_shared.runtime import Host, run
 
 from . import metadata
 from .catalog import Catalog
+from .collect import ContainerCollector
 from .service import ContainerService
 
 
 async def build(host: Host) -> ContainerService:
     database = await host.database(metadata.MIGRATIONS)
     host.plugin(type="io.containerd.grpc.v1", id="containers")
+    host.also_serve(ContainerCollector(database))
     return ContainerService(Catalog(metadata.table(database)))
 
 

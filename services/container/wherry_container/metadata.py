@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from wherry_shared.api.container import Container
 from wherry_shared.catalog import SCHEMA, Table
+from wherry_shared.collectable import migration
 from wherry_shared.filters import Adaptor, fields
+from wherry_shared.references import CONTAINERS
 from wherry_shared.sqlite import Database
 
-MIGRATIONS = (SCHEMA,)
+MIGRATIONS = (SCHEMA, migration(CONTAINERS))
 
 
 def table(database: Database) -> Table[Container]:

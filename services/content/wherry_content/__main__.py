@@ -9,6 +9,7 @@ from wherry_shared.errors import InvalidArgument
 from wherry_shared.runtime import Host, run
 
 from . import backends, metadata
+from .collect import ContentCollector
 from .metadata import Metadata
 from .service import ContentService
 from .store import IDLE_SECONDS, Store
@@ -25,6 +26,7 @@ async def build(host: Host) -> ContentService:
     await store.start()
     host.on_stop(store.stop)
     host.plugin(type="io.containerd.content.v1", id="content", capabilities=[name])
+    host.also_serve(ContentCollector(database, store))
     return ContentService(store, host.bus.proxy(Leases))
 
 

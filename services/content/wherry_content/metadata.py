@@ -6,14 +6,20 @@ so that a file appears and disappears together with its rows: never a row withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from datetime import datetime
 from typing import Any
 
+from wherry_shared import context, epoch
 from wherry_shared.api.content import Info, Ingest, Opened
 from wherry_shared.catalog import SCHEMA, Table, check_mask
+from wherry_shared.collectable import migration
 from wherry_shared.errors import AlreadyExists, NotFound, WherryError
 from wherry_shared.filters import compile_filters, fields
+from wherry_shared.references import CONTENT, INGESTS, Node
 from wherry_shared.sqlite import Database, Transaction
 from wherry_shared.values import Page, now, stored_labels, update_labels
 
@@ -25,7 +31,15 @@ CREATE TABLE ingests (
     namespace TEXT NOT NULL, ref TEXT NOT NULL, key TEXT NOT NULL UNIQUE, total INTEGER NOT NULL,
     expected TEXT NOT NULL, started_at TEXT NOT NULL, PRIMARY KEY (namespace, ref)) WITHOUT ROWID
 """,
+    # expire_at: until when an ingest without a lease is kept, unix time; 0: as long as its lease.
+    f"""
+ALTER TABLE ingests ADD COLUMN expire_at INTEGER NOT NULL DEFAULT 0;
+UPDATE ingests SET expire_at = unixepoch(started_at) + 86400;
+{migration(CONTENT)};
+{epoch.journal("ingests", repr(INGESTS), "row.ref", roots=False)}
+""",
 )
+UNLEASED_SECONDS = 24 * 3600
 _INGEST = "SELECT ref, total, expected, started_at FROM ingests WHERE namespace = ?"
 
 
@@ -87,6 +101,26 @@ class Metadata:
 
         await self._database.write(run, frees=True)
 
+    async def unknown(self, digests: Callable[[], list[str]]) -> list[str]:
+        """Those that no namespace has; `digests` runs in a thread, before the look at the records."""
+
+        def compare(connection: sqlite3.Connection) -> list[str]:
+            there = digests()
+            known = {row[0] for row in connection.execute("SELECT DISTINCT key FROM records")}
+            return [digest for digest in there if digest not in known]
+
+        return await self._database.aside(compare)
+
+    async def remove_unknown(self, digests: Sequence[str], remove: Callable[[str], None]) -> None:
+        """Run `remove` under the lock for those that no namespace has."""
+
+        def run(tx: Transaction) -> None:
+            for digest in digests:
+                if not _known(tx, digest):
+                    remove(digest)
+
+        await self._database.write(run, frees=True)
+
     async def locked(self, act: Callable[[], str]) -> str:
         """Run `act` under the lock."""
         return await self._database.write(lambda tx: act())
@@ -113,14 +147,18 @@ class Metadata:
     ) -> Opened:
         """Note an ingest that was opened; what was announced earlier is kept where nothing is announced now."""
 
+        expire_at = 0 if context.current().lease else int(time.time()) + UNLEASED_SECONDS
+
         def note(tx: Transaction) -> Opened:
             check()
             tx.execute(
-                "INSERT INTO ingests (namespace, ref, key, total, expected, started_at) VALUES (?, ?, ?, ?, ?, ?) "
+                "INSERT INTO ingests (namespace, ref, key, total, expected, started_at, expire_at) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?) "
                 "ON CONFLICT (namespace, ref) DO UPDATE SET total = CASE excluded.total WHEN 0 THEN total "
                 "ELSE excluded.total END, expected = CASE excluded.expected WHEN '' THEN expected "
-                "ELSE excluded.expected END",
-                (namespace, opened.ref, key, total, expected, now().isoformat()),
+                "ELSE excluded.expected END, expire_at = CASE excluded.expire_at WHEN 0 THEN expire_at "
+                "ELSE excluded.expire_at END",
+                (namespace, opened.ref, key, total, expected, now().isoformat(), expire_at),
             )
             return opened
 
@@ -185,3 +223,36 @@ def _ingest(row: Any) -> Ingest:
     ref, total, expected, started_at = row
     at = datetime.fromisoformat(started_at)
     return Ingest(ref=ref, offset=0, total=total, expected=expected, started_at=at, updated_at=at)
+
+
+class IngestRecords:
+    """The ingests as the garbage collector sees them."""
+
+    def covers(self, type: str) -> bool:
+        return type == INGESTS
+
+    def walk(self, connection: sqlite3.Connection, after: tuple[str, str, str]) -> Iterator[Node]:
+        rows = connection.execute(
+            "SELECT namespace, ref, expected, expire_at FROM ingests WHERE (namespace, ref) > (?, ?) "
+            "ORDER BY namespace, ref",
+            after[1:],
+        )
+        with closing(rows):
+            yield from map(_node, rows)
+
+    def find(self, connection: sqlite3.Connection, type: str, namespace: str, key: str) -> Node | None:
+        row = connection.execute(
+            "SELECT namespace, ref, expected, expire_at FROM ingests WHERE namespace = ? AND ref = ?", (namespace, key)
+        ).fetchone()
+        return None if row is None else _node(row)
+
+    def remove(self, tx: Transaction, type: str, namespace: str, keys: Sequence[str]) -> int:
+        return sum(_forget(tx, namespace, ref) for ref in keys)
+
+
+def _node(row: Any) -> Node:
+    namespace, ref, expected, expire_at = row
+    node = Node(INGESTS, namespace, ref, root=expire_at > time.time(), until=float(expire_at))
+    if expected:
+        node.hard.append((CONTENT, expected))
+    return node

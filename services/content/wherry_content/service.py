@@ -48,9 +48,10 @@ class ContentService(Content):
         await self._store.verify(context.namespace(), digest)
 
     async def open(self, ref: str, total: int = 0, expected: str = "", truncate: bool = False) -> Opened:
-        if expected and self._store.present(context.namespace(), expected):
+        namespace = context.namespace()
+        if expected and self._store.present(namespace, expected):
             await self._keep(BLOBS, expected)  # kept before the store looks (again), so it cannot go in between
-        else:
+        if not (expected and self._store.present(namespace, expected)):
             await self._keep(INGESTS, ref)
         return await self._store.open(context.namespace(), ref, total, expected, truncate=truncate)
 

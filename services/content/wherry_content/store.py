@@ -38,6 +38,7 @@ Keep = Callable[[str], Awaitable[None]]
 
 IDLE_SECONDS = 60.0
 DEFAULT_ALGORITHM = "sha256"
+REAPED = 64  # blobs removed in one transaction: a mutation waits for some of them at most
 
 
 class Writer:
@@ -102,6 +103,14 @@ class Store:
         """Forget a blob; its bytes go when no namespace knows it."""
         await self._metadata.delete(namespace, digest)
         await self._metadata.unless_known(digest, lambda: self._backend.remove(digest))
+        await self._backend.purge()
+
+    async def reap(self) -> None:
+        """Remove what the garbage collector took out of the records: blobs that no namespace has, unknown ingests."""
+        self._backend.sweep(self._metadata.knows_key)
+        unknown = await self._metadata.unknown(self._backend.blobs)
+        for first in range(0, len(unknown), REAPED):
+            await self._metadata.remove_unknown(unknown[first : first + REAPED], self._backend.remove)
         await self._backend.purge()
 
     async def read(self, namespace: str, digest: str, offset: int, size: int) -> bytes:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from wherry_shared.errors import Aborted, FailedPrecondition, ResourceExhausted
 
@@ -73,7 +73,7 @@ class Archive:
 
     def _entry(self, found: Found) -> Iterator[bytes]:
         info = found.info
-        if info is None:
+        if found.kind == DELETED:
             self._above(found.level)
             self._header(Meta(join(found.level.path, _WHITEOUT + found.base), headers.REGULAR))
         elif found.base.startswith(_WHITEOUT):
@@ -101,13 +101,11 @@ class Archive:
         group.waiting.clear()
 
     def _link(self, found: Found, target: bytes) -> None:
-        assert found.info is not None
         self._above(found.level)
         self._header(self._meta(found.path, headers.LINK, found.info, found)._replace(link=target))
 
-    def _body(self, found: Found) -> Iterator[bytes]:
+    def _body(self, found: Found) -> Generator[bytes, None, bool]:
         """A file, link or device, with what is above it. Answers whether it is in the archive."""
-        assert found.info is not None
         kind = stat.S_IFMT(found.info.st_mode)
         directory = self._walk.fd(found.level)
         if kind == stat.S_IFREG:
@@ -124,7 +122,7 @@ class Archive:
         self._header(meta)
         return True
 
-    def _file(self, found: Found, directory: int) -> Iterator[bytes]:
+    def _file(self, found: Found, directory: int) -> Generator[bytes, None, bool]:
         try:
             fd = os.open(found.base, _READ, dir_fd=directory)
         except OSError:  # it went, or became something else
@@ -178,7 +176,16 @@ class Archive:
     def _meta(self, path: bytes, kind: bytes, info: os.stat_result, found: Found) -> Meta:
         size = info.st_size if kind == headers.REGULAR else 0
         return Meta(
-            path, kind, stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, size, self._time(info), b"", 0, found.xattrs
+            path,
+            kind,
+            stat.S_IMODE(info.st_mode),
+            info.st_uid,
+            info.st_gid,
+            size,
+            self._time(info),
+            b"",
+            0,
+            found.xattrs,
         )
 
     def _time(self, info: os.stat_result) -> int:

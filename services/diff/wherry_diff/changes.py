@@ -38,7 +38,7 @@ class Redirected(Exception):
 
 
 class Level:
-    """A directory on the way. `info` and `xattrs` are those of the right side, `written` is for who writes an archive."""
+    """A directory on the way. `info` and `xattrs` are the right side's; `written` is for who writes an archive."""
 
     __slots__ = ("above", "depth", "hides", "info", "left", "path", "right", "todo", "written", "xattrs")
 
@@ -55,7 +55,7 @@ class Level:
 
 
 class Found:
-    """One change: `base` in the directory `level`. `info` is the right side's, none for a deletion."""
+    """One change: `base` in the directory `level`. `info` is the right side's, of a deletion the directory's."""
 
     __slots__ = ("base", "info", "kind", "level", "own", "path", "xattrs")
 
@@ -67,7 +67,7 @@ class Found:
         self.level = level
         self.base = base
         self.path = join(level.path, base)
-        self.info = info
+        self.info = level.info if info is None else info
         self.xattrs = attributes
         self.own = own
 
@@ -328,7 +328,6 @@ class Trees(Walk):
         return found if kind != SAME or not stat.S_ISDIR(right.st_mode) else None
 
     def _go_into(self, found: Found, left: os.stat_result | None) -> None:
-        assert found.info is not None
         level = found.level
         own = Level(found.path, level, found.info, found.xattrs)
         found.own = own

@@ -145,4 +145,3 @@ def upper_alone(left: Sequence[Mount], right: Sequence[Mount]) -> tuple[str, lis
     if "upperdir" in given and os.path.exists(f"{given.get('workdir', '')}/index"):
         return None
     return above[0], above[1:]
-

@@ -1,4 +1,4 @@
-"""The forms of a layer's archive: as it is, gzip, zstd. Every form is one stream; the same input gives the same bytes."""
+"""The forms of a layer's archive: as it is, gzip, zstd. The same input gives the same bytes."""
 
 from __future__ import annotations
 

@@ -149,7 +149,9 @@ def _mount(mount: Mount, target: str) -> None:
         data = _shortened(data)
     text = os.fsencode(",".join(data))
     if len(text) >= _PAGE:
-        raise InvalidArgument(f"the options of the {mount.type} mount have {len(text)} bytes, and a page is all they may")
+        raise InvalidArgument(
+            f"the options of the {mount.type} mount have {len(text)} bytes, and a page is all they may"
+        )
     _call(
         _libc.mount(
             os.fsencode(mount.source or mount.type), os.fsencode(target), mount.type.encode(), ctypes.c_ulong(flags),

@@ -1,29 +1,42 @@
-"""The processes that extract: a layer is seconds of work, and that must not hold up whoever asks for another."""
+"""The processes that extract and compare: seconds of work, which must not hold up whoever asks for something else."""
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
+import fcntl
 import multiprocessing
 import os
+import secrets
 import signal
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
 
-from wherry_shared.errors import DataLoss, Unavailable, WherryError, from_code
+from wherry_shared.errors import Aborted, DataLoss, Unavailable, WherryError, from_code
 
-from .apply import Applied, apply
-from .extract import Target
-from .limits import Limits
+from . import apply, compare
+from .apply import Application, Applied
+from .compare import Compared, Comparison, Redo
+
+T = TypeVar("T")
 
 _PR_SET_NAME, _PR_SET_PDEATHSIG = 15, 1
+_PIPE_BYTES = 1 << 20
 
 
 class Pool:
-    """A few worker processes. One that dies costs the layers in hand, and the next call starts new ones."""
+    """A few worker processes. One that dies costs the work in hand, and the next call starts new ones.
 
-    def __init__(self, workers: int) -> None:
+    spool: a directory of ours, for the pipes.
+    """
+
+    def __init__(self, workers: int, spool: Path) -> None:
         self._workers = workers
+        self._spool = spool
         self._executor = self._make()
 
     def _make(self) -> ProcessPoolExecutor:
@@ -35,20 +48,62 @@ class Pool:
         """Fork the workers now, while the process is small and quiet."""
         await asyncio.get_running_loop().run_in_executor(self._executor, os.getpid)
 
-    async def apply(self, path: str, media_type: str, target: Target, limits: Limits) -> Applied:
-        """Extract the layer in the file `path`. Raises what `apply` does, Unavailable when its worker died."""
+    async def apply(self, job: Application) -> Applied:
+        """Extract a layer. Raises what `apply.run` does, Unavailable when its worker died."""
+        return await self._run(_apply, job)
+
+    async def changes(self, job: Comparison, after: bytes, limit: int) -> tuple[list[tuple[str, bytes]], bytes]:
+        """A page of changes. Raises what `compare.changes` does, Unavailable when its worker died."""
+        return await self._run(_changes, job, after, limit)
+
+    async def compare(
+        self, job: Comparison, write: Callable[[bytes], Awaitable[None]], *, whole: bool = False
+    ) -> Compared | Redo:
+        """Make a layer and give its bytes to `write`. Raises what `compare.compare` and `write` do, Unavailable when
+        its worker died; a cancelled or failed one ends the worker's work at its next write."""
+        name = str(self._spool / f"layer-{secrets.token_hex(8)}.pipe")
+        os.mkfifo(name, 0o600)
+        try:
+            reading = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            # Held until the work is done, so that the pipe does not end before the worker has opened it, or never.
+            held = os.open(name, os.O_WRONLY | os.O_CLOEXEC)
+            fcntl.fcntl(held, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            return await self._piped(name, reading, held, job, write, whole)
+        finally:
+            os.unlink(name)
+
+    async def _piped(
+        self, name: str, reading: int, held: int, job: Comparison, write: Callable[[bytes], Awaitable[None]],
+        whole: bool,
+    ) -> Compared | Redo:  # fmt: skip
+        reader = asyncio.StreamReader(limit=_PIPE_BYTES)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(reading, "rb", 0)
+        )
+        running: asyncio.Task[Compared | Redo] = asyncio.ensure_future(self._run(_compare, name, job, whole))
+        running.add_done_callback(lambda _: os.close(held))
+        try:
+            while data := await reader.read(_PIPE_BYTES):
+                await write(data)
+            return await running
+        finally:
+            transport.close()
+            if not running.done():
+                running.cancel()
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([running])
+
+    async def _run(self, function: Callable[..., T | _Failed], *arguments: object) -> T:
         executor = self._executor
         try:
-            answer = await asyncio.get_running_loop().run_in_executor(
-                executor, _apply, path, media_type, target, limits
-            )
+            answer = await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)
         except BrokenProcessPool:
             if self._executor is executor:
                 self._executor = self._make()
-            raise Unavailable(f"the process that extracted {path} died") from None
-        if isinstance(answer, Applied):
-            return answer
-        raise from_code(*answer)
+            raise Unavailable("the process that did the work died") from None
+        if isinstance(answer, _Failed):
+            raise from_code(answer.code, answer.message)
+        return answer
 
     def close(self) -> None:
         """End the workers; what they have in hand is abandoned."""
@@ -56,6 +111,14 @@ class Pool:
         self._executor.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.kill()
+
+
+class _Failed:
+    """An error on its way out of a worker: code and text."""
+
+    def __init__(self, code: int, message: str) -> None:
+        self.code = code
+        self.message = message
 
 
 def _settle(parent: int) -> None:
@@ -70,12 +133,43 @@ def _settle(parent: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _apply(path: str, media_type: str, target: Target, limits: Limits) -> Applied | tuple[int, str]:
-    """In a worker. An error travels as code and text."""
+def _apply(job: Application) -> Applied | _Failed:
+    return _caught(lambda: apply.run(job), job.path)
+
+
+def _changes(job: Comparison, after: bytes, limit: int) -> tuple[list[tuple[str, bytes]], bytes] | _Failed:
+    return _caught(lambda: compare.changes(job, after, limit), "the trees")
+
+
+def _compare(pipe: str, job: Comparison, whole: bool) -> Compared | Redo | _Failed:
+    def work() -> Compared | Redo:
+        try:
+            # Without O_NONBLOCK this would wait for ever for a service that has given up.
+            fd = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            raise Aborted("nobody waits for this comparison any more") from None
+        try:
+            os.set_blocking(fd, True)
+            return compare.compare(job, lambda data: _write(fd, data), whole=whole)
+        finally:
+            os.close(fd)
+
+    return _caught(work, "the trees")
+
+
+def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
     try:
-        with open(path, "rb", buffering=0) as source:
-            return apply(source, media_type, target, limits)
+        while view:
+            view = view[os.write(fd, view) :]
+    except BrokenPipeError:
+        raise Aborted("nobody waits for this comparison any more") from None
+
+
+def _caught(work: Callable[[], T], what: str) -> T | _Failed:
+    try:
+        return work()
     except WherryError as e:
-        return e.code, e.message
+        return _Failed(e.code, e.message)
     except OSError as e:
-        return DataLoss.code, f"{path}: {e.strerror}"
+        return _Failed(DataLoss.code, f"{what}: {e.strerror}")

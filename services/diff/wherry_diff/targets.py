@@ -1,27 +1,50 @@
-"""From a snapshot's mounts to the directory that a layer is extracted into. Nothing is mounted for it."""
+"""From a snapshot's mounts to the directory that a layer is extracted into."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from wherry_shared.errors import Unimplemented
 from wherry_shared.values import Mount
 
+from . import mounts as looking
 from .extract import Target
 
+# With these an overlay writes its marks in another way, or owners as the directory does not hold them.
+_NOT_AS_DIRECTORIES = ("userxattr", "uidmap", "gidmap")
 
-def of(mounts: Sequence[Mount], *, standalone: bool) -> Target:
-    """The upper directory of one overlay mount, or the source of one bind mount.
 
-    Unimplemented: anything else would have to be mounted.
+@contextmanager
+def opened(mounts: Sequence[Mount], at: str, *, standalone: bool) -> Iterator[Target]:
+    """Where the layer goes: an overlay's upper directory, the source of a bind mount, or a mount made for it.
+
+    The last is nobody else's (`mounts.opened`, at the directory `at`), and the layer's whiteouts are carried out in it.
+    Unimplemented: read-only mounts, or a file system that the kernel does not know.
     """
-    if len(mounts) != 1:
-        raise Unimplemented(f"a layer is applied to one mount, not to {len(mounts)}")
-    mount = mounts[0]
-    options = dict(option.partition("=")[::2] for option in mount.options)
-    if mount.type == "overlay" and "upperdir" in options:
+    found = _directory(mounts, standalone=standalone)
+    if found is not None:
+        yield found
+        return
+    with looking.opened(mounts, at) as fd:
+        yield Target(f"/proc/self/fd/{fd}", overlay=False)
+
+
+def _directory(mounts: Sequence[Mount], *, standalone: bool) -> Target | None:
+    """The directory that one mount stands for; none if it has to be mounted."""
+    if not mounts:
+        raise Unimplemented("a layer is applied to mounts, and there are none")
+    last = mounts[-1]
+    options = looking.options(last)
+    if "ro" in options or last.type in looking.READ_ONLY_TYPES:
+        raise Unimplemented(f"a layer cannot be applied to a read-only mount of type {last.type!r}")
+    if last.type == "overlay" and "upperdir" not in options:
+        raise Unimplemented("a layer cannot be applied to an overlay without an upper directory")
+    if len(mounts) > 1:
+        return None
+    if last.type == "bind":
+        return Target(last.source, overlay=False, standalone=standalone)
+    if last.type == "overlay" and not any(name in options for name in _NOT_AS_DIRECTORIES):
         parents = tuple(d for d in options.get("lowerdir", "").split(":") if d)
         return Target(options["upperdir"], overlay=True, parents=() if standalone else parents, standalone=standalone)
-    if mount.type == "bind" and "ro" not in mount.options:
-        return Target(mount.source, overlay=False, standalone=standalone)
-    raise Unimplemented(f"a layer cannot be applied to a mount of type {mount.type!r}")
+    return None

@@ -33,7 +33,8 @@ def read(where: int | bytes) -> tuple[Xattrs, Xattrs]:
         return NONE, NONE
     if not names:
         return NONE, NONE
-    carried, own = [], []
+    carried: list[tuple[str, bytes]] = []
+    own: list[tuple[str, bytes]] = []
     for name in sorted(names):
         into = own if name.startswith(_OVERLAY) else carried if name.startswith(_CARRIED) else None
         if into is None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from wherry_shared.api.image import Image
 from wherry_shared.catalog import SCHEMA, Table
+from wherry_shared.collectable import migration
 from wherry_shared.filters import Adaptor, fields
+from wherry_shared.references import IMAGES
 from wherry_shared.sqlite import Database
 
-MIGRATIONS = (SCHEMA,)
+MIGRATIONS = (SCHEMA, migration(IMAGES))
 
 
 def table(database: Database) -> Table[Image]:

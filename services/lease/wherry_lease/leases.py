@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from functools import partial
 
-from wherry_shared.api.lease import EXPIRE_LABEL, Lease, Resource
+from wherry_shared import context
+from wherry_shared.api.lease import Lease, Resource
+from wherry_shared.catalog import LIMIT_MAX, PAGE_BYTES
 from wherry_shared.errors import InvalidArgument, Unimplemented
+from wherry_shared.references import expires_at
 from wherry_shared.sqlite import Transaction
-from wherry_shared.values import Page, check_digest, check_labels, now, stored_labels
+from wherry_shared.values import Page, check_digest, check_identifier, check_labels, now, stored_labels
 
 from .metadata import Rows
 
 ID_MAX = 256
 SWEEP_BATCH = 256
-_RFC_3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d([.,]\d+)?(Z|[+-]\d\d:\d\d)", re.ASCII)
 
 
 class Registry:
@@ -69,16 +70,25 @@ class Registry:
 
     async def delete_resource(self, namespace: str, id: str, resource: Resource) -> None:
         check_resource(resource)
+        by_service = context.current().identity.role == "service"
 
         def write(tx: Transaction) -> None:
             self._require(tx, namespace, id)
             self._rows.delete_resource(tx, namespace, id, resource)
+            if not by_service:  # a service takes off what is gone anyway
+                self._rows.deleted(tx)
 
         await self._rows.database.mutate(write, frees=True)
 
-    def resources(self, namespace: str, id: str) -> list[Resource]:
+    def resources(self, namespace: str, id: str, after: str, limit: int) -> Page[Resource]:
+        """`after`: type and id of the last, with a blank in between (no type has one)."""
         self.get(namespace, id)
-        return self._rows.resources(namespace, id)
+        type, _, last = after.partition(" ")
+        limit = min(max(limit, 1), LIMIT_MAX)
+        found = self._rows.resources(namespace, id, (type, last), limit)
+        items = list(_fitting(found))
+        more = len(items) < len(found) or len(found) == limit
+        return Page[Resource](items=items, next=f"{items[-1].type} {items[-1].id}" if more and items else "")
 
     async def sweep(self) -> int:
         """Remove the leases whose time has passed; answers how many."""
@@ -109,15 +119,14 @@ class Registry:
         return expires is None or expires > self._clock()
 
 
-def expires_at(labels: dict[str, str]) -> datetime | None:
-    """The time of `containerd.io/gc.expire`; None without it, or when it is no RFC 3339 time (then it is kept)."""
-    text = labels.get(EXPIRE_LABEL, "")
-    if not _RFC_3339.fullmatch(text):
-        return None
-    try:
-        return datetime.fromisoformat(text).astimezone(UTC)
-    except (ValueError, OverflowError):
-        return None
+def _fitting(found: Sequence[Resource]) -> Iterator[Resource]:
+    """As many as fit into an answer, at least one."""
+    size = 0
+    for resource in found:
+        size += 4 * len(resource.id) + 64
+        if size > PAGE_BYTES and size > 4 * len(resource.id) + 64:
+            return
+        yield resource
 
 
 def check_resource(resource: Resource) -> None:
@@ -127,6 +136,8 @@ def check_resource(resource: Resource) -> None:
         raise Unimplemented(f"resource type {resource.type!r} is unknown")
     if kind == "snapshots" and (len(rest) != 1 or not rest[0]):
         raise InvalidArgument(f"resource type {resource.type!r}: snapshots/<snapshotter> is needed")
+    if kind == "snapshots":
+        check_identifier(rest[0], "snapshotter")
     if kind != "snapshots" and rest:
         raise InvalidArgument(f"resource type {resource.type!r}: {kind} has no parts")
     if not resource.id:

@@ -14,6 +14,7 @@ from wherry_shared.values import check_identifier
 
 from . import backends, metadata
 from .backends import Backend, Factory
+from .collect import SnapshotCollector
 from .metadata import Rows
 from .service import SnapshotService
 from .snapshotter import Snapshotter
@@ -43,6 +44,7 @@ async def build(host: Host) -> SnapshotService:
             type=PLUGIN, id=name, platforms=_platforms(), capabilities=sorted(backend.capabilities),
             exports={"root": str(backend.root)},
         )  # fmt: skip
+    host.also_serve(SnapshotCollector(rows, found))
     return SnapshotService(found, host.bus.proxy(Leases), broken)
 
 

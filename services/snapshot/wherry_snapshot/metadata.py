@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from wherry_shared import epoch
 from wherry_shared.api.snapshot import Info, Kind, Usage
+from wherry_shared.references import PREFIX, SNAPSHOTS, Node
 from wherry_shared.sqlite import Database, Transaction
 
 MIGRATIONS = (
@@ -27,6 +31,7 @@ MIGRATIONS = (
     CREATE TABLE unsynced (
         number INTEGER PRIMARY KEY REFERENCES snapshots (number) ON DELETE CASCADE, boot TEXT NOT NULL)
     """,
+    f"{epoch.SCHEMA};\n{epoch.journal('snapshots', repr(SNAPSHOTS) + ' || row.snapshotter', 'row.name')}",
 )
 
 # Numbers are taken from the counter this many at a time, so that a directory costs no transaction before its row's.
@@ -196,3 +201,50 @@ def _row(found: Any) -> Row:
         updated_at=datetime.fromisoformat(updated), usage=Usage(size=size, inodes=inodes),
         weight=len(labels) + 4 * (len(name) + len(parent or "")) + 128,
     )  # fmt: skip
+
+
+_NODES = "SELECT s.snapshotter, s.namespace, s.name, p.name, s.labels FROM snapshots s LEFT JOIN snapshots p "
+_NODES += "ON p.number = s.parent WHERE "
+
+
+class SnapshotRecords:
+    """The snapshots as the garbage collector sees them."""
+
+    def covers(self, type: str) -> bool:
+        return type.startswith(SNAPSHOTS)
+
+    def walk(self, connection: sqlite3.Connection, after: tuple[str, str, str]) -> Iterator[Node]:
+        rows = connection.execute(
+            f"{_NODES} (s.snapshotter, s.namespace, s.name) > (?, ?, ?) ORDER BY s.snapshotter, s.namespace, s.name",
+            (after[0].removeprefix(SNAPSHOTS), *after[1:]),
+        )
+        with closing(rows):
+            yield from map(_node, rows)
+
+    def find(self, connection: sqlite3.Connection, type: str, namespace: str, key: str) -> Node | None:
+        row = connection.execute(
+            f"{_NODES} s.snapshotter = ? AND s.namespace = ? AND s.name = ?",
+            (type.removeprefix(SNAPSHOTS), namespace, key),
+        ).fetchone()
+        return None if row is None else _node(row)
+
+    def remove(self, tx: Transaction, type: str, namespace: str, keys: Sequence[str]) -> int:
+        """Children come before their parents: the database refuses the contrary."""
+        snapshotter, count = type.removeprefix(SNAPSHOTS), 0
+        for key in keys:
+            count += tx.execute(
+                "DELETE FROM snapshots WHERE snapshotter = ? AND namespace = ? AND name = ?",
+                (snapshotter, namespace, key),
+            ).rowcount
+            tx.publish("/snapshot/remove", {"key": key, "snapshotter": snapshotter}, namespace=namespace)
+        return count
+
+
+def _node(row: Any) -> Node:
+    snapshotter, namespace, name, parent, labels = row
+    node = Node(SNAPSHOTS + snapshotter, namespace, name)
+    if parent is not None:
+        node.hard.append((node.type, parent))
+    if PREFIX in labels:
+        node.refer(json.loads(labels), rootable=True)
+    return node

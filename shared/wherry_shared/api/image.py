@@ -51,7 +51,11 @@ class Images(Contract, Protocol, service="image", version="1.0.0", events=EVENTS
         target); empty replaces all but the creation time."""
         ...
 
-    @endpoint(NotFound, mutates=True)
-    async def delete(self, name: Name, target: str = "") -> None:
-        """Forget an image. With `target`, only if it still points at that digest (NotFound otherwise)."""
+    @endpoint(NotFound, mutates=True, timeout=60.0)
+    async def delete(self, name: Name, target: str = "", sync: bool = False) -> None:
+        """Forget an image. With `target`, only if it still points at that digest (NotFound otherwise).
+
+        sync: wait until everything that only it kept is collected. Unavailable then: the image is gone, and the
+        collection failed and is tried again later.
+        """
         ...

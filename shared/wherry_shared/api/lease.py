@@ -36,9 +36,13 @@ class Leases(Contract, Protocol, service="lease", version="1.0.0"):
         """Make a lease; without an id the service makes one."""
         ...
 
-    @endpoint(NotFound, mutates=True)
-    async def delete(self, id: str) -> None:
-        """End a lease."""
+    @endpoint(NotFound, mutates=True, timeout=60.0)
+    async def delete(self, id: str, sync: bool = False) -> None:
+        """End a lease.
+
+        sync: wait until everything that only it kept is collected. Unavailable then: the lease is gone, and the
+        collection failed and is tried again later.
+        """
         ...
 
     @endpoint(NotFound)
@@ -62,6 +66,6 @@ class Leases(Contract, Protocol, service="lease", version="1.0.0"):
         ...
 
     @endpoint(NotFound)
-    async def resources(self, id: str) -> list[Resource]:
-        """Everything that a lease keeps."""
+    async def resources(self, id: str, after: str = "", limit: int = 1000) -> Page[Resource]:
+        """A window of what a lease keeps, in order of type and id."""
         ...

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from copy import copy
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import context
 from ..contract import Endpoint
 from ..errors import DeadlineExceeded, Unavailable, WherryError, from_code
+from ..values import Page
 from . import subjects
 from .transport import Message, NoResponders, Transport
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from . import Bus
 
 P = TypeVar("P")
+T = TypeVar("T")
 
 DEADLINE, KEY, LEASE, TRACE = "Wherry-Deadline", "Wherry-Key", "Wherry-Lease", "traceparent"
 RETRY = "Wherry-Retry"
@@ -54,6 +56,10 @@ class Caller:
 
     async def call(self, endpoint: Endpoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One operation, until its deadline."""
+        return endpoint.decode_reply(await self.exchange(endpoint, args, kwargs))
+
+    async def exchange(self, endpoint: Endpoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+        """One operation, until its deadline; its answer as it came."""
         now = context.current()
         body = endpoint.encode_request(args, kwargs)
         subject = self._subject(endpoint, now)
@@ -68,7 +74,7 @@ class Caller:
         if now.trace:
             headers[TRACE] = now.trace
         message = await self._ask(endpoint, subject, body, headers, deadline)
-        return endpoint.decode_reply(message.data)
+        return message.data
 
     def _subject(self, endpoint: Endpoint, now: context.Context) -> str:
         namespace = self._namespace or now.namespace
@@ -147,6 +153,23 @@ def at_instance(proxy: P, instance: str) -> P:
     made: P = type(proxy)()
     made._caller = caller.at(instance)  # type: ignore[attr-defined]
     return made
+
+
+async def walk(window: Callable[..., Awaitable[Page[T]]], **arguments: Any) -> AsyncIterator[Page[T]]:
+    """Every page of a proxy's walk (`client.images.walk`), each asked for before the one before it is decoded."""
+    proxy: Any = window.__self__  # type: ignore[attr-defined]
+    caller: Caller = proxy._caller
+    endpoint: Endpoint = proxy.endpoints[window.__name__]
+    answer = await caller.exchange(endpoint, (), arguments)
+    while following := endpoint.following(answer):
+        coming = asyncio.ensure_future(caller.exchange(endpoint, (), {**arguments, "after": following}))
+        try:
+            await asyncio.sleep(0)  # it leaves now
+            yield endpoint.decode_reply(answer)
+            answer = await coming
+        finally:
+            coming.cancel()
+    yield endpoint.decode_reply(answer)
 
 
 _classes: dict[type[Any], type[Any]] = {}

@@ -1,7 +1,7 @@
 """Snapshots as subvolumes of a btrfs: each is a snapshot of its parent, made in a moment whatever the size.
 
 They are named as bind mounts, so that nobody needs to know the device or a subvolume's number. What is committed is
-read-only, whoever still has it mounted.
+read-only, also where it is still mounted; only a file that was open for writing stays so.
 """
 
 from __future__ import annotations

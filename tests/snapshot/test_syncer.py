@@ -1,0 +1,217 @@
+"""What is committed survives a power cut, or is taken back after it: never shown with data missing."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import pytest
+from node import eventually, small_disk
+from snapshot_rig import House, mounted, needs_root, tree
+from wherry_shared.api.snapshot import Snapshots
+from wherry_shared.bus import Bus
+from wherry_shared.errors import DataLoss, InvalidArgument, NotFound
+from wherry_shared.memory import MemoryTransport
+from wherry_snapshot import syncer
+from wherry_snapshot.backends.overlay import OverlayBackend
+
+pytestmark = needs_root
+
+
+@asynccontextmanager
+async def housed(root: Path, **options: str) -> AsyncIterator[House]:
+    house = House(Bus(MemoryTransport(), node="n1"), root, options)
+    await house.start()
+    try:
+        yield house
+    finally:
+        await house.stop()
+
+
+def api_of(house: House) -> Snapshots:
+    return house.bus.proxy(Snapshots, namespace="default")
+
+
+async def commit(house: House, mnt: Path, name: str = "base", parent: str = "") -> None:
+    with mounted(await api_of(house).prepare("overlay", "key", parent), mnt) as at:
+        (at / name).write_text("x" * 5000)
+    await api_of(house).commit("overlay", name, "key")
+
+
+def marked(house: House) -> int:
+    """How many committed snapshots are not known to be on the disk."""
+    connection = sqlite3.connect(house.root / "root/snapshot/metadata.db")
+    found: int = connection.execute("SELECT count(*) FROM unsynced").fetchone()[0]
+    connection.close()
+    return found
+
+
+@pytest.fixture
+def reboot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file that says which boot this is."""
+    boot = tmp_path / "boot_id"
+    boot.write_text("one\n")
+    monkeypatch.setattr(syncer, "_BOOT", boot)
+    yield boot
+
+
+@pytest.fixture
+def flushes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with each flush."""
+    done: list[int] = []
+    real = OverlayBackend.sync
+
+    def sync(self: OverlayBackend) -> None:
+        real(self)
+        done.append(1)
+
+    monkeypatch.setattr(OverlayBackend, "sync", sync)
+    return done
+
+
+async def test_a_flush_soon_follows_and_serves_many(
+    tmp_path: Path, flushes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(syncer, "DELAY", 60.0)
+    async with housed(tmp_path) as house:
+        for i in range(3):
+            await commit(house, tmp_path / "mnt", f"layer{i}", f"layer{i - 1}" if i else "")
+        assert marked(house) == 3 and not flushes
+    assert len(flushes) == 1 and marked(house) == 0  # the end does not wait for the delay
+    monkeypatch.setattr(syncer, "DELAY", 0.0)
+    async with housed(tmp_path) as house:
+        await commit(house, tmp_path / "mnt", "more")
+        await async_eventually(lambda: not marked(house))
+        assert len(flushes) == 2
+
+
+async def async_eventually(condition: object) -> None:
+    assert callable(condition)
+    await asyncio.to_thread(eventually, condition, "it does not come about")
+
+
+async def test_a_flush_that_fails_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: OverlayBackend) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OverlayBackend, "sync", broken)
+        async with housed(tmp_path) as house:
+            await commit(house, tmp_path / "mnt")
+        assert marked(house) == 1
+    async with housed(tmp_path) as house:
+        await api_of(house).stat("overlay", "base")
+    assert marked(house) == 0
+
+
+async def unflushed(root: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Commit these, each on the one before, and die before they are flushed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(OverlayBackend, "sync", lambda self: (_ for _ in ()).throw(OSError(5, "the power goes")))
+        async with housed(root) as house:
+            parent = ""
+            for name in names:
+                await commit(house, root / "mnt", name, parent)
+                parent = name
+
+
+async def test_after_a_power_cut_what_was_not_flushed_is_taken_back(
+    tmp_path: Path, reboot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with housed(tmp_path) as house:
+        await commit(house, tmp_path / "mnt", "flushed")
+    await unflushed(tmp_path, monkeypatch, "one", "two")
+    async with housed(tmp_path) as house:  # the service alone has died: the page cache is there still
+        assert {i.name for i in (await api_of(house).walk("overlay")).items} == {"flushed", "one", "two"}
+    await unflushed(tmp_path, monkeypatch, "three", "four")
+    reboot.write_text("two\n")
+    async with housed(tmp_path) as house:
+        api = api_of(house)
+        assert {i.name for i in (await api.walk("overlay")).items} == {"flushed", "one", "two"}
+        await api.cleanup("overlay")
+        assert len(house.directories("overlay")) == 3
+        with pytest.raises(NotFound):
+            await api.prepare("overlay", "key", "three")
+        await commit(house, tmp_path / "mnt", "three")
+    async with housed(tmp_path) as house:
+        await api_of(house).stat("overlay", "three")
+
+
+async def test_what_has_containers_on_it_stays_and_is_refused(
+    tmp_path: Path, reboot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await unflushed(tmp_path, monkeypatch, "one", "two")
+    with monkeypatch.context() as patch:
+        patch.setattr(OverlayBackend, "sync", lambda self: (_ for _ in ()).throw(OSError(5, "the power goes")))
+        async with housed(tmp_path) as house:
+            await api_of(house).prepare("overlay", "container", "one")
+    reboot.write_text("two\n")
+    for _ in range(2):  # it is not forgotten by another start
+        async with housed(tmp_path) as house:
+            api = api_of(house)
+            assert {i.name for i in (await api.walk("overlay")).items} == {"one", "container"}
+            for call in (
+                api.mounts("overlay", "container"), api.prepare("overlay", "more", "one"),
+                api.view("overlay", "more", "one"), api.commit("overlay", "name", "container"),
+            ):  # fmt: skip
+                with pytest.raises(DataLoss, match="may lack data"):
+                    await call
+    async with housed(tmp_path) as house:
+        await api_of(house).remove("overlay", "container")
+        await api_of(house).remove("overlay", "one")
+        await commit(house, tmp_path / "mnt", "one")
+        assert await api_of(house).view("overlay", "look", "one")
+
+
+async def test_the_setting(tmp_path: Path, flushes: list[int]) -> None:
+    async with housed(tmp_path / "off", sync="off") as house:
+        await commit(house, tmp_path / "mnt")
+        assert marked(house) == 0
+    assert not flushes
+    async with housed(tmp_path / "commit", sync="commit") as house:
+        await commit(house, tmp_path / "mnt")
+        assert len(flushes) == 1 and marked(house) == 0
+    assert len(flushes) == 1
+    with pytest.raises(InvalidArgument, match="background, commit, off"):
+        async with housed(tmp_path / "x", sync="sometimes"):
+            pass
+
+
+@contextmanager
+def cut(disk: Path, at: Path) -> Iterator[Path]:
+    """The disk as a power cut leaves it: what was not written to the device is not there."""
+    image = at.with_suffix(".img")
+    shutil.copyfile(disk.with_suffix(".img"), image)
+    at.mkdir()
+    subprocess.run(["mount", "-o", "loop", image, at], check=True)
+    try:
+        yield at
+    finally:
+        eventually(lambda: subprocess.run(["umount", at], check=False).returncode == 0, f"{at} stays busy")
+
+
+@pytest.mark.parametrize("mode", ["background", "commit"])
+async def test_a_power_cut(tmp_path: Path, reboot: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """The device's bytes are copied at the moment of the answer, and a service is started on the copy."""
+    monkeypatch.setattr(syncer, "DELAY", 60.0)
+    with small_disk(tmp_path / "disk", "64M") as disk:
+        async with housed(disk, sync=mode) as house:
+            for name in ("one", "two"):
+                with mounted(await api_of(house).prepare("overlay", "key"), tmp_path / "mnt") as at:
+                    for i in range(20):
+                        (at / f"f{i}").write_text(str(i) * 3000)
+                await api_of(house).commit("overlay", name, "key")
+            with cut(disk, tmp_path / "cut") as after:
+                reboot.write_text("two\n")
+                async with housed(after, sync=mode) as revived:
+                    infos = (await api_of(revived).walk("overlay")).items
+                    for info in infos:
+                        with mounted(await api_of(revived).view("overlay", "look", info.name), tmp_path / "mnt") as at:
+                            assert tree(at) == {f"f{i}": str(i) * 3000 for i in range(20)}
+                        await api_of(revived).remove("overlay", "look")
+                    assert len(infos) == (2 if mode == "commit" else 0)
