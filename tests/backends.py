@@ -6,6 +6,7 @@ A suite writes
     def shelf(request: pytest.FixtureRequest) -> ...:
         backend: BackendName = request.param
 
+(in a conftest: `metafunc.parametrize("shelf", chosen_backends("snapshot"), indirect=True)` in `pytest_generate_tests`)
 and calls `backend.refuse(reason)` where the host cannot have it: that skips the test, and fails it when the backend
 was asked for by name. With the option given, only tests that run on a chosen backend are run at all.
 """
@@ -52,12 +53,13 @@ def _snapshot() -> list[str]:
 
 
 INSTALLED: dict[str, Callable[[], list[str]]] = {"content": _content, "snapshot": _snapshot}
-_asked: dict[str, list[str]] = {}
+_asked: dict[str, list[str]] | None = None
 
 
 def ask(options: Sequence[str]) -> None:
     """Take note of the command line. UsageError: no such kind, or no such backend is installed."""
-    _asked.clear()
+    global _asked
+    _asked = {}
     for option in options:
         kind, _, name = option.partition("/")
         if kind not in INSTALLED:
@@ -71,6 +73,7 @@ def ask(options: Sequence[str]) -> None:
 
 def chosen_backends(kind: str) -> list[BackendName]:
     """The backends of a kind that its suite runs on: those asked for, else all that are installed."""
+    assert _asked is not None, "the command line is not read yet: in a conftest, parametrize in pytest_generate_tests"
     if _asked:
         return [BackendName(kind, name, asked=True) for name in _asked.get(kind, [])]
     return [BackendName(kind, name, asked=False) for name in INSTALLED[kind]()]

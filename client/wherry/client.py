@@ -29,11 +29,11 @@ from wherry_shared.bus import connect as connect_bus
 from wherry_shared.bus.credentials import ADMIN, load
 from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
 from wherry_shared.runtime import NODE_FILE
-from wherry_shared.values import Platform, check_identifier, now
+from wherry_shared.values import Descriptor, Platform, check_identifier, now
 
 from .container import DEFAULT_SNAPSHOTTER, Container, NewContainer
 from .image import Image
-from .paging import walk
+from .paging import walk as walk
 from .progress import OnProgress, silent
 
 if TYPE_CHECKING:
@@ -143,6 +143,33 @@ class Client:
             (target, data), chosen = await asyncio.gather(pull.resolve(), self._snapshotter(snapshotter))
             async with self.lease():
                 return await pull.run(target, data, chosen)
+
+    async def push(
+        self,
+        name: str,
+        target: str = "",
+        *,
+        platform: Platform | Sequence[Platform] | None = None,
+        insecure: Collection[str] = (),
+        hosts_dir: str = "",
+        credentials: CredentialSource | None = None,
+        on_progress: OnProgress = silent,
+    ) -> Descriptor:
+        """Send an image to a registry, under its own name or as `target`; answers what that name means there now.
+
+        platform: only these, where the image is of several; else all, which have to be here. What the registry has
+        is not sent, what a neighbouring repository of the same registry has is mounted, what broke off is resumed.
+        insecure, hosts_dir, credentials: as for `pull`.
+        NotFound: no such image, or it is incomplete. Unauthenticated, PermissionDenied: the registry refuses.
+        """
+        from .push import Push
+        from .registry import Reference, Registry
+
+        wanted = () if platform is None else (platform,) if isinstance(platform, Platform) else tuple(platform)
+        image = await self.image(name)
+        push = Push(self, image, Reference.parse(target or image.name), on_progress)
+        async with Registry(insecure=insecure, hosts_dir=hosts_dir, credentials=credentials) as registry:
+            return await push.run(registry, wanted)
 
     async def _snapshotter(self, name: str) -> str:
         """The snapshotter that is meant, in a namespace that is known."""
@@ -264,6 +291,10 @@ class Client:
         finally:
             with context.use(lease="", timeout=5.0):
                 await self.leases.delete(lease.id)
+
+    def within(self, namespace: str) -> Client:
+        """This client in another namespace, on the same connection: close either, and both are."""
+        return Client(self.bus, namespace, self.address)
 
     async def ensure_namespace(self) -> None:
         """Make the namespace known before the first thing in it. A tenant's was made by an admin."""

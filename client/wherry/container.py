@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from wherry_shared.api.container import Container as Record
 from wherry_shared.api.container import Runtime
+from wherry_shared.api.diff import Change
 from wherry_shared.errors import FailedPrecondition, NotFound, WherryError
 from wherry_shared.values import Mount, check_identifier
 
@@ -79,6 +80,23 @@ class Container:
         if who is None and "user" in own:
             made["user"] = own["user"]
         return made
+
+    async def changes(self) -> list[Change]:
+        """What differs from the image that it was made from, in the order of names. FailedPrecondition: no snapshot."""
+        from . import commit
+
+        parent = await commit.parent_of(self)
+        async with commit.viewed(self.client, self.record.snapshotter, parent) as left:
+            return [change async for change in commit.changes(self.client, left, await self.mounts())]
+
+    async def commit(self, name: str, **wish: Any) -> Image:
+        """Make an image `name` of the image that it was made from and its changes.
+
+        Options are those of `wherry.commit.Wish`: author, message, changes, compression, pause, unpack.
+        """
+        from .commit import Commit, Wish
+
+        return await Commit(self, Wish(**wish)).run(name)
 
     async def delete(self, *, snapshot: bool = False) -> None:
         """Forget it, with `snapshot` its writable snapshot too. FailedPrecondition while it has a task."""

@@ -21,10 +21,10 @@ from wherry_shared.streams import BlobWriter, read_blob, write_blob
 from wherry_shared.values import Descriptor, Platform
 
 from .compression import PIECE, Kind, compressor, decompress, through
-from .graph import CONFIG_TYPES, REF_LABEL, Graph, Survey, every, only
+from .graph import CONFIG_TYPES, Graph, Survey, every, only
 from .image import Image, read_document
 from .progress import OnProgress, Progress, silent
-from .registry import documents
+from .registry import documents, labels
 from .registry.platforms import is_attestation
 from .together import each
 from .unpack import UNCOMPRESSED_LABEL
@@ -33,10 +33,8 @@ if TYPE_CHECKING:
     from .client import Client
 
 _OCI_LAYER, _DOCKER_LAYER = "application/vnd.oci.image.layer.v1.tar", "application/vnd.docker.image.rootfs.diff.tar"
-_OCI_CONFIG, _DOCKER_CONFIG = (
-    "application/vnd.oci.image.config.v1+json",
-    "application/vnd.docker.container.image.v1+json",
-)
+_OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+_DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
 _LAYERS: dict[str, Kind] = {
     _OCI_LAYER: "none", f"{_OCI_LAYER}+gzip": "gzip", f"{_OCI_LAYER}+zstd": "zstd",
     _DOCKER_LAYER: "none", f"{_DOCKER_LAYER}.gzip": "gzip", f"{_DOCKER_LAYER}.zstd": "zstd",
@@ -90,7 +88,6 @@ class Convert:
         self._on_progress = on_progress
         # Old digest -> new descriptor, of everything that is done.
         self._done: dict[str, Descriptor] = {}
-        self._labels: dict[str, dict[str, str]] = {}
 
     async def run(self, source: Image, name: str) -> Image:
         """Convert and record under `name`, which may be the source's own."""
@@ -112,7 +109,7 @@ class Convert:
     # ---- layers
 
     async def _layers(self, graph: Graph) -> None:
-        """Rewrite all layers that are not as wished, side by side: a compressor works without the interpreter's lock."""
+        """Rewrite all layers that are not as wished, side by side: compressors work without the interpreter's lock."""
         jobs: dict[str, tuple[Descriptor, str]] = {}
         for manifest in graph.manifests.values():
             if manifest.config.media_type not in CONFIG_TYPES:
@@ -146,12 +143,12 @@ class Convert:
             except BaseException:
                 await writer.abort()
                 raise
-            labels = {UNCOMPRESSED_LABEL: diff_id} if work.digest != diff_id else {}
+            told = {UNCOMPRESSED_LABEL: diff_id} if work.digest != diff_id else {}
             size = writer.offset
             try:
-                await writer.commit(expected=work.digest, labels=labels)
+                await writer.commit(expected=work.digest, labels=told)
             except AlreadyExists:
-                await self._label(work.digest, labels)
+                await self._label(work.digest, told)
         made = Descriptor(media_type=self._layer_type(layer), digest=work.digest, size=size)
         self._done[layer.digest] = made
         self._on_progress(Progress(layer.digest, "converted", "layer", made.size, made.size))
@@ -167,9 +164,9 @@ class Convert:
             return _OCI_LAYER + ("" if kind == "none" else f"+{kind}")
         return _DOCKER_LAYER + ("" if kind == "none" else f".{kind}")
 
-    async def _label(self, digest: str, labels: dict[str, str]) -> None:
-        if labels:
-            await self._client.content.update(digest, labels, [f"labels.{key}" for key in labels])
+    async def _label(self, digest: str, told: dict[str, str]) -> None:
+        if told:
+            await self._client.content.update(digest, told, [f"labels.{key}" for key in told])
 
     # ---- documents
 
@@ -181,10 +178,10 @@ class Convert:
             return descriptor  # something else that an index names
         document = documents.parse_object(graph.raw[descriptor.digest], descriptor.digest)
         if descriptor.digest in graph.manifests:
-            labels = self._manifest(document, graph.manifests[descriptor.digest])
+            kept = self._manifest(document, graph.manifests[descriptor.digest])
         else:
-            labels = await self._index(graph, document, descriptor)
-        made = await self._store(document, graph.raw[descriptor.digest], descriptor, labels)
+            kept = await self._index(graph, document, descriptor)
+        made = await self._store(document, graph.raw[descriptor.digest], descriptor, kept)
         self._done[descriptor.digest] = made
         return made
 
@@ -197,8 +194,7 @@ class Convert:
                 _point(value, new)
             value["mediaType"] = self._type(old)
         self._retype(document)
-        labels = {f"{REF_LABEL}.config": values[0]["digest"]}
-        return labels | {f"{REF_LABEL}.l.{i}": value["digest"] for i, value in enumerate(values[1:])}
+        return labels.children([_as_descriptor(value) for value in values])
 
     async def _index(self, graph: Graph, document: dict[str, Any], descriptor: Descriptor) -> dict[str, str]:
         kept = {child.digest for child in graph.children[descriptor.digest]}
@@ -213,7 +209,7 @@ class Convert:
             value.update(mediaType=new.media_type, digest=new.digest, size=new.size)
         document["manifests"] = values
         self._retype(document)
-        return {f"{REF_LABEL}.m.{i}": value["digest"] for i, value in enumerate(values)}
+        return labels.children([_as_descriptor(value) for value in values])
 
     def _type(self, old: Descriptor) -> str:
         if old.media_type in _LAYERS:
@@ -226,7 +222,7 @@ class Convert:
             document["mediaType"] = _TO_OCI[document["mediaType"]]
 
     async def _store(
-        self, document: dict[str, Any], old: bytes, descriptor: Descriptor, labels: dict[str, str]
+        self, document: dict[str, Any], old: bytes, descriptor: Descriptor, kept: dict[str, str]
     ) -> Descriptor:
         """Write a document, if it is another one now. It keeps what it names from the moment that it is there."""
         raw = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
@@ -238,8 +234,8 @@ class Convert:
             media_type = _TO_OCI.get(media_type, media_type)
         if raw is not old:
             ref = f"convert-document-{digest}"
-            await write_blob(self._client.content, ref, raw, size=len(raw), expected=digest, labels=labels)
-        await self._label(digest, labels)
+            await write_blob(self._client.content, ref, raw, size=len(raw), expected=digest, labels=kept)
+        await self._label(digest, kept)
         return descriptor.model_copy(update={"digest": digest, "size": len(raw), "media_type": media_type})
 
 
@@ -251,6 +247,10 @@ def _point(value: dict[str, Any], new: Descriptor) -> None:
         value["annotations"] = {k: v for k, v in annotations.items() if not k.startswith(_STALE)}
         if not value["annotations"]:
             del value["annotations"]
+
+
+def _as_descriptor(value: dict[str, Any]) -> Descriptor:
+    return Descriptor(media_type=value["mediaType"], digest=value["digest"], size=value["size"])
 
 
 def _bare(target: Descriptor) -> Descriptor:

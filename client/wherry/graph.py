@@ -10,7 +10,7 @@ from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, 
 from wherry_shared.values import Descriptor, Platform
 
 from .image import NESTING_MAX, read_document
-from .registry import documents, platforms
+from .registry import documents, labels, platforms
 from .together import each
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["index", "manifest", "config", "layer", "blob"]
 
-REF_LABEL = "containerd.io/gc.ref.content"
 CONFIG_TYPES = frozenset(
     {"application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"}
 )  # fmt: skip
@@ -100,14 +99,14 @@ class Graph:
             return manifest_labels(manifest)
         kept = {child.digest for child in self.children.get(digest, ())}
         index = self.indexes.get(digest)
-        named = enumerate(index.manifests) if index else ()
-        return {f"{REF_LABEL}.m.{i}": child.digest for i, child in named if child.digest in kept}
+        # Counted over all, so that a child has the same label whoever wrote it.
+        every_one = labels.children(index.manifests) if index else {}
+        return {label: child for label, child in every_one.items() if child in kept}
 
 
 def manifest_labels(manifest: documents.Manifest) -> dict[str, str]:
-    """What a manifest keeps: its config and its layers."""
-    labels = {f"{REF_LABEL}.config": manifest.config.digest}
-    return labels | {f"{REF_LABEL}.l.{i}": layer.digest for i, layer in enumerate(manifest.layers)}
+    """The labels by which a manifest keeps its config and its layers."""
+    return labels.children([manifest.config, *manifest.layers])
 
 
 def _preference(child: Descriptor) -> int:
@@ -242,11 +241,8 @@ def missing_below(graph: Graph, manifest: Descriptor) -> list[Part]:
 async def keep(client: Client, graph: Graph, more: Mapping[str, str] | None = None) -> None:
     """Label the graph's documents, so that the collector keeps what they name; labels that are there stay."""
 
-    async def label(digest: str) -> None:
-        labels = {**graph.labels(digest), **(more or {})}
-        if labels:
-            await client.content.update(digest, labels, [f"labels.{key}" for key in labels])
-
     # From the bottom up: whoever sees a labelled document finds all below it kept.
     for digest in reversed(list(graph.raw)):
-        await label(digest)
+        own = {**graph.labels(digest), **(more or {})}
+        if own:
+            await client.content.update(digest, own, [f"labels.{key}" for key in own])

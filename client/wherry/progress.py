@@ -8,7 +8,7 @@ from typing import Literal
 
 Step = Literal[
     "resolving", "waiting", "downloading", "exists", "downloaded", "stored", "converting", "converted", "unpacking",
-    "unpacked", "done",
+    "unpacked", "uploading", "uploaded", "mounted", "done",
 ]  # fmt: skip
 
 

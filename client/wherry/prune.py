@@ -63,8 +63,8 @@ def _label(condition: str, labels: dict[str, str]) -> bool:
     return labels.get(key) == value if equal else key in labels
 
 
-def parse_filters(filters: Sequence[str]) -> dict[str, object]:
-    """docker's `--filter` values: `label=x`, `label!=x`, `until=24h` or a time; as arguments of `Wanted`."""
+def parse_filters(filters: Sequence[str]) -> tuple[tuple[str, ...], datetime | None]:
+    """docker's `--filter` values (`label=x`, `label!=x`, `until=24h` or a time) as `labels` and `until` of Wanted."""
     labels: list[str] = []
     until: datetime | None = None
     for text in filters:
@@ -77,7 +77,7 @@ def parse_filters(filters: Sequence[str]) -> dict[str, object]:
             until = parse_until(text.removeprefix("until="))
         else:
             raise InvalidArgument(f"filter {text[:80]!r} is not one: label=, label!= and until= are")
-    return {"labels": tuple(labels), "until": until}
+    return tuple(labels), until
 
 
 def parse_until(text: str) -> datetime:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from wherry_shared.api.content import CHUNK, Info
 from wherry_shared.api.image import Image as Record
-from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted, WherryError
+from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
 from wherry_shared.streams import BlobWriter, write_blob
 from wherry_shared.values import Descriptor, Platform
 
@@ -17,6 +17,7 @@ from .image import NESTING_MAX, Image, Resolved, read_document
 from .progress import OnProgress, Progress
 from .registry import Registry, documents, labels, platforms
 from .registry.reference import Reference
+from .together import together
 from .unpack import Unpack, chain_ids
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Pull:
         self._nodes = 0
         self._ready: dict[str, asyncio.Future[None]] = {}
         self._configs: dict[str, bytes] = {}
-        self._group = asyncio.TaskGroup()
+        self._group: asyncio.TaskGroup
         self._snapshotter = ""
 
     async def resolve(self) -> tuple[Descriptor, bytes]:
@@ -90,11 +91,8 @@ class Pull:
         name = str(self._reference)
         self._snapshotter = snapshotter
         want = _Want(layers=True, unpack=self._options.unpack)
-        try:
-            async with self._group:
-                await self._node(target, data, want, NESTING_MAX)
-        except BaseExceptionGroup as e:
-            raise first_of(e) from None
+        async with together() as self._group:
+            await self._node(target, data, want, NESTING_MAX)
         image = await self._record(name, target)
         self._report(Progress(name, "done", "image"))
         return image
@@ -272,11 +270,3 @@ class Pull:
             return Image(self._client, await self._client.images.create(record))
         except AlreadyExists:
             return Image(self._client, await self._client.images.update(record, ["target"]))
-
-
-def first_of(group: BaseException) -> BaseException:
-    """The one error that a caller is told of several that came together: a typed one where there is one."""
-    if not isinstance(group, BaseExceptionGroup):
-        return group
-    leaves = [first_of(error) for error in group.exceptions]
-    return next((leaf for leaf in leaves if isinstance(leaf, WherryError)), leaves[0])

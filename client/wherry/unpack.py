@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from wherry_shared.api.snapshot import REBASE_LABEL, REF_LABEL
-from wherry_shared.errors import AlreadyExists, DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from wherry_shared.errors import AlreadyExists, DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from wherry_shared.values import Descriptor
 
 from .progress import OnProgress, Progress, silent
@@ -75,50 +75,54 @@ class Unpack:
             done.set_result(None)
         async with asyncio.TaskGroup() as group:
             for index in range(first, len(self._chain)):
-                group.create_task(self._layer(index))
+                group.create_task(self._layer(index, group))
         await self._label_config()
         return self._chain[-1]
 
     async def _first_missing(self) -> int:
-        """How many layers from the base up are there; asked from the top, since usually all or none are."""
-        for index in range(len(self._chain) - 1, -1, -1):
-            try:
-                await self._client.snapshots.stat(self._snapshotter, self._chain[index])
-            except NotFound:
-                continue
-            return index + 1
-        return 0
+        """How many layers from the base up are there."""
+        there = await asyncio.gather(*(self._is_there(chain_id) for chain_id in self._chain))
+        return max((index + 1 for index, found in enumerate(there) if found), default=0)
 
-    async def _layer(self, index: int) -> None:
+    async def _is_there(self, chain_id: str) -> bool:
+        try:
+            await self._client.snapshots.stat(self._snapshotter, chain_id)
+        except NotFound:
+            return False
+        return True
+
+    async def _layer(self, index: int, group: asyncio.TaskGroup) -> None:
         layer = self._image.manifest.layers[index]
-        ready = self._ready.get(layer.digest)
-        if ready is not None:
-            await asyncio.shield(ready)
-        async with self._slots:
-            self._on_progress(Progress(layer.digest, "unpacking", "layer", 0, layer.size))
-            try:
-                key = await self._extract(index, layer, standalone=index > 0)
-            except FailedPrecondition:
-                key = ""
+        key = await self._extract_alone(index, layer) if index else ""
         if index:
             await asyncio.shield(self._committed[index - 1])
         if not key:
-            key = await self._extract(index, layer, standalone=False)
+            key = await self._extract(index, layer, self._chain[index - 1] if index else "")
         await self._commit(index, key)
-        self._on_progress(Progress(layer.digest, "unpacked", "layer", layer.size, layer.size))
         self._committed[index].set_result(None)
+        self._on_progress(Progress(layer.digest, "unpacked", "layer", layer.size, layer.size))
+        group.create_task(self._label_layer(index))
 
-    async def _extract(self, index: int, layer: Descriptor, *, standalone: bool) -> str:
-        """Extract one layer into a fresh active snapshot; answers its key."""
+    async def _extract_alone(self, index: int, layer: Descriptor) -> str:
+        """Extract a layer without its parents; answers the key, "" where that cannot be."""
+        try:
+            return await self._extract(index, layer)
+        except (FailedPrecondition, Unimplemented):
+            return ""
+
+    async def _extract(self, index: int, layer: Descriptor, parent: str | None = None) -> str:
+        """Extract one layer into a fresh active snapshot, on its parent or (None) for itself; answers its key."""
         chain_id, diff_id = self._chain[index], self._image.config.diff_ids[index]
         key = f"extract-{secrets.token_hex(8)} {chain_id}"
-        snapshots = self._client.snapshots
-        if standalone:
-            mounts = await snapshots.prepare(self._snapshotter, key, labels={REBASE_LABEL: "true"})
-        else:
-            mounts = await snapshots.prepare(self._snapshotter, key, self._chain[index - 1] if index else "")
+        labels = {REBASE_LABEL: "true"} if parent is None else {}
+        mounts = await self._client.snapshots.prepare(self._snapshotter, key, parent or "", labels=labels)
         try:
-            applied = await self._client.diff.apply(layer, mounts, standalone=standalone)
+            ready = self._ready.get(layer.digest)
+            if ready is not None:
+                await asyncio.shield(ready)
+            async with self._slots:
+                self._on_progress(Progress(layer.digest, "unpacking", "layer", 0, layer.size))
+                applied = await self._client.diff.apply(layer, mounts, standalone=parent is None)
             if applied.digest != diff_id:
                 raise DataLoss(f"layer {layer.digest} unpacks to {applied.digest}, and the config says {diff_id}")
         except BaseException:
@@ -139,6 +143,8 @@ class Unpack:
             )
         except AlreadyExists:  # somebody else unpacked the same layer meanwhile
             await self._discard(key)
+
+    async def _label_layer(self, index: int) -> None:
         layer, diff_id = self._image.manifest.layers[index], self._image.config.diff_ids[index]
         if diff_id != layer.digest:
             await self._client.content.update(

@@ -44,7 +44,7 @@ def journal(table: str, type: str, key: str, *, roots: bool = True) -> str:
     def note(row: str) -> str:
         t, k = type.replace("row.", f"{row}."), key.replace("row.", f"{row}.")
         return (
-            f"DELETE FROM gc_journal WHERE type = {t} AND namespace = {row}.namespace AND key = {k}; "
+            f"DELETE FROM gc_journal WHERE type = {t} AND namespace = {row}.namespace AND key = {k}; "  # noqa: S608 - of our own expressions
             f"INSERT INTO gc_journal (type, namespace, key) VALUES ({t}, {row}.namespace, {k});"
         )
 

@@ -175,8 +175,14 @@ def _weight(row: list[Any]) -> int:
     return 24 + sum(4 * len(x) + 5 for group in row[4:8] for x in group if isinstance(x, str)) if len(row) > 1 else 0
 
 
+def encode_dead(groups: list[tuple[str, str, list[str]]]) -> bytes:
+    """What is to be swept: type, namespace and keys."""
+    made: bytes = msgpack.packb(groups)
+    return made
+
+
 def decode(document: bytes) -> list[Any]:
-    """A page's items: its head, then its groups for `nodes`."""
+    """A document's items: of a page its head, then its groups for `nodes`."""
     items: list[Any] = msgpack.unpackb(document, strict_map_key=True)
     return items
 

@@ -29,6 +29,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .backup import Backup, open_database
 from .bus import Bus, connect
 from .contract import Contract
 from .errors import FailedPrecondition, InvalidArgument, Unavailable, WherryError
@@ -73,6 +74,11 @@ class Settings:
     @property
     def own_state(self) -> Path:
         return self.state / self.service
+
+    @property
+    def restores(self) -> bool:
+        """Whether a damaged database is to be replaced by its backup: setting `restore`, `backup`."""
+        return self.options.get("restore") == "backup"
 
     @classmethod
     def parse(cls, service: str, arguments: Sequence[str] | None = None) -> Settings:
@@ -125,14 +131,18 @@ class Host:
     async def database(self, migrations: Sequence[str], *, shared: bool = False) -> Database:
         """The service's database, with its outbox relayed. `shared`: replicas on the same root may have it open too.
 
-        FailedPrecondition: another process of this service has the root.
+        It is backed up beside itself (backup.py). FailedPrecondition: another process of this service has the root.
         """
         root = self.settings.own_root
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not shared:
             self.lock(root / "lock")
-        database = await Database.open(root / "metadata.db", migrations)
+        path = root / "metadata.db"
+        database = await open_database(path, migrations, restore=self.settings.restores)
         self._stack.push_async_callback(database.close)
+        backup = Backup(path)
+        backup.start()
+        self._stack.push_async_callback(backup.stop)
         outbox = Outbox(database, self.bus)
         outbox.start()
         self._stack.push_async_callback(outbox.stop)

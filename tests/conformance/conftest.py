@@ -68,7 +68,12 @@ def btrfs_ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | st
         yield str(e)
 
 
-@pytest.fixture(params=chosen_backends("snapshot"))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "shelf" in metafunc.fixturenames:
+        metafunc.parametrize("shelf", chosen_backends("snapshot"), indirect=True)
+
+
+@pytest.fixture
 async def shelf(request: pytest.FixtureRequest, bus: Bus, tmp_path: Path) -> AsyncIterator[Shelf]:
     """Each snapshotter, in a service of its own. A third party's may need --basetemp on a filesystem that it likes."""
     backend: BackendName = request.param

@@ -441,19 +441,19 @@ async def test_what_is_opened_and_committed_is_on_the_lease(house: House, conten
     await leases.create("pull")
     with context.use(lease="pull"):
         _, writer = await opened_writer(content, "r", b"hello")
-        assert await leases.resources("pull") == [Resource(type="ingests", id="r")]
+        assert (await leases.resources("pull")).items == [Resource(type="ingests", id="r")]
         info = await writer.commit("r")
         blob = Resource(type="content", id=info.digest)
-        assert await leases.resources("pull") == [blob]
+        assert (await leases.resources("pull")).items == [blob]
         await content.delete(info.digest)
-        assert await leases.resources("pull") == []
+        assert (await leases.resources("pull")).items == []
         await opened_writer(content, "s", b"hello")
         await content.abort("s")
-        assert await leases.resources("pull") == []
+        assert (await leases.resources("pull")).items == []
     await put(content, b"hello")
     with context.use(lease="pull"), pytest.raises(AlreadyExists):
         await content.open("t", expected=info.digest)
-    assert await leases.resources("pull") == [blob]
+    assert (await leases.resources("pull")).items == [blob]
 
 
 async def test_an_unknown_lease_is_refused_before_anything_is_seen(content: Content) -> None:

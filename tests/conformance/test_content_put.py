@@ -95,7 +95,7 @@ async def test_a_put_is_on_the_callers_lease_whether_it_was_there_or_not(house: 
         with pytest.raises(AlreadyExists):
             await content.put(b"old", digest_of(b"old"))
     kept = {Resource(type="content", id=digest_of(data)) for data in (b"old", b"new")}
-    assert {(r.type, r.id) for r in await leases.resources(lease.id)} == {(r.type, r.id) for r in kept}
+    assert {(r.type, r.id) for r in (await leases.resources(lease.id)).items} == {(r.type, r.id) for r in kept}
     with context.use(lease="none"), pytest.raises(NotFound):
         await content.put(b"third", digest_of(b"third"))
     with pytest.raises(NotFound):

@@ -49,7 +49,7 @@ class House:
         self.bus, self.limits = bus, limits
         self.replica = Replica(bus, root / "content")
         self.spool = root / "spool"
-        self.pool = Pool(2)
+        self.pool = Pool(2, self.spool)
         self.diff = bus.proxy(Diff, namespace="default")
 
     async def start(self) -> None:

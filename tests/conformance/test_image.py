@@ -15,6 +15,7 @@ from wherry_lease import metadata as lease_metadata
 from wherry_lease.leases import Registry
 from wherry_lease.service import LeaseService
 from wherry_shared import context
+from wherry_shared.api.gc import Collections
 from wherry_shared.api.image import Image, Images
 from wherry_shared.api.lease import Leases, Resource
 from wherry_shared.bus import Bus, Subscriber
@@ -51,7 +52,8 @@ class House:
         self.outbox = Outbox(self.databases[0], self.bus)
         self.outbox.start()
         await self.bus.serve(LeaseService(Registry(lease_metadata.Rows(self.databases[1]))))
-        await self.bus.serve(ImageService(Catalog(metadata.table(self.databases[0])), self.bus.proxy(Leases)))
+        catalog = Catalog(metadata.table(self.databases[0]))
+        await self.bus.serve(ImageService(catalog, self.bus.proxy(Leases), self.bus.proxy(Collections)))
 
     async def stop(self) -> None:
         await self.bus.drain()
@@ -312,7 +314,7 @@ async def test_an_image_that_expires_is_put_on_the_callers_lease(images: Images,
         await images.update(image("later", labels=expiring), [f"labels.{EXPIRE}"])
     await images.create(image("unleased", labels=expiring))
     kept = [Resource(type="images", id=name) for name in ("expiring", "later")]
-    assert await leases.resources("pull") == kept
+    assert (await leases.resources("pull")).items == kept
 
 
 async def test_an_unknown_lease_makes_no_image(images: Images) -> None:

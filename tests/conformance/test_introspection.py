@@ -24,6 +24,7 @@ from wherry_lease import metadata as lease_metadata
 from wherry_lease.leases import Registry
 from wherry_lease.service import LeaseService
 from wherry_shared.api import contracts
+from wherry_shared.api.gc import Collections
 from wherry_shared.api.introspection import Introspection
 from wherry_shared.api.lease import Leases
 from wherry_shared.bus import Bus
@@ -87,7 +88,9 @@ class House:
                 await (await self.place(contract.service)).serve(refusing(contract))
         leases = LeaseService(Registry(lease_metadata.Rows(self.databases[1])))
         await (await self.place("lease")).serve(leases, instance="l1")
-        images = ImageService(Catalog(image_metadata.table(self.databases[0])), self.bus.proxy(Leases))
+        images = ImageService(
+            Catalog(image_metadata.table(self.databases[0])), self.bus.proxy(Leases), self.bus.proxy(Collections)
+        )
         for instance in ("m2", "m1"):
             plugins = json.dumps([OVERLAY, BROKEN])
             await (await self.place("image")).serve(images, instance=instance, metadata={"plugins": plugins})

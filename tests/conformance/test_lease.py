@@ -112,15 +112,15 @@ async def test_what_a_lease_keeps(house: House, leases: Leases) -> None:
     for resource in (SNAPSHOT, BLOB, ingest, image, BLOB):
         await leases.add_resource("a", resource)
     await leases.add_resource("b", BLOB)
-    assert await leases.resources("a") == [BLOB, image, ingest, SNAPSHOT]
+    assert (await leases.resources("a")).items == [BLOB, image, ingest, SNAPSHOT]
     await leases.delete_resource("a", BLOB)
     await leases.delete_resource("a", BLOB)
-    assert await leases.resources("a") == [image, ingest, SNAPSHOT]
-    assert await leases.resources("b") == [BLOB]
+    assert (await leases.resources("a")).items == [image, ingest, SNAPSHOT]
+    assert (await leases.resources("b")).items == [BLOB]
     await leases.delete("a")
     assert house.rows() == (1, 1, 0)
     await leases.create("a")
-    assert await leases.resources("a") == []
+    assert (await leases.resources("a")).items == []
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ async def test_a_bad_resource_is_refused(leases: Leases, type: str, id: str, err
     for change in (leases.add_resource, leases.delete_resource):
         with pytest.raises(error, match=r"resource|digest"):
             await change("a", Resource(type=type, id=id))
-    assert await leases.resources("a") == []
+    assert (await leases.resources("a")).items == []
 
 
 async def test_an_expired_lease_is_void_everywhere(house: House, leases: Leases) -> None:
@@ -171,7 +171,7 @@ async def test_an_expired_lease_gives_its_id_to_a_new_one(house: House, leases: 
     await leases.add_resource("x", BLOB)
     house.time += timedelta(seconds=2)
     new = await leases.create("x", house.after(60))
-    assert (await leases.get("x"), await leases.resources("x")) == (new, [])
+    assert (await leases.get("x"), (await leases.resources("x")).items) == (new, [])
     with pytest.raises(AlreadyExists):
         await leases.create("x")
     assert await house.registry.sweep() == 0
@@ -223,9 +223,9 @@ async def test_namespaces_do_not_see_each_other(house: House, leases: Leases) ->
     with pytest.raises(NotFound):
         await other.get("x")
     await other.create("x", {"a": "2"})
-    assert await other.resources("x") == []
+    assert (await other.resources("x")).items == []
     await other.delete("x")
-    assert await leases.resources("x") == [BLOB]
+    assert (await leases.resources("x")).items == [BLOB]
     with pytest.raises(FailedPrecondition, match="namespace is required"):
         await house.bus.proxy(Leases).walk()
 
@@ -252,7 +252,7 @@ async def test_no_events_but_all_is_there_after_a_restart(house: House, leases: 
     assert house.database.one("SELECT count(*) FROM outbox")[0] == 0
     await house.restart()
     assert await leases.get(made.id) == made
-    assert await leases.resources(made.id) == [BLOB]
+    assert (await leases.resources(made.id)).items == [BLOB]
     with context.use(key="k1"):
         assert await leases.create() == made
     with context.use(key="k2"):

@@ -27,6 +27,7 @@ from wherry_shared import context
 from wherry_shared.api.container import Container, Containers, Runtime
 from wherry_shared.api.content import Content
 from wherry_shared.api.content import Info as Blob
+from wherry_shared.api.gc import Collections
 from wherry_shared.api.image import Image, Images
 from wherry_shared.api.lease import Leases
 from wherry_shared.api.namespace import Namespace, Namespaces
@@ -80,7 +81,11 @@ class House:
         await self.watcher.start()
         services = {
             "namespace": NamespaceService(self.registry),
-            "image": ImageService(ImageCatalog(image_metadata.table(self.databases["image"])), self.bus.proxy(Leases)),
+            "image": ImageService(
+                ImageCatalog(image_metadata.table(self.databases["image"])),
+                self.bus.proxy(Leases),
+                self.bus.proxy(Collections),
+            ),
             "container": ContainerService(ContainerCatalog(container_metadata.table(self.databases["container"]))),
             "content": partial_service(Content, self._walk_blobs),
             "snapshot": partial_service(Snapshots, self._walk_snapshots),

@@ -159,7 +159,7 @@ async def test_what_is_made_under_a_lease_is_kept(shelf: Shelf) -> None:
     await leases.create("pull")
 
     async def kept() -> list[tuple[str, str]]:
-        return sorted((r.type, r.id) for r in await leases.resources("pull"))
+        return sorted((r.type, r.id) for r in (await leases.resources("pull")).items)
 
     kind = f"snapshots/{shelf.name}"
     with context.use(lease="pull"):
@@ -178,7 +178,7 @@ async def test_what_is_made_under_a_lease_is_kept(shelf: Shelf) -> None:
             await shelf.api.prepare(shelf.name, "other")
         with pytest.raises(AlreadyExists):
             await shelf.api.prepare(shelf.name, "extract", labels={REF_LABEL: "name"})
-    assert {r.id for r in await leases.resources("second")} >= {"other", "name"}
+    assert {r.id for r in (await leases.resources("second")).items} >= {"other", "name"}
 
 
 async def test_an_unknown_lease_makes_nothing(shelf: Shelf) -> None:

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from wherry_diff import tree as tree_module
 from wherry_diff.extract import Extractor, Target
 from wherry_diff.limits import DEFAULT
-from wherry_shared.openat2 import BENEATH, IN_ROOT, NO_MAGICLINKS, NO_SYMLINKS, openat2
 from wherry_diff.parents import Parents
 from wherry_diff.tar import Reader, Stream
 from wherry_diff.tree import Tree
 from wherry_shared.errors import WherryError
+from wherry_shared.openat2 import BENEATH, IN_ROOT, NO_MAGICLINKS, NO_SYMLINKS, openat2
 
 from .layers import DIR, FILE, LINK, SYMLINK, archive, entry
 

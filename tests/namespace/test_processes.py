@@ -74,7 +74,7 @@ async def test_they_work_with_their_own_rights_and_survive_a_kill(node: Node) ->
         with context.use(lease="pull"):
             made = await images.create(IMAGE.model_copy(update={"labels": {EXPIRE_LABEL: "2100-01-01T00:00:00Z"}}))
         container = await containers.create(Container(id="redis", runtime=Runtime(name="runc")))
-        assert await leases.resources("pull") == [Resource(type="images", id="redis")]
+        assert (await leases.resources("pull")).items == [Resource(type="images", id="redis")]
         while not (known := (await namespaces.walk()).items):
             await asyncio.sleep(0.02)
         assert [n.name for n in known] == ["default"]
@@ -83,7 +83,7 @@ async def test_they_work_with_their_own_rights_and_survive_a_kill(node: Node) ->
             node.start(service)
         assert await images.get("redis") == made
         assert await containers.get("redis") == container
-        assert await leases.resources("pull") == [Resource(type="images", id="redis")]
+        assert (await leases.resources("pull")).items == [Resource(type="images", id="redis")]
         assert (await namespaces.walk()).items == known
         with pytest.raises(NotFound):
             await images.get("other")

@@ -194,7 +194,7 @@ async def test_wildcards_in_ones_own_prefix_are_refused_by_the_service(connect: 
     service, tenant, admin = await connect("image"), await connect("tenant-a"), await connect("admin")
     done: list[str] = []
 
-    async def delete(self: Any, name: str, target: str = "") -> None:
+    async def delete(self: Any, name: str, target: str = "", sync: bool = False) -> None:
         done.append(name)
 
     await service.serve(serving(Images, delete=delete))
@@ -384,7 +384,7 @@ async def test_services_of_contracts_know_each_other(connect: Connect) -> None:
     """Real calls under the real permissions: a namespace service that asks the image service."""
     image, namespace, admin = await connect("image"), await connect("namespace"), await connect("admin")
 
-    async def delete(self: Any, name: str, target: str = "") -> None: ...
+    async def delete(self: Any, name: str, target: str = "", sync: bool = False) -> None: ...
 
     await image.serve(serving(Images, delete=delete))
 

@@ -63,7 +63,7 @@ async def test_a_full_disk(house: House, disk: Path, tmp_path: Path, snapshotter
 
 
 async def test_a_full_btrfs(tmp_path: Path) -> None:
-    """It has no inodes to run out of, and a reserve for what removals write. Only the backend's own directory is on it, as one would mount a pool there."""
+    """It has no inodes to run out of. Its pool is mounted where the backend's directories are."""
     (tmp_path / "root/snapshot").mkdir(parents=True)
     house = House(Bus(MemoryTransport(), node="n1"), tmp_path)
     try:

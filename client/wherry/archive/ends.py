@@ -39,7 +39,7 @@ Write = Callable[[bytes], Awaitable[None]]
 async def chunks(source: Source) -> AsyncGenerator[bytes, None]:
     """The bytes of a source, in pieces of about 1 MiB. NotFound, PermissionDenied: a path cannot be read."""
     if isinstance(source, str | os.PathLike):
-        with os_errors(os.fspath(source)), open(source, "rb", buffering=0) as file:
+        with os_errors(os.fspath(source)), open(source, "rb", buffering=0) as file:  # noqa: ASYNC230
             async for chunk in chunks(file):
                 yield chunk
     elif hasattr(source, "read"):
@@ -72,7 +72,7 @@ async def writing(target: Target) -> AsyncIterator[Write]:
     with os_errors(str(path)):
         special = path.exists() and not stat.S_ISREG(path.stat().st_mode)
         if special:
-            with path.open("wb", buffering=0) as file:
+            with path.open("wb", buffering=0) as file:  # noqa: ASYNC230
                 yield _writer(file)
             return
         async with _in_thread(atomic_file(path, mode=0o644)) as file:

@@ -75,9 +75,10 @@ class Import:
 
     async def run(self, source: Source) -> list[Image]:
         """Read it, check every image, label, record. Nothing is recorded unless everything is whole."""
-        async with aclosing(chunks(source)) as stream:
-            async with aclosing(through(stream, lambda it: decompress(it, "the archive"))) as plain:
-                await self._intake.read(plain)
+        stream = chunks(source)
+        plain = through(stream, lambda it: decompress(it, "the archive"))
+        async with aclosing(stream), aclosing(plain):
+            await self._intake.read(plain)
         roots = await self._roots()
         if not roots:
             raise InvalidArgument(f"the archive's images have no names{self._refused()}: give a base name and digests")

@@ -116,13 +116,14 @@ class Intake:
         writer = BlobWriter(
             self._client.content, f"import-{self._token}-{self._opened}", total=entry.size, expected=expected,
         )  # fmt: skip
+        self._writers.add(writer)  # even if we are stopped while it is opened
         try:
             await writer.__aenter__()
         except AlreadyExists:
+            self._writers.discard(writer)
             self.files[entry.name] = Stored(expected, entry.size, kind_of(await _head(reader)))
             self._on_progress(Progress(expected, "exists", "blob", entry.size, entry.size))
             return
-        self._writers.add(writer)
         digest, head = await _copy(reader, writer, hash_it=not expected)
         self.files[entry.name] = Stored(expected or digest, entry.size, kind_of(head))
         await self._commits.acquire()

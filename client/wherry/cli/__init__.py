@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import sys
 from typing import Any
 
-# verb -> what it is for; the file is `<verb>.py`, its function `command` or its Typer `app`.
+# verb -> what it is for; the file is `<verb>.py` (`<verb>_.py` for a word of Python's own), in it a function `command`
+# or a Typer `app`.
 VERBS = {
     "up": "Run a node: nats-server and every service.",
     "pull": "Fetch an image from a registry and unpack it.",
-    "images": "List images.",
+    "push": "Send an image to a registry.",
+    "images": "Look at images, and change them.",
+    "tag": "Give an image more names.",
+    "import": "Read images from an archive.",
+    "export": "Write images to an archive.",
+    "convert": "Make an image of another shape from one.",
     "run": "Run a container from an image.",
     "ps": "List containers.",
     "exec": "Run a command in a running container.",
     "kill": "Send a signal to a container.",
     "rm": "Remove containers.",
+    "diff": "List what a container changed, or how two trees differ.",
+    "commit": "Make an image of what a container changed.",
     "events": "Print what happens, and what happened.",
     "info": "Tell what runs on the node.",
     "content": "Look at the blobs.",
     "snapshot": "Look at the snapshots.",
     "ns": "Manage namespaces.",
+    "df": "Tell what takes how much space.",
+    "prune": "Remove what nobody needs, after a look.",
     "auth": "Make credentials for the bus.",
     "version": "Print the version.",
 }
@@ -41,7 +52,7 @@ def main() -> None:
 
 def load(verb: str) -> Any:
     """The module of a verb."""
-    return importlib.import_module(f".{verb}", __name__)
+    return importlib.import_module(f".{verb}_" if keyword.iskeyword(verb) else f".{verb}", __name__)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ NamespaceOption = Annotated[
 FormatOption = Annotated[Format, typer.Option("--format", help="Print a table or JSON.")]
 
 
+def labels_of(given: Sequence[str]) -> dict[str, str]:
+    """`KEY=VALUE` arguments as labels; an empty value is one, too."""
+    return dict(text.partition("=")[::2] for text in given)
+
+
 def with_client(namespace: str, work: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
     """Connect, do the work, disconnect."""
     import uvloop

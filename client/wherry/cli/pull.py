@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,35 +13,81 @@ from .common import NamespaceOption, clean, size, with_client
 if TYPE_CHECKING:
     from wherry import Client
     from wherry.progress import OnProgress, Progress
+    from wherry.registry import CredentialSource
 
-SHOWN = {"downloading", "unpacking", "unpacked", "exists", "done"}
+SHOWN = {"downloading", "unpacking", "unpacked", "exists", "uploading", "uploaded", "mounted", "done"}
+PASSWORD_MAX = 64 << 10
+
+InsecureOption = Annotated[
+    list[str], typer.Option("--insecure", help="A host:port that may be spoken to in plain http.")
+]
+HostsOption = Annotated[
+    str, typer.Option("--hosts-dir", envvar="WHERRY_CONFIG", help="Where mirrors and hosts are configured.")
+]
+UserOption = Annotated[str, typer.Option("--user", "-u", envvar="WHERRY_USER", help="The name at the registry.")]
+PasswordOption = Annotated[
+    bool, typer.Option("--password-stdin", help="Read its password from stdin; WHERRY_PASSWORD serves, too.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the image's digest only.")]
+PlatformsOption = Annotated[
+    list[str], typer.Option("--platform", help="os/architecture[/variant]; may be repeated. This host's unless given.")
+]
 
 
 def command(
     reference: Annotated[str, typer.Argument(help="redis, docker.io/library/redis:alpine, host:5000/a@sha256:...")],
     namespace: NamespaceOption = "default",
     snapshotter: Annotated[str, typer.Option(help="Which snapshotter unpacks.")] = "",
-    platform: Annotated[str, typer.Option(help="os/architecture[/variant]; this host's unless given.")] = "",
+    platform: PlatformsOption = [],  # noqa: B006
+    all_platforms: Annotated[bool, typer.Option("--all-platforms", help="Every platform that there is.")] = False,
+    all_metadata: Annotated[bool, typer.Option("--all-metadata", help="Other platforms' manifests, too.")] = False,
+    referrers: Annotated[bool, typer.Option("--referrers", help="Signatures, SBOMs and the like, too.")] = False,
     unpack: Annotated[bool, typer.Option(help="Make the image's snapshots too.")] = True,
-    insecure: Annotated[list[str], typer.Option(help="A host:port that may be spoken to in plain http.")] = [],  # noqa: B006
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the image's digest only.")] = False,
+    discard_unpacked_layers: Annotated[
+        bool, typer.Option("--discard-unpacked-layers", help="Do not keep layers once they are unpacked.")
+    ] = False,
+    insecure: InsecureOption = [],  # noqa: B006
+    hosts_dir: HostsOption = "",
+    user: UserOption = "",
+    password_stdin: PasswordOption = False,
+    quiet: QuietOption = False,
 ) -> None:
+    credentials = login(reference, user, password_stdin=password_stdin)
+
     async def work(client: Client) -> None:
         from wherry.registry.platforms import parse_platform
 
-        wanted = parse_platform(platform) if platform else None
         with Bars(quiet=quiet) as bars:
             image = await client.pull(
-                reference, unpack=unpack, snapshotter=snapshotter, platform=wanted, insecure=insecure,
-                on_progress=bars.on_progress,
+                reference, unpack=unpack, snapshotter=snapshotter, platform=[parse_platform(p) for p in platform],
+                all_platforms=all_platforms, all_metadata=all_metadata, referrers=referrers,
+                discard_unpacked_layers=discard_unpacked_layers, insecure=insecure, hosts_dir=hosts_dir,
+                credentials=credentials, on_progress=bars.on_progress,
             )  # fmt: skip
         print(image.target.digest if quiet else f"{clean(image.name)} {image.target.digest}")
 
     with_client(namespace, work)
 
 
+def login(reference: str, user: str, *, password_stdin: bool) -> CredentialSource | None:
+    """The credentials given for the reference's registry, None for docker's. A password is never an argument:
+    others could read it.
+    """
+    if not user:
+        return None
+    from wherry_shared.errors import InvalidArgument
+
+    from wherry.registry import Reference
+    from wherry.registry.credentials import Credentials, Given
+
+    password = sys.stdin.read(PASSWORD_MAX).rstrip("\r\n") if password_stdin else os.environ.get("WHERRY_PASSWORD", "")
+    if not password:
+        raise InvalidArgument(f"there is no password for {user}: give it on stdin, or in WHERRY_PASSWORD")
+    return Given(Credentials(user, password), Reference.parse(reference).registry)
+
+
 class Bars:
-    """Shows a pull's progress on stderr."""
+    """Shows the progress of a pull or a push on stderr."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.on_progress: OnProgress = _nothing

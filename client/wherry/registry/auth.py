@@ -12,7 +12,7 @@ import ssl
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from urllib.parse import parse_qsl, urldefrag, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urldefrag, urlencode, urlsplit, urlunsplit
 
 from wherry_shared.errors import NotFound, PermissionDenied, Unauthenticated
 
@@ -91,7 +91,7 @@ class Access:
     def url(self, rest: str) -> str:
         """The URL of `rest` below the repository."""
         sign = "&" if "?" in rest else "?"
-        ns = f"{sign}ns={self.namespace}" if self.namespace else ""
+        ns = f"{sign}ns={quote(self.namespace, safe='')}" if self.namespace else ""
         return self.origin.url(f"{self.prefix}/{self.repository}/{rest}{ns}")
 
 

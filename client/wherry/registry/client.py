@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
-from wherry_shared.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted, Unimplemented, WherryError
+from wherry_shared.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    Unimplemented,
+    WherryError,
+)
 from wherry_shared.values import Descriptor, check_digest
 
 from . import http
@@ -28,10 +38,16 @@ from .documents import (
     refuse_foreign,
 )
 from .download import Download, Hasher, check_digest_of, hasher_for, make_hasher
-from .hosts import HostRules, Lookup, PinnedResolver, system_lookup
-from .reference import Reference
+from .hosts import DEFAULT_ENDPOINT, HostRules, Lookup, Origin, PinnedResolver, split_authority, system_lookup
+from .mirrors import Endpoint, Mirrors, directories
+from .reference import DEFAULT_REGISTRY, Reference
 from .transport import Transport
+from .upload import Upload
 from .wire import Limits, Transient, Wire
+
+T = TypeVar("T")
+
+log = logging.getLogger("wherry.registry")
 
 _ACCEPT = {"Accept": ", ".join((OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST, "*/*;q=0.1"))}
 _URLS_MAX = 8
@@ -43,6 +59,7 @@ class Registry:
     `insecure`: hosts (`host` or `host:port`) that plain http is spoken to; loopback hosts need no mention unless
     they are in `secure`. `docker_config`: the docker command's config.json, or `credentials` in its place.
     `foreign_layers`: fetch layers of foreign types from the `urls` that manifests name (anonymously).
+    `hosts_dir`: where mirrors and per-host settings are configured (see `mirrors.directories`).
     `lookup`: the name service; `tls`: the context for https, the system's by default.
 
     Every method raises Unauthenticated, PermissionDenied, NotFound, ResourceExhausted (429 to the end, or a bound
@@ -64,12 +81,13 @@ class Registry:
         lookup: Lookup = system_lookup,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._rules = HostRules(insecure, secure)
-        self._limits = limits or Limits()
-        self._wire = Wire(self._rules, self._limits, PinnedResolver(lookup), user_agent, tls)
+        rules = HostRules(insecure, secure)
+        self._mirrors = Mirrors(rules, directories(hosts_dir))
+        self._wire = Wire(rules, limits or Limits(), PinnedResolver(lookup), user_agent, tls)
         source = credentials if credentials is not None else DockerConfig(docker_config)
         self._transport = Transport(self._wire, Authorizer(self._wire, source))
         self._foreign = foreign_layers
+        self._down: set[Origin] = set()
 
     async def __aenter__(self) -> Self:
         await self._wire.__aenter__()
@@ -87,14 +105,19 @@ class Registry:
         """
         algorithm = (ref.digest or "sha256:").partition(":")[0]
         what = f"the manifest of {ref}"
-        raw, headers = await self._document(ref, f"manifests/{ref.target}", DOCUMENT_MAX, what, ResourceExhausted)
-        digest = f"{algorithm}:{_hex(raw, algorithm)}"
-        host = self._access(ref).origin.authority
-        if ref.digest and digest != ref.digest:
-            raise DataLoss(f"{host} sent other bytes than {ref.digest}")
-        _compare_header(headers.get("Docker-Content-Digest"), raw, host)
-        media_type = document_type(raw, headers.get("Content-Type", ""), what)
-        return Descriptor(media_type=media_type, digest=digest, size=len(raw)), raw
+        path = f"manifests/{ref.target}"
+
+        async def ask(access: Access) -> tuple[Descriptor, bytes]:
+            raw, headers = await self._document(access, path, DOCUMENT_MAX, what, ResourceExhausted)
+            digest = f"{algorithm}:{_hex(raw, algorithm)}"
+            host = access.origin.authority
+            if ref.digest and digest != ref.digest:
+                raise DataLoss(f"{host} sent other bytes than {ref.digest}")
+            _compare_header(headers.get("Docker-Content-Digest"), raw, host)
+            media_type = document_type(raw, headers.get("Content-Type", ""), what)
+            return Descriptor(media_type=media_type, digest=digest, size=len(raw)), raw
+
+        return await self._any_host(ref, "pull" if ref.digest else "resolve", ask)
 
     async def manifest(self, ref: Reference, descriptor: Descriptor) -> bytes:
         """The manifest or index that `descriptor` names: size and digest checked, at most DOCUMENT_MAX bytes.
@@ -105,26 +128,28 @@ class Registry:
             raise Unimplemented(f"{descriptor.digest} is of type {descriptor.media_type[:100]!r}: not a manifest")
         self._check_small(descriptor)
         what = f"manifest {descriptor.digest}"
-        raw, _ = await self._document(ref, f"manifests/{descriptor.digest}", descriptor.size, what)
-        return self._whole(ref, descriptor, raw)
+        return await self._whole(ref, f"manifests/{descriptor.digest}", descriptor, what)
 
     async def small(self, ref: Reference, descriptor: Descriptor) -> bytes:
         """A small blob whole, such as an image config: size and digest checked, at most DOCUMENT_MAX bytes."""
         if is_foreign(descriptor.media_type):
             return b"".join([chunk async for chunk in self.blob(ref, descriptor, verify=True)])
         self._check_small(descriptor)
-        raw, _ = await self._document(ref, f"blobs/{descriptor.digest}", descriptor.size, f"blob {descriptor.digest}")
-        return self._whole(ref, descriptor, raw)
+        return await self._whole(ref, f"blobs/{descriptor.digest}", descriptor, f"blob {descriptor.digest}")
 
     async def referrers(self, ref: Reference, digest: str) -> list[Descriptor]:
         """What refers to a manifest (OCI distribution specification 1.1: the API, else the tag), [] for nothing."""
         what = f"what refers to {digest}"
         for path in (f"referrers/{digest}", f"manifests/{check_digest(digest).replace(':', '-')}"):
+
+            async def ask(access: Access, path: str = path) -> list[Descriptor]:
+                raw, headers = await self._document(access, path, DOCUMENT_MAX, what, ResourceExhausted)
+                return list(parse_index(raw, headers.get("Content-Type", ""), what).manifests)
+
             try:
-                raw, headers = await self._document(ref, path, DOCUMENT_MAX, what, ResourceExhausted)
+                return await self._any_host(ref, "pull", ask)
             except NotFound:
                 continue
-            return list(parse_index(raw, headers.get("Content-Type", ""), what).manifests)
         return []
 
     def blob(
@@ -139,18 +164,29 @@ class Registry:
         check_digest(descriptor.digest)
         if is_foreign(descriptor.media_type) and not self._foreign:
             refuse_foreign(descriptor)
-        access = self._access(ref)
+        hosts = _Hosts(self, ref)
         what = f"blob {descriptor.digest}"
         path = f"blobs/{descriptor.digest}"
         headers = {"Accept": "*/*"}
 
         async def open_(extra: Mapping[str, str]) -> http.Response:
+            access = await hosts.access()
             if is_foreign(descriptor.media_type) and descriptor.urls:
                 return await self._open_foreign(access, descriptor, {**headers, **extra})
-            return await self._transport.get(access, path, {**headers, **extra}, what)
+            try:
+                return await self._transport.get(access, path, {**headers, **extra}, what)
+            except (Transient, WherryError) as e:
+                if not hosts.next(e):
+                    raise
+            return await open_(extra)
 
         hasher = make_hasher(verify, descriptor.digest, offset)
-        return Download(self._wire, open_, descriptor, access.origin.authority, offset, hasher).chunks()
+        return Download(self._wire, open_, descriptor, lambda: hosts.name, offset, hasher).chunks()
+
+    async def upload(self, ref: Reference) -> Upload:
+        """What puts blobs and manifests into a reference's repository: the first host that may be pushed to."""
+        endpoint = self._mirrors.endpoints(ref.registry, "push")[0]
+        return Upload(self._wire, self._transport, await self._access(ref, endpoint, "pull,push"))
 
     async def _open_foreign(self, access: Access, descriptor: Descriptor, headers: Mapping[str, str]) -> http.Response:
         refusal: Exception = InvalidArgument(f"layer {descriptor.digest} names no URL")
@@ -161,13 +197,38 @@ class Registry:
                 refusal = e
         raise refusal
 
-    def _access(self, ref: Reference) -> Access:
-        return Access(ref.registry, self._rules.endpoint(ref.registry), ref.repository)
+    async def _access(self, ref: Reference, endpoint: Endpoint, actions: str = "pull") -> Access:
+        own = endpoint.origin.host == DEFAULT_ENDPOINT and ref.registry == DEFAULT_REGISTRY
+        stands_for = "" if own or endpoint.origin.authority == _authority(ref.registry) else ref.registry
+        return Access(
+            ref.registry if not stands_for else endpoint.origin.authority, endpoint.origin, ref.repository, actions,
+            endpoint.prefix, stands_for, endpoint.headers, await self._mirrors.context(endpoint.tls),
+        )  # fmt: skip
+
+    def _endpoints(self, ref: Reference, capability: str) -> list[Endpoint]:
+        """The hosts to ask: those that were found to be away only if there is no other."""
+        found = self._mirrors.endpoints(ref.registry, capability)
+        return [e for e in found if e.origin not in self._down] or found[-1:]
+
+    async def _any_host(self, ref: Reference, capability: str, ask: Callable[[Access], Awaitable[T]]) -> T:
+        """The answer of the first host that has one; the last one's error when none has."""
+        *mirrors, last = self._endpoints(ref, capability)
+        for mirror in mirrors:
+            try:
+                return await ask(await self._access(ref, mirror))
+            except WherryError as e:
+                self._note(mirror, e)
+        return await ask(await self._access(ref, last))
+
+    def _note(self, endpoint: Endpoint, error: BaseException) -> None:
+        cause = error.error if isinstance(error, Transient) else error
+        log.info("%s does not serve: %s", endpoint.origin.authority, cause)
+        if isinstance(cause, Unavailable | DeadlineExceeded):
+            self._down.add(endpoint.origin)
 
     async def _document(
-        self, ref: Reference, path: str, bound: int, what: str, excess: type[WherryError] = DataLoss
+        self, access: Access, path: str, bound: int, what: str, excess: type[WherryError] = DataLoss
     ) -> tuple[bytes, Mapping[str, str]]:
-        access = self._access(ref)
         host = access.origin.authority
 
         async def attempt() -> tuple[bytes, Mapping[str, str]]:
@@ -184,14 +245,46 @@ class Registry:
                 f"{descriptor.digest} is said to have {descriptor.size} bytes: documents have at most {DOCUMENT_MAX}"
             )
 
-    def _whole(self, ref: Reference, descriptor: Descriptor, raw: bytes) -> bytes:
-        host = self._access(ref).origin.authority
-        if len(raw) != descriptor.size:
-            raise DataLoss(f"{host} sent {len(raw)} of the {descriptor.size} bytes of {descriptor.digest}")
-        hasher = hasher_for(descriptor.digest)
-        hasher.update(raw)
-        check_digest_of(hasher, descriptor.digest, host)
-        return raw
+    async def _whole(self, ref: Reference, path: str, descriptor: Descriptor, what: str) -> bytes:
+        async def ask(access: Access) -> bytes:
+            raw, _ = await self._document(access, path, descriptor.size, what)
+            host = access.origin.authority
+            if len(raw) != descriptor.size:
+                raise DataLoss(f"{host} sent {len(raw)} of the {descriptor.size} bytes of {descriptor.digest}")
+            hasher = hasher_for(descriptor.digest)
+            hasher.update(raw)
+            check_digest_of(hasher, descriptor.digest, host)
+            return raw
+
+        return await self._any_host(ref, "pull", ask)
+
+
+class _Hosts:
+    """The host that a download comes from: the next one when one does not have it, the last one in the end."""
+
+    def __init__(self, registry: Registry, ref: Reference) -> None:
+        self._registry = registry
+        self._ref = ref
+        self._left = registry._endpoints(ref, "pull")
+
+    @property
+    def name(self) -> str:
+        return self._left[0].origin.authority
+
+    async def access(self) -> Access:
+        return await self._registry._access(self._ref, self._left[0])
+
+    def next(self, error: BaseException) -> bool:
+        if len(self._left) == 1:
+            return False
+        self._registry._note(self._left.pop(0), error)
+        return True
+
+
+def _authority(registry: str) -> str:
+    host, port = split_authority(registry)
+    name = f"[{host}]" if ":" in host else host
+    return f"{name}:{port}" if port else name
 
 
 def _hex(raw: bytes, algorithm: str) -> str:

@@ -65,6 +65,18 @@ class NoCredentials:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One set of credentials, for one registry (`host[:port]`)."""
+
+    credentials: Credentials
+    registry: str
+
+    async def get(self, registry: str) -> Credentials | None:
+        """The credentials, if they are for that registry."""
+        return self.credentials if registry == self.registry else None
+
+
 def default_config_path() -> Path:
     """`$DOCKER_CONFIG/config.json`, else `~/.docker/config.json`."""
     directory = os.environ.get("DOCKER_CONFIG")

@@ -24,6 +24,10 @@ Open = Callable[[Mapping[str, str]], Awaitable[http.Response]]
 """request headers -> an answer with status 200 or 206; raises Transient or a typed error."""
 
 
+Host = Callable[[], str]
+"""The host that answers at the moment, as messages name it."""
+
+
 class Hasher(Protocol):
     """The part of hashlib's objects that is used."""
 
@@ -51,7 +55,7 @@ class Download:
     """The state of one transfer: `position` counts bytes handed to the consumer, from the blob's start."""
 
     def __init__(
-        self, wire: Wire, open_: Open, descriptor: Descriptor, host: str, offset: int, hasher: Hasher | None
+        self, wire: Wire, open_: Open, descriptor: Descriptor, host: Host, offset: int, hasher: Hasher | None
     ) -> None:
         if not 0 <= offset <= descriptor.size:
             raise OutOfRange(f"offset {offset} is outside of {descriptor.digest}, which has {descriptor.size} bytes")
@@ -59,12 +63,16 @@ class Download:
         self._open = open_
         self._digest = descriptor.digest
         self._size = descriptor.size
-        self._host = host
+        self._name = host
         self._hasher = hasher
-        self._pace = Pace(wire.limits, host)
+        self._pace = Pace(wire.limits, host())
         self._failures = 0
         self._mark = self.position = offset
         self._discarded = False
+
+    @property
+    def _host(self) -> str:
+        return self._name()
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The bytes from the offset to the end, in pieces as the network brought them (some 50 KiB to 2 MiB)."""

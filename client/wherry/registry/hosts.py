@@ -143,6 +143,11 @@ class HostRules:
     def __init__(self, insecure: Collection[str] = (), secure: Collection[str] = ()) -> None:
         self._insecure = frozenset(split_authority(entry) for entry in insecure)
         self._secure = frozenset(split_authority(entry) for entry in secure)
+        self._allowed: set[Origin] = set()
+
+    def allow(self, origins: Collection[Origin]) -> None:
+        """Let origins be spoken to as they are written: the user's configuration names them with their scheme."""
+        self._allowed |= set(origins)
 
     def endpoint(self, registry: str) -> Origin:
         """Where the API of `registry` is served."""
@@ -155,12 +160,13 @@ class HostRules:
 
     def check_scheme(self, target: Origin) -> None:
         """PermissionDenied if `target` is plain http on a host that may not be spoken to so."""
-        if target.scheme == "http" and not self._may_be_plain(target.host, target.port):
+        plain = target in self._allowed or self._may_be_plain(target.host, target.port)
+        if target.scheme == "http" and not plain:
             raise PermissionDenied(f"plain http to {target.authority} is refused: it is not listed as insecure")
 
     def is_insecure(self, origin: Origin) -> bool:
         """Whether the user listed this host as insecure (so that a plain name may resolve to anywhere)."""
-        return self._listed(self._insecure, origin.host, origin.port)
+        return origin in self._allowed or self._listed(self._insecure, origin.host, origin.port)
 
     def _may_be_plain(self, host: str, port: int | None) -> bool:
         return is_loopback_name(host) or self._listed(self._insecure, host, port)

@@ -34,7 +34,7 @@ _PATH = re.compile(r"(?:/[A-Za-z0-9._~%-]+)*")
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """What a TLS connection takes beside the system's authorities. clients: (certificate, key), "" for the same file."""
+    """What a TLS connection takes beside the system's authorities. clients: certificate, key ("": the same file)."""
 
     authorities: tuple[str, ...] = ()
     clients: tuple[tuple[str, str], ...] = ()

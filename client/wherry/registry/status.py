@@ -18,6 +18,7 @@ from wherry_shared.errors import (
     ResourceExhausted,
     Unauthenticated,
     Unavailable,
+    Unimplemented,
     WherryError,
 )
 
@@ -40,6 +41,7 @@ _ERRORS: dict[int, type[WherryError]] = {
     410: NotFound,
     416: OutOfRange,
     451: PermissionDenied,
+    501: Unimplemented,
 }
 
 
@@ -52,7 +54,7 @@ async def check_status(response: http.Response, host: str, what: str, accept: Co
     message = f"{host} answered {status} for {what}" + (f" ({', '.join(codes)})" if codes else "")
     if status == 429:
         raise Transient(ResourceExhausted(f"{message}: too many requests"), retry_after(response.headers))
-    if status == 408 or status >= 500:
+    if status == 408 or (status >= 500 and status != 501):
         raise Transient(Unavailable(message), retry_after(response.headers))
     raise _ERRORS.get(status, FailedPrecondition)(message)
 

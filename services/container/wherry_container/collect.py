@@ -23,4 +23,3 @@ def _describe(node: Node, document: bytes) -> None:
     if snapshotter := record.get("snapshotter", ""):
         node.hard.append((SNAPSHOTS + snapshotter, record.get("snapshot_key", "")))
     node.refer(record.get("labels", {}))
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from wherry_shared.api.lease import Leases
+from wherry_shared.api.namespace import Namespaces
 from wherry_shared.errors import InvalidArgument
 from wherry_shared.runtime import Host, run
 
@@ -12,27 +13,25 @@ from . import backends, metadata
 from .collect import ContentCollector
 from .metadata import Metadata
 from .service import ContentService
+from .sharing import Policy, Sharing
 from .store import IDLE_SECONDS, Store
 
 
 async def build(host: Host) -> ContentService:
     options = host.settings.options
-    _check_sharing(options.get("sharing", "isolated"))
+    policy = Policy.parse(options.get("sharing", Policy.isolated))
     name = options.get("backend", "local")
-    # Replicas on one root share the database; a blob's file and row change together under its write lock.
-    database = await host.database(metadata.MIGRATIONS, shared=name != "memory")
     backend = backends.find(name)(host.settings.own_root)
-    store = Store(Metadata(database), backend, instance=host.instance, idle=_idle(options.get("idle")))
+    # Replicas on one root share the database; a blob's file and row change together under its write lock.
+    database = await host.database(metadata.MIGRATIONS, shared=backend.replicable)
+    rows = Metadata(database)
+    sharing = Sharing(rows, policy, host.bus.proxy(Namespaces))
+    store = Store(rows, backend, instance=host.instance, idle=_idle(options.get("idle")), sharing=sharing)
     await store.start()
     host.on_stop(store.stop)
     host.plugin(type="io.containerd.content.v1", id="content", capabilities=[name])
     host.also_serve(ContentCollector(database, store))
     return ContentService(store, host.bus.proxy(Leases))
-
-
-def _check_sharing(policy: str) -> None:
-    if policy != "isolated":
-        raise InvalidArgument(f"setting sharing={policy!r} is not known: isolated is")
 
 
 def _idle(text: str | None) -> float:

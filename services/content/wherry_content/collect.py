@@ -14,7 +14,7 @@ _MARK = PREFIX.encode()
 
 
 class ContentCollector(Collection, ContentCollection):
-    """A blob keeps what its labels name. An ingest keeps the blob that it will be, and itself for a day without lease."""
+    """A blob keeps what its labels name. An ingest keeps the blob that it is to be; without a lease it lives a day."""
 
     def __init__(self, database: Database, store: Store) -> None:
         super().__init__(database, [Records(CONTENT, _describe), IngestRecords()], store.reap)

@@ -32,15 +32,16 @@ CREATE TABLE ingests (
     expected TEXT NOT NULL, started_at TEXT NOT NULL, PRIMARY KEY (namespace, ref)) WITHOUT ROWID
 """,
     # expire_at: until when an ingest without a lease is kept, unix time; 0: as long as its lease.
-    f"""
+    """
 ALTER TABLE ingests ADD COLUMN expire_at INTEGER NOT NULL DEFAULT 0;
 UPDATE ingests SET expire_at = unixepoch(started_at) + 86400;
-{migration(CONTENT)};
-{epoch.journal("ingests", repr(INGESTS), "row.ref", roots=False)}
-""",
+"""
+    + f"{migration(CONTENT)};\n{epoch.journal('ingests', repr(INGESTS), 'row.ref', roots=False)}",
+    # linked: the size of the blob of another namespace that stands for the ingest's bytes, 0 for none.
+    "ALTER TABLE ingests ADD COLUMN linked INTEGER NOT NULL DEFAULT 0",
 )
 UNLEASED_SECONDS = 24 * 3600
-_INGEST = "SELECT ref, total, expected, started_at FROM ingests WHERE namespace = ?"
+_INGEST = "SELECT ref, total, expected, started_at, linked FROM ingests WHERE namespace = ?"
 
 
 class Metadata:
@@ -58,6 +59,15 @@ class Metadata:
     def get(self, namespace: str, digest: str) -> Info:
         """One blob of the namespace. NotFound when it is not in it."""
         return self._blobs.get(namespace, digest)
+
+    def answer(self, namespace: str, digest: str) -> Info:
+        """The same for an answer, as it travels. NotFound."""
+        return self._blobs.answer(namespace, digest)
+
+    def owners(self, digest: str) -> list[tuple[str, int]]:
+        """The namespaces that have a blob, and its size in each."""
+        rows = self._database.all("SELECT namespace FROM records WHERE key = ? ORDER BY namespace", (digest,))
+        return [(row[0], self.get(row[0], digest).size) for row in rows]
 
     async def page(self, namespace: str, filters: Sequence[str], after: str, limit: int) -> Page[Info]:
         return await self._blobs.page(namespace, filters, after, limit)
@@ -128,7 +138,7 @@ class Metadata:
     # ---- ingests
 
     def ingest(self, namespace: str, ref: str) -> Ingest | None:
-        """What was announced of an ingest (its offset is not known here)."""
+        """What was announced of an ingest; its offset is known here only where a blob stands for its bytes."""
         row = self._database.one(f"{_INGEST} AND ref = ?", (namespace, ref))
         return _ingest(row) if row else None
 
@@ -152,17 +162,26 @@ class Metadata:
         def note(tx: Transaction) -> Opened:
             check()
             tx.execute(
-                "INSERT INTO ingests (namespace, ref, key, total, expected, started_at, expire_at) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?) "
+                "INSERT INTO ingests (namespace, ref, key, total, expected, started_at, expire_at, linked) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?) "
                 "ON CONFLICT (namespace, ref) DO UPDATE SET total = CASE excluded.total WHEN 0 THEN total "
                 "ELSE excluded.total END, expected = CASE excluded.expected WHEN '' THEN expected "
                 "ELSE excluded.expected END, expire_at = CASE excluded.expire_at WHEN 0 THEN expire_at "
-                "ELSE excluded.expire_at END",
-                (namespace, opened.ref, key, total, expected, now().isoformat(), expire_at),
+                "ELSE excluded.expire_at END, linked = excluded.linked",
+                (namespace, opened.ref, key, total, expected, now().isoformat(), expire_at,
+                 opened.offset if opened.complete else 0),
             )
             return opened
 
         return await self._database.mutate(note)
+
+    async def unlink(self, namespace: str, ref: str) -> None:
+        """Note that an ingest has bytes of its own."""
+
+        def note(tx: Transaction) -> None:
+            tx.execute("UPDATE ingests SET linked = 0 WHERE namespace = ? AND ref = ?", (namespace, ref))
+
+        await self._database.write(note)
 
     async def refuse(self, error: WherryError) -> None:
         """Raise `error`, unless the request in hand took effect before: then its answer is given again (Replayed)."""
@@ -220,9 +239,9 @@ def _forget(tx: Transaction, namespace: str, ref: str) -> bool:
 
 
 def _ingest(row: Any) -> Ingest:
-    ref, total, expected, started_at = row
+    ref, total, expected, started_at, linked = row
     at = datetime.fromisoformat(started_at)
-    return Ingest(ref=ref, offset=0, total=total, expected=expected, started_at=at, updated_at=at)
+    return Ingest(ref=ref, offset=linked, total=total, expected=expected, started_at=at, updated_at=at)
 
 
 class IngestRecords:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from wherry_shared import context
 from wherry_shared.api.content import CHUNK, Content, Info, Ingest, Located, Opened
 from wherry_shared.api.lease import Leases, Resource
+from wherry_shared.contract import immediate
 from wherry_shared.errors import AlreadyExists, WherryError
 from wherry_shared.values import Page
 
@@ -25,6 +26,7 @@ class ContentService(Content):
         self._store = store
         self._leases = leases
 
+    @immediate
     async def info(self, digest: str) -> Info:
         return self._store.info(context.namespace(), digest)
 
@@ -42,16 +44,16 @@ class ContentService(Content):
         return await self._store.read(context.namespace(), digest, offset, size)
 
     async def locate(self, digest: str) -> Located:
-        return self._store.locate(context.namespace(), digest)
+        return await self._store.locate(context.namespace(), digest)
 
     async def verify(self, digest: str) -> None:
         await self._store.verify(context.namespace(), digest)
 
     async def open(self, ref: str, total: int = 0, expected: str = "", truncate: bool = False) -> Opened:
         namespace = context.namespace()
-        if expected and self._store.present(namespace, expected):
+        if expected and await self._store.present(namespace, expected):
             await self._keep(BLOBS, expected)  # kept before the store looks (again), so it cannot go in between
-        if not (expected and self._store.present(namespace, expected)):
+        if not (expected and await self._store.present(namespace, expected)):
             await self._keep(INGESTS, ref)
         return await self._store.open(context.namespace(), ref, total, expected, truncate=truncate)
 
@@ -80,10 +82,10 @@ class ContentService(Content):
         await self._store.close(context.namespace(), ref)
 
     async def status(self, ref: str) -> Ingest:
-        return self._store.status(context.namespace(), ref)
+        return await self._store.status(context.namespace(), ref)
 
     async def statuses(self, filters: Sequence[str] = ()) -> list[Ingest]:
-        return self._store.statuses(context.namespace(), filters)
+        return await self._store.statuses(context.namespace(), filters)
 
     async def abort(self, ref: str) -> None:
         await self._store.abort(context.namespace(), ref)

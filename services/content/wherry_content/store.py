@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from wherry_shared.api.content import CHUNK, Info, Ingest, Located, Opened
 from wherry_shared.errors import (
+    Aborted,
     AlreadyExists,
     DataLoss,
     FailedPrecondition,
@@ -28,8 +29,9 @@ from wherry_shared.errors import (
 )  # fmt: skip
 from wherry_shared.values import Page, check_digest
 
-from .backends import Backend, Held
+from .backends import Backend, Held, Place
 from .metadata import Metadata
+from .sharing import Sharing
 
 log = logging.getLogger("wherry.content")
 
@@ -42,10 +44,15 @@ REAPED = 64  # blobs removed in one transaction: a mutation waits for some of th
 
 
 class Writer:
-    """An ingest held here. `lock` puts its requests in a row; `since` is when somebody last cared (monotonic)."""
+    """An ingest held here. `lock` puts its requests in a row; `since` is when somebody last cared (monotonic).
 
-    def __init__(self, held: Held) -> None:
+    linked: the size of the expected blob while one of another namespace stands for the bytes.
+    """
+
+    def __init__(self, held: Held, expected: str, linked: int) -> None:
         self.held = held
+        self.expected = expected
+        self.linked = linked
         self.lock = asyncio.Lock()
         self.seen = held.activity()
         self.since = time.monotonic()
@@ -54,11 +61,16 @@ class Writer:
 class Store:
     """Blobs and ingests, by namespace.
 
-    instance: this replica on the bus. idle: seconds after which an ingest that nobody cares for is let go.
+    instance: this replica on the bus. idle: seconds after which an ingest that nobody cares for is let go. sharing:
+    what may be had from other namespaces; without it nothing.
     """
 
-    def __init__(self, metadata: Metadata, backend: Backend, *, instance: str, idle: float = IDLE_SECONDS) -> None:
+    def __init__(
+        self, metadata: Metadata, backend: Backend, *, instance: str, idle: float = IDLE_SECONDS,
+        sharing: Sharing | None = None,
+    ) -> None:  # fmt: skip
         self._metadata = metadata
+        self._sharing = sharing or Sharing(metadata)
         self._backend = backend
         self._instance = instance
         self._idle = idle
@@ -69,7 +81,7 @@ class Store:
     async def start(self) -> None:
         """Take over what is on the disk: what no row knows is removed, what a row misses is told."""
         await self._backend.start()
-        self._backend.sweep(self._metadata.knows_key)
+        await self._backend.sweep(self._metadata.knows_key)
         there, known = set(self._backend.blobs()), self._metadata.digests()
         for digest in there - known:
             await self._metadata.unless_known(digest, lambda d=digest: self._backend.remove(d))  # type: ignore[misc]
@@ -91,7 +103,7 @@ class Store:
     # ---- blobs
 
     def info(self, namespace: str, digest: str) -> Info:
-        return self._metadata.get(namespace, digest)
+        return self._metadata.answer(namespace, digest)
 
     async def update(self, namespace: str, digest: str, labels: dict[str, str], mask: Sequence[str]) -> Info:
         return await self._metadata.update(namespace, digest, labels, mask)
@@ -107,7 +119,7 @@ class Store:
 
     async def reap(self) -> None:
         """Remove what the garbage collector took out of the records: blobs that no namespace has, unknown ingests."""
-        self._backend.sweep(self._metadata.knows_key)
+        await self._backend.sweep(self._metadata.knows_key)
         unknown = await self._metadata.unknown(self._backend.blobs)
         for first in range(0, len(unknown), REAPED):
             await self._metadata.remove_unknown(unknown[first : first + REAPED], self._backend.remove)
@@ -128,9 +140,9 @@ class Store:
             raise DataLoss(f"blob {digest} ends at {offset + len(data)}, and should have {total} bytes")
         return data
 
-    def locate(self, namespace: str, digest: str) -> Located:
+    async def locate(self, namespace: str, digest: str) -> Located:
         size = self._metadata.get(namespace, digest).size
-        located = self._backend.locate(digest)
+        located = await self._backend.locate(digest)
         if located is None or located.size != size:
             return Located(path="", size=size, device=0, inode=0)  # a read will say what is wrong
         return located
@@ -147,10 +159,10 @@ class Store:
         log.error("blob %s is rotten: its bytes have the digest %s; put aside as %s", digest, found, aside)
         raise DataLoss(f"blob {digest} is rotten: its bytes have the digest {found}; upload it again")
 
-    def present(self, namespace: str, digest: str) -> bool:
+    async def present(self, namespace: str, digest: str) -> bool:
         """Whether a blob is in the namespace, bytes and all."""
         with suppress(NotFound):
-            return self._backend.has(digest, self._metadata.get(namespace, digest).size)
+            return await self._backend.size(digest) == self._metadata.get(namespace, digest).size
         return False
 
     # ---- ingests
@@ -164,12 +176,11 @@ class Store:
         return await self._finish(self._open(namespace, ref, total, expected, truncate=truncate))
 
     async def _open(self, namespace: str, ref: str, total: int, expected: str, *, truncate: bool) -> Opened:
-        # The sharing policy is `isolated`: only what this namespace has counts as present. A `shared` one would look
-        # here for the digest in the other namespaces and answer an ingest that has all its bytes.
-        if expected and self.present(namespace, expected):
+        if expected and await self.present(namespace, expected):
             if self._metadata.ingest(namespace, ref) is not None:
                 await self._drop(namespace, ref, missing_ok=True)
             raise AlreadyExists(f"blob {expected}: already exists")
+        linked = 0 if truncate or not expected else await self._elsewhere(expected, total)
         key = ingest_key(namespace, ref)
         try:
             held = await self._backend.open(key, f"ingest {ref!r}")
@@ -178,19 +189,24 @@ class Store:
             raise
         resumed = self._metadata.ingest(namespace, ref) is not None  # only now, locked, nobody else makes it
         try:
-            if truncate or not resumed:
+            if truncate or linked or not resumed:
                 await held.truncate()  # bytes without a row are what a crash left
-            place = held.place
+            place = Place() if linked else held.place
             opened = Opened(
-                ref=ref, offset=held.size(), instance=self._instance, path=place.path, device=place.device,
-                inode=place.inode,
+                ref=ref, offset=linked or held.size(), instance=self._instance, path=place.path, device=place.device,
+                inode=place.inode, complete=linked > 0,
             )  # fmt: skip
             await self._metadata.open(namespace, key, opened, total, expected, held.check)
         except BaseException as e:
             await held.release(keep=resumed)
             raise _named(e, ref) from None
-        self._writers[namespace, ref] = Writer(held)
+        self._writers[namespace, ref] = Writer(held, expected, linked)
         return opened
+
+    async def _elsewhere(self, digest: str, total: int) -> int:
+        """The size of a blob that another namespace shares, if its bytes are there; else 0."""
+        size = await self._sharing.size(digest, total)
+        return size if size and await self._backend.size(digest) == size else 0
 
     async def write(self, namespace: str, ref: str, offset: int, data: bytes) -> int:
         """Append at the end, which `offset` must be; offset 0 starts over. Answers the new end."""
@@ -200,9 +216,22 @@ class Store:
         async with writer.lock:
             self._check_current(namespace, ref, writer)
             writer.since = time.monotonic()
+            if writer.linked:
+                if offset == writer.linked and not data:
+                    return offset
+                await self._unlink(namespace, ref, writer, offset)
             if offset == 0 and writer.held.size():
                 await writer.held.truncate()
             return await writer.held.append(offset, data)
+
+    async def _unlink(self, namespace: str, ref: str, writer: Writer, offset: int) -> None:
+        """Give a linked ingest bytes of its own: a copy of its blob's, or none when it starts over."""
+        if offset not in (0, writer.linked):
+            raise OutOfRange(f"ingest {ref!r} ends at {writer.linked}, and not at {offset}")
+        if offset:
+            await writer.held.copy(writer.expected)
+        await self._metadata.unlink(namespace, ref)
+        writer.linked = 0
 
     async def commit(
         self, namespace: str, ref: str, size: int, expected: str, labels: dict[str, str], keep: Keep
@@ -218,21 +247,28 @@ class Store:
         writer = self._writer(namespace, ref)
         async with writer.lock:
             self._check_current(namespace, ref, writer)
-            digest, total = await self._verify_ingest(namespace, ref, writer.held, size, expected)
+            digest, total = await self._verify_ingest(namespace, ref, writer, size, expected)
             await keep(digest)
             try:
-                await writer.held.seal()
+                if not writer.linked:
+                    await writer.held.seal()
                 return await self._turn(namespace, ref, writer, digest, total, labels)
             except ResourceExhausted as e:
                 raise _named(e, ref) from None
 
-    async def _verify_ingest(self, namespace: str, ref: str, held: Held, size: int, expected: str) -> tuple[str, int]:
-        there = held.size()
+    async def _verify_ingest(
+        self, namespace: str, ref: str, writer: Writer, size: int, expected: str
+    ) -> tuple[str, int]:
+        """The digest and the size of what was written. FailedPrecondition when it is not what is expected."""
+        there = writer.linked or writer.held.size()
         if size and size != there:
             raise FailedPrecondition(f"ingest {ref!r} has {there} bytes, and {size} are expected")
-        row = self._metadata.ingest(namespace, ref)
-        announced = expected or (row.expected if row else "")
-        digest, total = await held.digest(announced.partition(":")[0] or DEFAULT_ALGORITHM)
+        if writer.linked:
+            digest, total = writer.expected, there
+        else:
+            row = self._metadata.ingest(namespace, ref)
+            announced = expected or (row.expected if row else "")
+            digest, total = await writer.held.digest(announced.partition(":")[0] or DEFAULT_ALGORITHM)
         if size and size != total:
             raise FailedPrecondition(f"ingest {ref!r} has {total} bytes, and {size} are expected")
         if expected and digest != expected:
@@ -243,7 +279,7 @@ class Store:
         self, namespace: str, ref: str, writer: Writer, digest: str, total: int, labels: dict[str, str]
     ) -> Info:
         try:
-            info = await self._place(namespace, ref, writer.held, digest, total, labels)
+            info = await self._place(namespace, ref, writer.held, digest, total, labels, linked=writer.linked > 0)
         except AlreadyExists:
             await self._drop(namespace, ref, missing_ok=True)
             raise
@@ -261,9 +297,9 @@ class Store:
         return await self._finish(self._put(namespace, data, expected, labels, keep))
 
     async def _put(self, namespace: str, data: bytes, digest: str, labels: dict[str, str], keep: Keep) -> Info:
-        if self.present(namespace, digest):
+        if await self.present(namespace, digest):
             await keep(digest)  # before the second look, so it cannot go in between
-            if self.present(namespace, digest):
+            if await self.present(namespace, digest):
                 await self._metadata.refuse(AlreadyExists(f"blob {digest}: already exists"))
         held = await self._backend.open(secrets.token_hex(32), f"blob {digest}")
         try:
@@ -273,13 +309,17 @@ class Store:
             await held.release(keep=False)
 
     async def _place(
-        self, namespace: str, ref: str, held: Held, digest: str, size: int, labels: dict[str, str]
-    ) -> Info:
+        self, namespace: str, ref: str, held: Held, digest: str, size: int, labels: dict[str, str], *,
+        linked: bool = False,
+    ) -> Info:  # fmt: skip
         """The ingest becomes a blob: file and row in one transaction; the one that is there already is kept."""
 
         def place(known: bool) -> None:
-            if not known or not self._backend.has(digest, size):
-                held.settle(digest, size)
+            if known and self._backend.has(digest, size):
+                return
+            if linked:
+                raise Aborted(f"ingest {ref!r}: blob {digest} is gone from where it was to be had: send its bytes")
+            held.settle(digest, size)
 
         try:
             return await self._metadata.commit(namespace, ref, digest, size, labels, place)
@@ -297,16 +337,16 @@ class Store:
             self._check_current(namespace, ref, writer)
             await self._release((namespace, ref), writer)
 
-    def status(self, namespace: str, ref: str) -> Ingest:
+    async def status(self, namespace: str, ref: str) -> Ingest:
         """How far an ingest is. To ask is to care: it keeps the ingest held."""
         row = self._metadata.ingest(namespace, ref)
         if row is None:
             raise NotFound(f"ingest {ref!r}: not found")
-        self._backend.touch(ingest_key(namespace, ref))
-        return self._progress(namespace, row)
+        await self._backend.touch(ingest_key(namespace, ref))
+        return await self._progress(namespace, row)
 
-    def statuses(self, namespace: str, filters: Sequence[str]) -> list[Ingest]:
-        return [self._progress(namespace, row) for row in self._metadata.ingests(namespace, filters)]
+    async def statuses(self, namespace: str, filters: Sequence[str]) -> list[Ingest]:
+        return [await self._progress(namespace, row) for row in self._metadata.ingests(namespace, filters)]
 
     async def abort(self, namespace: str, ref: str) -> None:
         """Remove an ingest and its bytes, also from under its writer."""
@@ -314,12 +354,16 @@ class Store:
 
     # ---- within
 
-    def _progress(self, namespace: str, row: Ingest) -> Ingest:
-        progress = self._backend.progress(ingest_key(namespace, row.ref))
+    async def _progress(self, namespace: str, row: Ingest) -> Ingest:
+        if row.offset:  # a blob stands for its bytes
+            return row.model_copy(update={"durable": row.offset})
+        progress = await self._backend.progress(ingest_key(namespace, row.ref))
         if progress is None:
             return row
         updated_at = max(progress.updated_at, row.started_at)  # a file's clock is up to 10 ms behind
-        return row.model_copy(update={"offset": progress.offset, "updated_at": updated_at})
+        return row.model_copy(
+            update={"offset": progress.offset, "durable": progress.durable, "updated_at": updated_at}
+        )
 
     async def _drop(self, namespace: str, ref: str, *, missing_ok: bool) -> None:
         key = ingest_key(namespace, ref)

@@ -13,7 +13,7 @@ _OCI = "application/vnd.oci.image.layer.v1.tar"
 _DOCKER = "application/vnd.docker.image.rootfs.diff.tar"
 GZIP_LAYER = f"{_OCI}+gzip"
 # isal's fastest but one: the ratio of zlib's level 1 to 2 at a multiple of its speed. zstd's own default.
-_GZIP_LEVEL, _ZSTD_LEVEL = 1, 3
+_GZIP_LEVEL, _ZSTD_LEVEL = 1, 1
 _GZIP_WRAPPER = 31  # zlib's window bits for a gzip header, whose time is 0
 
 

@@ -15,6 +15,7 @@ from wherry_shared import context
 from wherry_shared.api.content import Content
 from wherry_shared.api.diff import GZIP_LAYER, UNCOMPRESSED_LABEL, Change, Diff
 from wherry_shared.api.snapshot import Info, Snapshots
+from wherry_shared.bus.proxy import walk
 from wherry_shared.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -142,21 +143,13 @@ class DiffService(Diff):
             return
         for snapshotter in self._snapshotters:
             with suppress(InvalidArgument):  # this node has no such snapshotter
-                infos = [info async for info in self._walk(snapshotter, filters)]
+                infos: list[Info] = []
+                async for page in walk(self._snapshots.walk, snapshotter=snapshotter, filters=filters):
+                    infos += page.items
                 infos.sort(key=lambda info: info.created_at, reverse=True)
                 if await self._have(snapshotter, infos, list(mounts)):
                     return
         raise PermissionDenied("these mounts are those of no fitting snapshot of this namespace")
-
-    async def _walk(self, snapshotter: str, filters: list[str]) -> AsyncIterator[Info]:
-        after = ""
-        while True:
-            page = await self._snapshots.walk(snapshotter, filters, after)
-            for info in page.items:
-                yield info
-            if not page.next:
-                return
-            after = page.next
 
     async def _have(self, snapshotter: str, infos: Sequence[Info], mounts: list[Mount]) -> bool:
         for at in range(0, len(infos), _ASKED_AT_ONCE):

@@ -14,7 +14,7 @@ from wherry_shared.values import now
 
 
 class ImageCollector(Collection, ImageCollection):
-    """An image keeps its target. One that carries `gc.expire` lives by itself up to then, and after it by references."""
+    """An image keeps its target. One that carries `gc.expire` lives by itself up to then, later if it is referred to."""
 
     def __init__(self, database: Database, clock: Callable[[], datetime] = now) -> None:
         self._clock = clock

@@ -39,7 +39,7 @@ async def build(host: Host) -> SnapshotService:
             continue
         found[name] = Snapshotter(name, rows, backend, host.settings.options.get("sync", "background"))
         host.on_stop(found[name].close)
-        await found[name].start()
+        await found[name].start(restored=host.settings.restores)
         host.plugin(
             type=PLUGIN, id=name, platforms=_platforms(), capabilities=sorted(backend.capabilities),
             exports={"root": str(backend.root)},

@@ -105,6 +105,10 @@ class Rows:
         found: int = self.database.one("SELECT next FROM numbers")[0]
         return found
 
+    def pass_over(self, tx: Transaction, number: int) -> None:
+        """Let every number given out from now on be higher."""
+        tx.execute("UPDATE numbers SET next = max(next, ?)", (number + 1,))
+
     def numbers(self, snapshotter: str) -> set[int]:
         """Every directory that a snapshot owns."""
         return {n for (n,) in self.database.all("SELECT number FROM snapshots WHERE snapshotter = ?", (snapshotter,))}

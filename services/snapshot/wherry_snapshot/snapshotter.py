@@ -54,17 +54,21 @@ class Snapshotter:
         self._committing: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
         self._sweeping = asyncio.Lock()
 
-    async def start(self) -> None:
+    async def start(self, *, restored: bool = False) -> None:
         """Begin to remove what an earlier process left. FailedPrecondition: the database is older than the directories.
 
-        Without that check a database that was lost would be followed by all that it knew of.
+        Without that check a database that was lost would be followed by all that it knew of. restored: it may be
+        older; directories that it does not know are then set aside.
         """
-        limit = self._rows.next_number()
         entries = await self._workers.run(self._backend.entries)
-        if any(e.number >= limit for e in entries):
+        if restored:
+            await self._set_aside({e.number for e in entries if e.name.isdigit()})
+            entries = await self._workers.run(self._backend.entries)
+        elif any(e.number >= self._rows.next_number() for e in entries):
             raise FailedPrecondition(
                 f"{self._backend.root} holds snapshots that {self._rows.database.path} does not know yet: the database "
-                "is lost or out of date. Restore it, or move the directory away to start empty"
+                "is lost or out of date. Restore it, start with --set restore=backup to set them aside, or move the "
+                "directory away to start empty"
             )
         there = {e.number for e in entries}
         for number in self._rows.numbers(self.name) - there:
@@ -72,6 +76,14 @@ class Snapshotter:
         await self._syncer.start()
         await self._workers.run(self._put_right, there)
         self._workers.spawn(self._sweep())
+
+    async def _set_aside(self, there: set[int]) -> None:
+        """Keep what the database may have known when it was backed up no longer, or not yet."""
+        for number in sorted(there - self._rows.numbers(self.name)):  # the highest last: till then a start is refused
+            log.error("%s: directory %d is of no known snapshot, and now lost-%d", self._backend.root, number, number)
+            await self._workers.run(self._backend.set_aside, number)
+        if there:
+            await self._rows.database.write(lambda tx: self._rows.pass_over(tx, max(there)))
 
     def _put_right(self, there: set[int]) -> None:
         """End the commits that a crash cut off: the row says which way."""

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from ..contract import Contract, endpoint
 from ..errors import (
+    Aborted,
     AlreadyExists,
     DataLoss,
     FailedPrecondition,
@@ -18,8 +19,8 @@ from ..errors import (
 )  # fmt: skip
 from ..values import Digest, Labels, Model, Name, Page
 
-CHUNK = 512 * 1024
-"""The most bytes of one read's answer and of one write."""
+CHUNK = 960 * 1024
+"""The most bytes of one read's answer and of one write: with all that goes with them they fit into 1 MiB."""
 
 
 class Info(Model):
@@ -33,10 +34,14 @@ class Info(Model):
 
 
 class Ingest(Model):
-    """A blob on its way. `offset` is how many bytes are there; `total` and `expected` what was announced (0, "")."""
+    """A blob on its way. `offset` is how many bytes are there; `total` and `expected` what was announced (0, "").
+
+    durable: how many of them are there after a power cut, too; a killed service loses none.
+    """
 
     ref: str
     offset: int
+    durable: int = 0
     total: int = 0
     expected: str = ""
     started_at: datetime
@@ -61,6 +66,8 @@ class Opened(Model):
     path, device, inode: the file of the bytes, "" where it is none. A caller who sees that very file (same device
     and inode, path as `ingest_file` says) may append to it instead of calling `write`; the service verifies it at
     commit all the same. It may only append, since bytes are hashed as they come: `write(ref, 0, b"")` starts over.
+    complete: the expected blob is in another namespace that shares it: `offset` is its size, no byte need be sent,
+    and the commit makes it visible in this one. What is written all the same goes behind a copy of it.
     """
 
     ref: str
@@ -69,6 +76,7 @@ class Opened(Model):
     path: str
     device: int
     inode: int
+    complete: bool = False
 
 
 class Located(Model):
@@ -114,7 +122,7 @@ class Content(Contract, Protocol, service="content", version="1.0.0", events=EVE
 
     @endpoint(NotFound, OutOfRange, DataLoss)
     async def read(self, digest: Digest, offset: int = 0, size: int = CHUNK) -> bytes:
-        """Up to `size` (at most 512 KiB) bytes from `offset`; empty at the end. Readers keep several in flight."""
+        """Up to `size` (at most 960 KiB) bytes from `offset`; empty at the end. Readers keep several in flight."""
         ...
 
     @endpoint(NotFound)
@@ -137,31 +145,33 @@ class Content(Contract, Protocol, service="content", version="1.0.0", events=EVE
 
         The lock ends with close, commit or abort, with its instance, and after 60 s without a write or a `status`.
         AlreadyExists: the expected blob is in this namespace, and the ingest is gone. Unavailable: another writer
-        holds the ref. NotFound: there is no such lease.
+        holds the ref: wait, longer each time, and open again. NotFound: there is no such lease. truncate: begin with
+        no bytes, also where the blob could be had from another namespace.
         """
         ...
 
     @endpoint(NotFound, OutOfRange, ResourceExhausted, mutates=True)
     async def write(self, ref: Name, offset: int, data: bytes) -> int:
-        """Append `data` (at most 512 KiB) at `offset`, which must be the current end; offset 0 starts over.
+        """Append `data` (at most 960 KiB) at `offset`, which must be the current end; offset 0 starts over.
 
         Answers the new end. Goes to the instance that opened the ingest; NotFound when that does not hold it (any
         more), and then a new `open` tells how much is there.
         """
         ...
 
-    @endpoint(AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted, mutates=True, timeout=120.0)
+    @endpoint(AlreadyExists, FailedPrecondition, Aborted, NotFound, ResourceExhausted, mutates=True, timeout=120.0)
     async def commit(self, ref: Name, size: int = 0, expected: str = "", labels: Labels = {}) -> Info:
         """Verify the ingest and make it a blob, durably.
 
         FailedPrecondition: size or digest differ; the ingest stays with its bytes. AlreadyExists: the blob was
-        there, and the ingest is gone. Goes to the instance that opened the ingest.
+        there, and the ingest is gone. Aborted: it was `complete`, and the blob went meanwhile: `open` it truncated
+        and send the bytes. Goes to the instance that opened the ingest.
         """
         ...
 
     @endpoint(AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted, mutates=True)
     async def put(self, data: bytes, expected: Digest, labels: Labels = {}) -> Info:
-        """Make `data` (at most 512 KiB) a blob, durably: what open, write and commit do, in one call without a ref.
+        """Make `data` (at most 960 KiB, labels included) a blob, durably: what open, write and commit do, in one call without a ref.
 
         AlreadyExists: the blob is in this namespace. FailedPrecondition: the bytes have another digest. NotFound:
         there is no such lease.

@@ -1,4 +1,4 @@
-"""The garbage collection's own operations, between the lease service, which collects, and the services that keep things.
+"""The garbage collection's own operations: between the lease service, which collects, and those that keep things.
 
 Each of those serves a contract of the family `Collectable` beside its own. They belong to no namespace: a tenant never
 reaches them. docs/decisions/0008 says why an epoch goes as it does.
@@ -70,7 +70,9 @@ class Collectable(Contract, Protocol):
         ...
 
 
-class ContentCollection(Collectable, Protocol, service="content-gc", version="1.0.0", namespaced=False, owner="content"):
+class ContentCollection(
+    Collectable, Protocol, service="content-gc", version="1.0.0", namespaced=False, owner="content"
+):
     """Blobs and ingests of every namespace."""
 
 

@@ -36,7 +36,7 @@ NATS_USERS = "nats-users.conf"
 
 # Which contracts a service calls itself. Everything else is denied.
 CALLS: dict[str, tuple[str, ...]] = {
-    "content": ("lease",),
+    "content": ("lease", "namespace"),
     "snapshot": ("lease",),
     "diff": ("content", "snapshot"),
     "image": ("lease", "gc"),

@@ -1,7 +1,29 @@
 """The port under the store: where bytes lie. A backend knows digests and keys, no namespaces, no refs and no rules.
 
-A backend is found by name: the built-in ones, then the entry points of group `wherry.content.backends`, each a
-callable `make(root: Path) -> Backend`.
+A backend is found by name (`--set backend=NAME`): the built-in ones, then the entry points of group
+`wherry.content.backends` of whatever is installed beside the service, each a callable `make(root: Path) -> Backend`:
+
+    [project.entry-points."wherry.content.backends"]
+    bucket = "my_package.bucket:make"
+
+`pytest --backend=content/bucket` runs the conformance suite on it, in process and over NATS. What it has to do:
+
+* Keep ingests by key and blobs by digest. Nothing here asks for files: `Place()` and `Located(path="")` say that
+  there is none, and bytes then travel over the bus.
+* `Held.seal` ends with the bytes where a power cut, or the loss of this machine, does not reach them, and may give them
+  a name of their own there (an upload completed under a temporary one). `Held.settle` makes them the blob, or finds
+  that another holder's are: the same digest is the same bytes, so whichever comes last may win.
+* Bytes of an ingest before `seal` may be kept as the backend can: `open` says how many are there, and whoever writes
+  goes on from it. Parts of an upload that were acknowledged must not be lost with the process, unless `progress`
+  goes back with them.
+* What is called "under the lock" runs in the writer thread of the service's database, in a transaction that all
+  replicas on a root share. It may wait for a network, a second at most: every mutation of the node waits with it. It may
+  run twice. The event loop never runs it.
+* An exclusive lock for each open ingest, which dies with its holder (a file lock, or a lease in the store that is
+  renewed while the ingest is held).
+* `replicable` is True where several processes may serve the same blobs: then replicas see each other's work at once.
+* It raises the errors of `wherry_shared.errors`: ResourceExhausted for a full store, DataLoss for one that is damaged,
+  Unavailable for one that cannot be reached.
 """
 
 from __future__ import annotations
@@ -32,29 +54,29 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How many bytes an ingest has, and when it got the last."""
+    """How many bytes an ingest has, when it got the last, and how many of them outlive the machine."""
 
     offset: int
     updated_at: datetime
+    durable: int = 0
 
 
 class Held(Protocol):
     """An ingest that this process holds open, locked against every other opener on the same root.
 
-    Methods may run at the same time; the bytes are what some order of them gives. Those marked "under the lock" are
-    called in the metadata's write transaction, which all replicas share: short, synchronous, and they may be
-    called twice.
+    Methods may run at the same time; the bytes are what some order of them gives. `size` and `activity` are asked by
+    the event loop and answer at once, from what is known here.
     """
 
     @property
     def place(self) -> Place: ...
 
     def size(self) -> int:
-        """Bytes there. NotFound once it was aborted elsewhere."""
+        """Bytes there. NotFound once it is known that it was aborted elsewhere."""
         ...
 
     def activity(self) -> object:
-        """A value that changes whenever anybody wrote to the ingest or touched it. NotFound: aborted elsewhere."""
+        """A value that changes whenever anybody wrote to the ingest or touched it. NotFound: as for `size`."""
         ...
 
     async def append(self, offset: int, data: bytes) -> int:
@@ -66,6 +88,10 @@ class Held(Protocol):
 
     async def truncate(self) -> None:
         """Start over with no bytes."""
+        ...
+
+    async def copy(self, digest: str) -> None:
+        """Start over with the bytes of a blob. NotFound: it is gone."""
         ...
 
     async def digest(self, algorithm: str) -> tuple[str, int]:
@@ -99,6 +125,8 @@ class Held(Protocol):
 class Backend(Protocol):
     """Blobs by digest and ingests by key (64 hex characters)."""
 
+    replicable: bool
+
     async def start(self) -> None:
         """Make ready. Errors of the disk come here."""
         ...
@@ -114,11 +142,11 @@ class Backend(Protocol):
         """
         ...
 
-    def progress(self, key: str) -> Progress | None:
+    async def progress(self, key: str) -> Progress | None:
         """How far an ingest is, held or not; None when it has no bytes here."""
         ...
 
-    def touch(self, key: str) -> None:
+    async def touch(self, key: str) -> None:
         """Note that somebody cares for an ingest (see `Held.activity`)."""
         ...
 
@@ -130,19 +158,23 @@ class Backend(Protocol):
         """Free the bytes of what was detached or removed."""
         ...
 
-    def sweep(self, known: Callable[[str], bool]) -> int:
+    async def sweep(self, known: Callable[[str], bool]) -> int:
         """Detach the ingests that nobody holds and whose key is not known, which is asked while each is locked."""
         ...
 
     def has(self, digest: str, size: int) -> bool:
-        """Whether the blob is there with that size."""
+        """Under the lock: whether the blob is there with that size."""
+        ...
+
+    async def size(self, digest: str) -> int | None:
+        """How large the blob is that is there; None: there is none."""
         ...
 
     async def read(self, digest: str, offset: int, size: int) -> bytes:
         """Bytes of a blob, fewer only at its end. DataLoss: it is not there, or the disk fails."""
         ...
 
-    def locate(self, digest: str) -> Located | None:
+    async def locate(self, digest: str) -> Located | None:
         """Where a blob lies; path "" where it is no file. None: it is not there."""
         ...
 
@@ -154,7 +186,7 @@ class Backend(Protocol):
         ...
 
     def blobs(self) -> list[str]:
-        """The digests of all blobs."""
+        """The digests of all blobs. Called in a thread once the service is up: it may take its time."""
         ...
 
     def remove(self, digest: str) -> None:

@@ -25,6 +25,7 @@ from wherry_shared.errors import DataLoss
 from wherry_shared.files import OwnedFd, make_directory, os_errors
 
 from . import Backend, Progress
+from .durable import noted
 from .local_ingest import DATA, LocalIngest, same_file
 
 T = TypeVar("T")
@@ -38,6 +39,8 @@ _HEX = {"sha256": re.compile(r"[a-f0-9]{64}\Z"), "sha512": re.compile(r"[a-f0-9]
 
 class LocalBackend:
     """Blobs and ingests below one directory; several processes may have it open."""
+
+    replicable = True
 
     def __init__(self, root: Path) -> None:
         self._blobs = root / "blobs"
@@ -69,21 +72,22 @@ class LocalBackend:
         held.follow()
         return held
 
-    def progress(self, key: str) -> Progress | None:
+    async def progress(self, key: str) -> Progress | None:
         try:
             state = os.stat(self._ingests / key / DATA)
         except FileNotFoundError:
             return None
-        return Progress(state.st_size, datetime.fromtimestamp(state.st_mtime, UTC))
+        durable = min(noted(self._ingests / key), state.st_size)
+        return Progress(state.st_size, datetime.fromtimestamp(state.st_mtime, UTC), durable)
 
-    def touch(self, key: str) -> None:
+    async def touch(self, key: str) -> None:
         with suppress(FileNotFoundError):
             os.utime(self._ingests / key)
 
     def detach(self, key: str) -> None:
         self._discard(self._ingests / key)
 
-    def sweep(self, known: Callable[[str], bool]) -> int:
+    async def sweep(self, known: Callable[[str], bool]) -> int:
         count = 0
         for entry in os.scandir(self._ingests):
             fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -117,10 +121,16 @@ class LocalBackend:
         return self._target(digest)[0]
 
     def has(self, digest: str, size: int) -> bool:
+        return self._size(digest) == size
+
+    async def size(self, digest: str) -> int | None:
+        return self._size(digest)
+
+    def _size(self, digest: str) -> int | None:
         try:
-            return os.stat(self._path(digest)).st_size == size
+            return os.stat(self._path(digest)).st_size
         except FileNotFoundError:
-            return False
+            return None
 
     async def read(self, digest: str, offset: int, size: int) -> bytes:
         # Not aiofiles: its file objects share one position, and readers keep several reads of a blob in flight.
@@ -145,7 +155,7 @@ class LocalBackend:
         self._open[digest] = blob
         return blob
 
-    def locate(self, digest: str) -> Located | None:
+    async def locate(self, digest: str) -> Located | None:
         path = self._path(digest)
         try:
             state = os.stat(path)

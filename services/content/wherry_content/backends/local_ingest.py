@@ -159,6 +159,15 @@ class LocalIngest:
         while view:
             view = view[os.write(self._data, view) :]
 
+    async def copy(self, digest: str) -> None:
+        await self._in_thread(self._copy, digest)
+
+    def _copy(self, digest: str) -> None:
+        self._truncate()
+        with self._using(), open(self._target(digest)[0], "rb", buffering=0) as blob, self._order:
+            while data := blob.read(4 * BLOCK):
+                self._write_all(data)
+
     async def truncate(self) -> None:
         await self._in_thread(self._truncate)
 

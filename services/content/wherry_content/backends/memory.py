@@ -42,6 +42,10 @@ class MemoryIngest:
         self._backend.updated[self._key] = now()
         return len(self._data)
 
+    async def copy(self, digest: str) -> None:
+        self.check()
+        self._data[:] = self._backend.stored[digest]
+
     async def truncate(self) -> None:
         self.check()
         self._data.clear()
@@ -78,6 +82,8 @@ class MemoryIngest:
 class MemoryBackend:
     """Blobs and ingests in dictionaries."""
 
+    replicable = False
+
     def __init__(self) -> None:
         self.stored: dict[str, bytes] = {}
         self.ingests: dict[str, bytearray] = {}
@@ -100,11 +106,11 @@ class MemoryBackend:
         held = self.held[key] = MemoryIngest(self, key, what, data)
         return held
 
-    def progress(self, key: str) -> Progress | None:
+    async def progress(self, key: str) -> Progress | None:
         data = self.ingests.get(key)
         return None if data is None else Progress(len(data), self.updated[key])
 
-    def touch(self, key: str) -> None:
+    async def touch(self, key: str) -> None:
         self.touched[key] = next(self._ticks)
 
     def detach(self, key: str) -> None:
@@ -114,7 +120,7 @@ class MemoryBackend:
     async def purge(self) -> None:
         return None
 
-    def sweep(self, known: Callable[[str], bool]) -> int:
+    async def sweep(self, known: Callable[[str], bool]) -> int:
         gone = [key for key in self.ingests if key not in self.held and not known(key)]
         for key in gone:
             self.detach(key)
@@ -123,10 +129,14 @@ class MemoryBackend:
     def has(self, digest: str, size: int) -> bool:
         return len(self.stored.get(digest, b"")) == size and digest in self.stored
 
+    async def size(self, digest: str) -> int | None:
+        data = self.stored.get(digest)
+        return None if data is None else len(data)
+
     async def read(self, digest: str, offset: int, size: int) -> bytes:
         return self._bytes(digest)[offset : offset + size]
 
-    def locate(self, digest: str) -> Located | None:
+    async def locate(self, digest: str) -> Located | None:
         data = self.stored.get(digest)
         return None if data is None else Located(path="", size=len(data), device=0, inode=0)
 

@@ -109,6 +109,10 @@ class Backend(Protocol):
         """Take the number off a directory, so that only its removal is left. One that is not there is no error."""
         ...
 
+    def set_aside(self, number: int) -> None:
+        """Rename a directory so that it is an entry no longer, and nothing but its owner ever removes it."""
+        ...
+
     def delete(self, name: str, check: Check) -> None:
         """Remove one entry with all that is in it, following and crossing nothing. Absent is no error."""
         ...

@@ -1,7 +1,7 @@
 """Directories named by number: made aside, renamed when they are whole, renamed away before they are removed.
 
-`<root>/snapshots/<n>` is a snapshot, `new-<n>` one in the making, `rm-<n>` one on its way out; other names are not
-ours and are left alone.
+`<root>/snapshots/<n>` is a snapshot, `new-<n>` one in the making, `rm-<n>` one on its way out; other names are left
+alone, such as `lost-<n>`: what a restored database did not know.
 """
 
 from __future__ import annotations
@@ -100,6 +100,9 @@ class Directories:
     def detach(self, number: int) -> None:
         with suppress(FileNotFoundError):
             os.rename(self.path(number), f"{self.snapshots}/rm-{number}")
+
+    def set_aside(self, number: int) -> None:
+        os.rename(self.path(number), f"{self.snapshots}/lost-{number}")
 
     def delete(self, name: str, check: Check) -> None:
         with trees.trusted_directory(self.snapshots) as fd:

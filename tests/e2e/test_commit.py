@@ -1,0 +1,136 @@
+"""Containers changed for real, committed, and run again from the image that it makes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from node import Node
+
+SCRIPT = """
+set -e
+echo new > /added
+rm /etc/group
+echo changed >> /etc/passwd
+mkdir -p /srv/deep/er; echo x > /srv/deep/er/file
+cp /bin/busybox /srv/setuid; chown 12:34 /srv/setuid; chmod 6755 /srv/setuid
+ln /srv/setuid /srv/hard
+ln -s /nowhere /srv/link
+mkfifo -m 622 /srv/fifo
+rm -rf /home; mkdir /home; echo only > /home/only
+touch -d '2001-02-03 04:05:06' /srv/old
+chmod 1777 /srv/deep
+"""
+LOOK = "stat -c '%n %f %u:%g %h %Y' /srv/* /added /home/*; readlink /srv/link; ls /home; cat /home/only; ls /etc/group"
+
+
+@pytest.fixture
+def ns(namespace: str) -> list[str]:
+    return ["-n", namespace]
+
+
+@pytest.fixture(params=["overlay", "native"])
+def changed(
+    request: pytest.FixtureRequest, node: Node, ns: list[str], busybox_ref: str
+) -> Iterator[tuple[str, list[str]]]:
+    """A container that has changed its files and ended, and the snapshotter that it is on."""
+    on = ["--snapshotter", request.param]
+    node.run("pull", *ns, *on, busybox_ref)
+    node.run("run", *ns, *on, "--name", "first", busybox_ref, "sh", "-c", SCRIPT)
+    yield "first", on
+    node.run("rm", *ns, "-f", "first")
+
+
+def views(node: Node, ns: list[str], on: list[str]) -> list[str]:
+    return [s["name"] for s in node.json("snapshot", "ls", *ns, *on) if s["kind"] == "view"]
+
+
+def test_diff_lists_what_changed(node: Node, ns: list[str], changed: tuple[str, list[str]]) -> None:
+    name, on = changed
+    found = {line[2:]: line[0] for line in node.run("diff", *ns, name).stdout.splitlines()}
+    expected = {
+        "/added": "A", "/etc": "C", "/etc/group": "D", "/etc/passwd": "C", "/srv": "A", "/srv/deep": "A",
+        "/srv/deep/er": "A", "/srv/deep/er/file": "A", "/srv/setuid": "A", "/srv/hard": "A", "/srv/link": "A",
+        "/srv/fifo": "A", "/srv/old": "A",
+    }  # fmt: skip
+    assert expected.items() <= found.items()
+    assert set(found) - set(expected) <= {"/home", "/home/only", "/dev", "/proc", "/sys", "/etc/resolv.conf"}
+    assert {"kind": "D", "path": "/etc/group"} in node.json("diff", *ns, name)
+    assert views(node, ns, on) == []
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd", "none"])
+def test_commit_and_run_again(node: Node, ns: list[str], changed: tuple[str, list[str]], compression: str) -> None:
+    name, on = changed
+    done = node.run("commit", *ns, "--compression", compression, "-m", "why", "-a", "me", name, "made:v1")
+    digest = done.stdout.split()[-1]
+    before = node.run("run", *ns, *on, "--rm", "docker.io/library/made:v1", "sh", "-c", LOOK, check=False)
+    lines = before.stdout.splitlines()
+    assert any(line.startswith("/srv/setuid 8ded 12:34 2 ") for line in lines), before
+    assert any(line.startswith("/srv/hard 8ded 12:34 2 ") for line in lines)
+    assert any(line.startswith("/srv/deep 43ff 0:0 ") for line in lines)
+    assert "/srv/old 81a4 0:0 1 981173106" in lines
+    assert "/nowhere" in lines and "only" in lines and "/etc/group" not in lines
+    manifest = json.loads(node.run("content", "get", *ns, digest).stdout)
+    config = json.loads(node.run("content", "get", *ns, manifest["config"]["digest"]).stdout)
+    assert config["history"][-1]["comment"] == "why" and config["author"] == "me"
+    assert len(config["rootfs"]["diff_ids"]) == len(manifest["layers"]) == 2
+    rows = {row["digest"]: row for row in node.json("content", "ls", *ns)}
+    kept = {v for k, v in rows[digest]["labels"].items() if k.startswith("containerd.io/gc.ref.content")}
+    assert kept == {manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])}
+    if compression != "none":
+        label = rows[manifest["layers"][-1]["digest"]]["labels"]["containerd.io/uncompressed"]
+        assert label == config["rootfs"]["diff_ids"][-1]
+    assert node.run("diff", *ns, *on, name, "made:v1").stdout == ""
+    assert views(node, ns, on) == []
+
+
+def test_changes_of_the_config(node: Node, ns: list[str], changed: tuple[str, list[str]]) -> None:
+    name, _ = changed
+    options = ["-c", 'ENTRYPOINT ["echo"]', "-c", "CMD [\"a b\", \"$GREETING\"]", "-c", "ENV GREETING=hi X='1 2'",
+               "-c", "WORKDIR /srv", "-c", "USER 12:34", "-c", "LABEL a=b", "-c", "EXPOSE 80 53/udp"]  # fmt: skip
+    node.run("commit", *ns, "--unpack", *options, name, "made:config")
+    assert node.run("run", *ns, "--rm", "made:config").stdout == "a b $GREETING\n"
+    script = "pwd; id -u; echo $GREETING $X"
+    said = node.run("run", *ns, "--rm", "--entrypoint", "sh", "made:config", "-c", script).stdout
+    assert said.split("\n") == ["/srv", "12", "hi 1 2", ""]
+    refused = node.run("commit", *ns, "-c", "RUN rm -rf /", name, "made:no", check=False)
+    assert refused.returncode == 1 and "RUN" in refused.stderr
+
+
+def test_commit_of_a_running_one_goes_on_afterwards(node: Node, ns: list[str], busybox_ref: str) -> None:
+    node.run("pull", *ns, busybox_ref)
+    loop = "i=0; while :; do i=$((i+1)); echo $i > /counter.new; mv /counter.new /counter; done"
+    node.run("run", *ns, "-d", "--name", "loop", busybox_ref, "sh", "-c", loop)
+    for pause in ("--pause", "--no-pause"):
+        node.run("commit", *ns, pause, "loop", f"made:{pause.strip('-')}")
+        said = node.run("run", *ns, "--rm", f"made:{pause.strip('-')}", "cat", "/counter").stdout
+        assert int(said) > 0
+    (row,) = node.json("ps", *ns)
+    assert row["status"] == "running"
+    node.run("rm", *ns, "-f", "loop")
+
+
+def test_commit_of_a_commit(node: Node, ns: list[str], busybox_ref: str) -> None:
+    node.run("pull", *ns, busybox_ref)
+    image = busybox_ref
+    for step in range(3):
+        node.run("run", *ns, "--name", f"c{step}", image, "sh", "-c", f"echo {step} > /f{step}; rm -f /f{step - 1}")
+        node.run("commit", *ns, f"c{step}", f"made:{step}")
+        image = f"made:{step}"
+    assert node.run("run", *ns, "--rm", image, "sh", "-c", "ls -d /f*").stdout == "/f2\n"
+    assert node.run("diff", *ns, "made:0", "made:2").stdout.splitlines() == ["D /f0", "A /f2"]
+    for step in range(3):
+        node.run("rm", *ns, f"c{step}")
+
+
+def test_what_cannot_be_committed_is_named(node: Node, ns: list[str], busybox_ref: str) -> None:
+    done = node.run("commit", *ns, "nobody", "made:x", check=False)
+    assert done.returncode == 1 and "nobody" in done.stderr
+    node.run("pull", *ns, busybox_ref)
+    node.run("run", *ns, "--name", "odd", busybox_ref, "touch", "/.wh.passwd")
+    done = node.run("commit", *ns, "odd", "made:x", check=False)
+    assert done.returncode == 1 and ".wh.passwd" in done.stderr and "Traceback" not in done.stderr
+    assert node.json("content", "ingests", *ns) == [] and views(node, ns, []) == []
+    node.run("rm", *ns, "odd")
