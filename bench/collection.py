@@ -2,14 +2,15 @@
 
     python -m bench.collection [OBJECTS DEAD]     on a node of its own
 
-One loop for each service changes something all the time, the next as soon as the last is answered. The wait is the longest
-that any of these calls took while the collection ran.
+One loop for each service changes something all the time, the next as soon as the last is answered. The wait is the
+longest that any of these calls took while the collection ran.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 import sys
 import tempfile
 import time
@@ -98,14 +99,15 @@ class Loops:
 
     async def run(self, until: Awaitable[object]) -> float:
         """The longest call of any loop until then, in seconds."""
-        client, labels = self._client, {"n": ""}
+        client, own = self._client, secrets.token_hex(4)
 
         async def lease(number: int) -> None:
-            await client.leases.create(f"l{number}")
-            await client.leases.delete(f"l{number}")
+            await client.leases.create(f"l-{own}-{number}")
+            await client.leases.delete(f"l-{own}-{number}")
 
         async def container(number: int) -> None:
-            await client.containers.create(Container(id=f"c{number}", runtime=Runtime(name="runc")))
+            await client.containers.create(Container(id=f"c-{own}-{number}", runtime=Runtime(name="runc")))
+            await client.containers.delete(f"c-{own}-{number}")
 
         loops = {
             "image": lambda n: client.images.update(
@@ -116,7 +118,6 @@ class Loops:
             "snapshot": lambda n: client.snapshots.update(SNAPSHOTTER, "live-0", {"n": str(n)}, ["labels.n"]),
             "lease": lease, "container": container,
         }  # fmt: skip
-        del labels
         tasks = [asyncio.create_task(self._loop(name, work)) for name, work in loops.items()]
         try:
             await until
@@ -132,8 +133,7 @@ class Loops:
 
 async def measure(client: Client) -> dict[str, float]:
     """Seconds: `gc_pause` the longest wait, `quiet` the longest without a collection, `run` the whole of it."""
-    await client.leases.delete("dead")
-    quiet = await Loops(client).run(asyncio.sleep(0.0))
+    quiet = await Loops(client).run(asyncio.sleep(1.0))
     loops = Loops(client)
     began = time.perf_counter()
     collected = await _collected(client, loops)
@@ -148,7 +148,7 @@ async def _collected(client: Client, loops: Loops) -> tuple[float, float]:
     found: list[tuple[float, float]] = []
 
     async def collect() -> None:
-        await asyncio.sleep(0.05)
+        await client.leases.delete("dead")
         collected = await client.bus.proxy(Collections).collect()
         found.append((collected.longest_wait, sum(collected.removed.values())))
 

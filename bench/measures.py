@@ -182,7 +182,8 @@ def pulls(lab: Lab) -> None:
         return measure
 
     large = lab.seldom(lab.runs, min(lab.runs, 1))
-    lab.alternate_sides(["pull_layers_wall"], lab.runs, one("layers", "pull_layers"))
+    for name in ("layers", "tiny"):
+        lab.alternate_sides([f"pull_{name}_wall"], lab.runs, one(name, f"pull_{name}"))
     for encoding in ("gzip", "zstd"):
         row = f"pull_{encoding}"
         lab.alternate_sides([f"{row}_wall", f"{row}_cpu"], large, one(f"many-{encoding}", row))

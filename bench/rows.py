@@ -27,6 +27,7 @@ ROWS = (
     Row("pull_zstd_wall", f"pull and unpack, {_PULL}, zstd", "s"),
     Row("pull_zstd_cpu", "the same: CPU time of everything", "s"),
     Row("pull_layers_wall", "pull and unpack, 20 small layers", "s"),
+    Row("pull_tiny_wall", "pull and unpack, one layer of 1 MiB", "s"),
     Row("life_runc", "life of a container through the API (prepare, create, start, exit, delete), runc on both", "ms"),
     Row("life_default", "life of a container, each side's default runtime (crun / runc)", "ms"),
     Row("run_cli", "`run --rm IMAGE true` on the command line, each side's default runtime", "ms"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from wherry_content.store import Store
 from wherry_shared.api.content import Content
 from wherry_shared.api.lease import Leases
 from wherry_shared.bus import Bus
+from wherry_shared.bus.proxy import at_instance
 from wherry_shared.bus.serve import Server
 from wherry_shared.sqlite import Database
 
@@ -61,3 +63,14 @@ class Replica:
         """How many requests of an operation have come over the bus."""
         assert self.server is not None
         return self.server.stats[operation].requests
+
+
+async def ready(content: Content, instance: str) -> None:
+    """Return when that instance, a process, answers."""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                await at_instance(content, instance).statuses()
+                return
+            except Exception:
+                await asyncio.sleep(0.05)

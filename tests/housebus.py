@@ -18,7 +18,8 @@ from natsd import NatsServer, make_key
 from wherry_shared.bus import Bus, credentials, subjects
 from wherry_shared.bus.connection import Connection
 from wherry_shared.bus.serve import Server
-from wherry_shared.bus.transport import Callback, EventLog, LogState, Message, Stored, Subscription
+from wherry_shared.bus.shortcut import Shortcut
+from wherry_shared.bus.transport import Callback, EventLog, LogState, Message, Stored, Subscription, Transport
 
 NODE = "n1"
 EVENTS = "events"
@@ -52,12 +53,14 @@ class HouseServer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.nats.stop()
 
-    async def connect(self, user: str = credentials.ADMIN, **options: Any) -> Bus:
-        """One user's connection, with its real permissions."""
+    async def connect(self, user: str = credentials.ADMIN, *, direct: Path | None = None, **options: Any) -> Bus:
+        """One user's connection, with its real permissions. direct: the state directory, for the direct path too."""
         own = credentials.find(self.creds, user)
         options = {"name": user, "seed": own.seed, "inbox_prefix": own.inbox_prefix, **options}
-        transport = await Connection.connect([self.nats.url], **options)
-        return Bus(transport, node=NODE, identity_of=credentials.Identities(self.creds))
+        transport: Transport = await Connection.connect([self.nats.url], **options)
+        if direct is not None:
+            transport = Shortcut(transport, direct)
+        return Bus(transport, node=NODE, identity_of=credentials.Identities(self.creds), direct=direct)
 
     async def operator(self) -> Connection:
         """A connection that may do everything: to watch, and to clean up."""
@@ -65,9 +68,9 @@ class HouseServer:
             [self.nats.url], name="operator", seed=self._operator.seed, inbox_prefix="_INBOX_operator"
         )
 
-    async def bus(self) -> HouseBus:
+    async def bus(self, direct: Path | None = None) -> HouseBus:
         """Everybody's places on the bus in one object."""
-        return HouseBus(self, (await self.connect()).transport)
+        return HouseBus(self, (await self.connect(direct=direct)).transport, direct)
 
     async def clean(self) -> None:
         """Forget the events."""
@@ -81,7 +84,8 @@ class HouseServer:
 class HouseBus(Bus):
     """Serves each contract over its service's own connection, and calls as the admin."""
 
-    def __init__(self, server: HouseServer, admin: Any) -> None:
+    def __init__(self, server: HouseServer, admin: Any, state: Path | None = None) -> None:
+        self._state = state
         self._places: dict[str, Bus] = {}
         self.server = server
         super().__init__(_Everybody(self, admin), node=NODE)
@@ -89,7 +93,7 @@ class HouseBus(Bus):
     async def of(self, service: str) -> Bus:
         """A service's own place on the bus."""
         if service not in self._places:
-            self._places[service] = await self.server.connect(service)
+            self._places[service] = await self.server.connect(service, direct=self._state)
         return self._places[service]
 
     async def serve(self, implementation: Any, **options: Any) -> Server:

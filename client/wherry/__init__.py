@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .progress import Progress
     from .stdio import Stdio
     from .task import Completed, ExitStatus, Process, Task
+    from .usage import State, Usage
 
 _HOME = {
     ".client": ("Client", "connect"),
@@ -42,6 +43,7 @@ _HOME = {
     ".progress": ("Progress",),
     ".stdio": ("Stdio",),
     ".task": ("Completed", "ExitStatus", "Process", "Task"),
+    ".usage": ("State", "Usage"),
     "wherry_shared.values": ("Descriptor", "Mount", "Platform"),
     "wherry_shared.errors": (
         "Aborted", "AlreadyExists", "DataLoss", "DeadlineExceeded", "FailedPrecondition", "InvalidArgument",
@@ -71,12 +73,14 @@ __all__ = [
     "Process",
     "Progress",
     "ResourceExhausted",
+    "State",
     "Stdio",
     "Task",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
     "Unknown",
+    "Usage",
     "WherryError",
     "connect",
 ]

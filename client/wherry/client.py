@@ -20,14 +20,14 @@ from wherry_shared.api.diff import Diff
 from wherry_shared.api.events import Envelope, Events
 from wherry_shared.api.image import Images
 from wherry_shared.api.introspection import Introspection
-from wherry_shared.api.lease import EXPIRE_LABEL, Leases
+from wherry_shared.api.lease import EXPIRE_LABEL, Lease, Leases
 from wherry_shared.api.namespace import Namespaces
 from wherry_shared.api.snapshot import Snapshots
 from wherry_shared.api.task import Tasks
 from wherry_shared.bus import Bus
 from wherry_shared.bus import connect as connect_bus
 from wherry_shared.bus.credentials import ADMIN, load
-from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
+from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, WherryError
 from wherry_shared.runtime import NODE_FILE
 from wherry_shared.values import Descriptor, Platform, check_identifier, now
 
@@ -129,20 +129,27 @@ class Client:
         What an interrupted pull has fetched is used by the next, and what is here is not fetched.
         NotFound: no such image or platform. DataLoss: the registry sent something else than it announced.
         """
-        from .pull import Options, Pull
-        from .registry import Reference, Registry
+        # The services have their first requests to do while the registry client is loaded and asks for the name.
+        ground = asyncio.create_task(self._break_ground(snapshotter, unpack=unpack))
+        try:
+            await asyncio.sleep(0)
+            from .pull import Options, Pull
+            from .registry import Reference, Registry
 
-        wanted = () if platform is None else (platform,) if isinstance(platform, Platform) else tuple(platform)
-        options = Options(
-            wanted, all_platforms, all_metadata, referrers, unpack, discard_unpacked_layers, foreign_layers
-        )
-        async with Registry(
-            insecure=insecure, foreign_layers=foreign_layers, hosts_dir=hosts_dir, credentials=credentials
-        ) as registry:
-            pull = Pull(self, Reference.parse(reference), registry, options, on_progress)
-            (target, data), chosen = await asyncio.gather(pull.resolve(), self._snapshotter(snapshotter))
-            async with self.lease():
-                return await pull.run(target, data, chosen)
+            wanted = () if platform is None else (platform,) if isinstance(platform, Platform) else tuple(platform)
+            options = Options(
+                wanted, all_platforms, all_metadata, referrers, unpack, discard_unpacked_layers, foreign_layers
+            )
+            async with Registry(
+                insecure=insecure, foreign_layers=foreign_layers, hosts_dir=hosts_dir, credentials=credentials
+            ) as registry:
+                pull = Pull(self, Reference.parse(reference), registry, options, on_progress)
+                target, data = await pull.resolve()
+                lease, chosen = await ground
+                with context.use(lease=lease.id):
+                    return await pull.run(target, data, chosen)
+        finally:
+            await self._leave_ground(ground)
 
     async def push(
         self,
@@ -171,10 +178,26 @@ class Client:
         async with Registry(insecure=insecure, hosts_dir=hosts_dir, credentials=credentials) as registry:
             return await push.run(registry, wanted)
 
-    async def _snapshotter(self, name: str) -> str:
-        """The snapshotter that is meant, in a namespace that is known."""
+    async def _break_ground(self, snapshotter: str, *, unpack: bool) -> tuple[Lease, str]:
+        """A lease in a namespace that is known, and the snapshotter that is meant."""
         await self.ensure_namespace()
-        return name or await self.default_snapshotter()
+        if snapshotter or not unpack:
+            return await self._new_lease(LEASE_HOURS), snapshotter
+        lease, chosen = await asyncio.gather(
+            self._new_lease(LEASE_HOURS), self.default_snapshotter(), return_exceptions=True
+        )
+        if isinstance(chosen, BaseException):
+            if not isinstance(lease, BaseException):
+                await self._end_lease(lease)
+            raise chosen
+        if isinstance(lease, BaseException):
+            raise lease
+        return lease, chosen
+
+    async def _leave_ground(self, ground: asyncio.Task[tuple[Lease, str]]) -> None:
+        with contextlib.suppress(WherryError):  # whoever waited for it has its error
+            lease, _ = await asyncio.shield(ground)
+            await self._end_lease(lease)
 
     async def image(self, name: str) -> Image:
         """An image by its name (`redis`, `docker.io/library/redis:alpine`), or by exactly what it is recorded as.
@@ -283,14 +306,20 @@ class Client:
     @asynccontextmanager
     async def lease(self, hours: float = LEASE_HOURS) -> AsyncIterator[str]:
         """What is added inside is kept until the end, and no longer than `hours` if the end never comes."""
-        expire = (now() + timedelta(hours=hours)).isoformat(timespec="seconds")
-        lease = await self.leases.create(labels={EXPIRE_LABEL: expire})
+        lease = await self._new_lease(hours)
         try:
             with context.use(lease=lease.id):
                 yield lease.id
         finally:
-            with context.use(lease="", timeout=5.0):
-                await self.leases.delete(lease.id)
+            await self._end_lease(lease)
+
+    async def _new_lease(self, hours: float) -> Lease:
+        expire = (now() + timedelta(hours=hours)).isoformat(timespec="seconds")
+        return await self.leases.create(labels={EXPIRE_LABEL: expire})
+
+    async def _end_lease(self, lease: Lease) -> None:
+        with context.use(lease="", timeout=5.0):
+            await self.leases.delete(lease.id)
 
     def within(self, namespace: str) -> Client:
         """This client in another namespace, on the same connection: close either, and both are."""
@@ -349,7 +378,7 @@ class _Connecting:
         own = load(self._address.creds)
         bus = await connect_bus(
             self._address.nats.split(","), node=self._address.node, name=f"{own.name}:{os.getpid()}", seed=own.seed,
-            inbox_prefix=own.inbox_prefix,
+            inbox_prefix=own.inbox_prefix, direct=self._address.state if own.name == ADMIN else None,
         )  # fmt: skip
         return Client(bus, self._namespace, self._address)
 

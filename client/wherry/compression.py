@@ -168,7 +168,7 @@ async def through(
         while piece := await asyncio.get_running_loop().run_in_executor(threads, _next, pieces):
             yield piece
     finally:
-        feed.stop()
+        await feed.stop()
         threads.shutdown(wait=False)
 
 
@@ -183,6 +183,7 @@ class _Feed:
         self._source = source
         self._loop = asyncio.get_running_loop()
         self._step: Future[bytes] | None = None
+        self._task: asyncio.Task[bytes] | None = None
         self._stopped = False
 
     def __iter__(self) -> _Feed:
@@ -200,13 +201,17 @@ class _Feed:
         return chunk
 
     async def _one(self) -> bytes:
+        self._task = asyncio.current_task()
         async for chunk in self._source:
             if chunk:
                 return chunk
         return b""
 
-    def stop(self) -> None:
-        """Let the thread end at its next step."""
+    async def stop(self) -> None:
+        """Let the thread end at its next step; the source is at rest then, and may be closed."""
         self._stopped = True
         if self._step is not None:
             self._step.cancel()
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            await asyncio.wait([self._task])

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wherry_shared.api.content import CHUNK, Info
 from wherry_shared.api.image import Image as Record
-from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
+from wherry_shared.errors import (
+    AlreadyExists,
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
 from wherry_shared.streams import BlobWriter, write_blob
 from wherry_shared.values import Descriptor, Platform
 
@@ -24,7 +32,9 @@ if TYPE_CHECKING:
     from .client import Client
 
 PARALLEL = 6
-"""Blobs that are fetched at once."""
+"""Large blobs that are fetched at once."""
+SMALL_PARALLEL = 16
+"""Blobs of one message that are."""
 NODES_MAX = 1000
 """Manifests and indexes of one pull, referrers included."""
 # A callback for every so many bytes is enough for a progress bar.
@@ -74,6 +84,7 @@ class Pull:
         self._options = options
         self._report = on_progress
         self._slots = asyncio.Semaphore(PARALLEL)
+        self._small_slots = asyncio.Semaphore(SMALL_PARALLEL)
         self._source = labels.source_label(reference.registry)
         self._nodes = 0
         self._ready: dict[str, asyncio.Future[None]] = {}
@@ -201,11 +212,9 @@ class Pull:
     async def _blob(self, descriptor: Descriptor, kind: str, info: Info | None) -> None:
         """Fetch one blob, unless it is here."""
         size = descriptor.size
-        async with self._slots:
-            if info is not None or size > CHUNK:
-                step = await self._stream(descriptor, kind)
-            else:
-                step = await self._small(descriptor, kind)
+        whole = info is None and size <= CHUNK
+        async with self._small_slots if whole else self._slots:
+            step = await (self._small if whole else self._stream)(descriptor, kind)
         if step == "exists":
             await self._label(descriptor.digest, {}, info)
         self._report(Progress(descriptor.digest, "exists" if step == "exists" else "downloaded", kind, size, size))
@@ -225,20 +234,37 @@ class Pull:
 
     async def _stream(self, descriptor: Descriptor, kind: str) -> str:
         """Any blob, from where an earlier pull stopped; one that is here is kept by the lease from now on."""
-        digest, size = descriptor.digest, descriptor.size
-        try:
-            async with BlobWriter(self._content, f"{kind}-{digest}", total=size, expected=digest) as writer:
-                told = writer.offset
-                self._report(Progress(digest, "downloading", kind, told, size))
-                async for chunk in self._registry.blob(self._reference, descriptor, offset=writer.offset):
-                    await writer.write(chunk)
-                    if writer.offset - told >= PROGRESS_BYTES:
-                        told = writer.offset
-                        self._report(Progress(digest, "downloading", kind, told, size))
-                await writer.commit(labels={self._source: self._reference.repository})
-        except AlreadyExists:
-            return "exists"
-        return "downloaded"
+        digest = descriptor.digest
+        for _ in range(2):
+            try:
+                async with BlobWriter(
+                    self._content, f"{kind}-{digest}", total=descriptor.size, expected=digest
+                ) as writer:
+                    resumed = writer.offset > 0
+                    await self._copy(descriptor, kind, writer)
+                    try:
+                        await writer.commit(labels={self._source: self._reference.repository})
+                        return "downloaded"
+                    except FailedPrecondition:
+                        await writer.abort()  # wrong bytes are not to be resumed
+            except AlreadyExists:
+                return "exists"
+            if not resumed:
+                break
+        raise DataLoss(f"{self._reference.registry} sent other bytes than {digest}")
+
+    async def _copy(self, descriptor: Descriptor, kind: str, writer: BlobWriter) -> None:
+        told = writer.offset
+        self._report(Progress(descriptor.digest, "downloading", kind, told, descriptor.size))
+        if told > descriptor.size:
+            await writer.restart()
+        chunks = self._registry.blob(self._reference, descriptor, offset=writer.offset)
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                await writer.write(chunk)
+                if writer.offset - told >= PROGRESS_BYTES:
+                    told = writer.offset
+                    self._report(Progress(descriptor.digest, "downloading", kind, told, descriptor.size))
 
     async def _document(self, descriptor: Descriptor, data: bytes, kept: dict[str, str]) -> None:
         """Put a manifest or index into content, with the labels that keep what it names."""

@@ -13,8 +13,20 @@ from .usage import snapshotters
 if TYPE_CHECKING:
     from .client import Client
 
-Kind = tuple[str, int, int | None, int | None]
-"""Its name, how many there are, the bytes that they take, and how many of those would go; None: not to be told."""
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of thing: how many there are, and the bytes that they take (None: none of their own).
+
+    garbage: what a collection would remove as it is; prunable: what would go if all images went that no container
+    uses, garbage included. Of images these are the bytes that they keep.
+    """
+
+    name: str
+    count: int
+    size: int | None = None
+    garbage: int | None = None
+    prunable: int | None = None
 
 
 @dataclass(frozen=True)
@@ -26,25 +38,25 @@ class Spent:
     sizes: dict[tuple[str, str], int]
 
     def kinds(self) -> Iterator[Kind]:
-        """Of `images` reclaimable is the content that goes with all images that no container uses; of `content` and
-        `snapshots` what a collection would remove as it is."""
+        """Every kind, images first."""
         used = {container.image for container in self.counted.containers}
         unused = [image.name for image in self.counted.images if image.name not in used]
         garbage, without = self.counted.garbage(), self.counted.garbage(unused)
         blobs = self.counted.blobs.values()
-        total = sum(blob.size for blob in blobs)
-        freed = without.size + self._size(without.snapshots)
-        yield "images", len(self.counted.images), self._named(), freed
-        yield "content", len(blobs), total, garbage.size
-        yield "snapshots", len(self.sizes), sum(self.sizes.values()), self._size(garbage.snapshots)
-        yield "containers", len(self.counted.containers), self._writable(), None
-        yield "ingests", len(self.counted.ingests), sum(ingest.offset for ingest in self.counted.ingests), None
-        yield "leases", len(self.counted.leases), None, None
+        yield Kind("images", len(self.counted.images), self._kept(), 0, without.size - garbage.size)
+        yield Kind("content", len(blobs), sum(blob.size for blob in blobs), garbage.size, without.size)
+        yield Kind(
+            "snapshots", len(self.sizes), sum(self.sizes.values()), self._size(garbage.snapshots),
+            self._size(without.snapshots),
+        )  # fmt: skip
+        yield Kind("containers", len(self.counted.containers), self._writable())
+        yield Kind("ingests", len(self.counted.ingests), sum(ingest.offset for ingest in self.counted.ingests))
+        yield Kind("leases", len(self.counted.leases))
 
     def _size(self, keys: Sequence[tuple[str, str]]) -> int:
         return sum(self.sizes.get(key, 0) for key in keys)
 
-    def _named(self) -> int:
+    def _kept(self) -> int:
         """The content that images keep: what would be garbage without them, and is none with them."""
         gone = {blob.digest for blob in self.counted.garbage().blobs}
         without = self.counted.garbage([image.name for image in self.counted.images])
@@ -67,3 +79,8 @@ async def spent(client: Client, namespaces: Sequence[str] | None = None) -> list
         counted = await census(other, names)
         found.append(Spent(namespace, counted, await snapshot_sizes(other, counted.snapshots)))
     return found
+
+
+def on_disk(found: Sequence[Spent]) -> int:
+    """The bytes of all their content, of which each blob is stored once however many namespaces have it."""
+    return sum({blob.digest: blob.size for own in found for blob in own.counted.blobs.values()}.values())

@@ -229,7 +229,7 @@ async def _connect(settings: Settings) -> Bus:
         try:
             return await connect(
                 servers, node=settings.node, name=f"{settings.service}@{settings.node}", seed=own.seed,
-                inbox_prefix=own.inbox_prefix, identity_of=identities,
+                inbox_prefix=own.inbox_prefix, identity_of=identities, direct=settings.state,
             )  # fmt: skip
         except Unavailable:
             if loop.time() > give_up:

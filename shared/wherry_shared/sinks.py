@@ -13,6 +13,7 @@ from .errors import DeadlineExceeded, NotFound, OutOfRange, Unavailable
 from .files import OwnedFd, os_errors
 
 LOCAL_CHUNK = 1 << 20
+COPY_STEP = 64 << 20  # bytes copied in a thread before a cancellation is looked for
 ATTEMPTS = 5
 LOST = (Unavailable, NotFound, OutOfRange, DeadlineExceeded)
 """What a writer gets when its instance went away, let go of the ingest, or lost one of several chunks in flight."""
@@ -25,6 +26,11 @@ class Sink(Protocol):
     end: int
 
     async def write(self, data: bytes) -> None: ...
+
+    async def copy(self, source: int) -> None:
+        """Write what the open file `source` has from `end` on."""
+        ...
+
     async def flush(self) -> None: ...
     async def drop(self) -> None: ...
 
@@ -38,7 +44,7 @@ class File:
         self.end = end
         self._batch: list[bytes] = []
         self._size = 0
-        self._writing: asyncio.Task[None] | None = None
+        self._writing: asyncio.Task[Any] | None = None
 
     async def write(self, data: bytes) -> None:
         if not data:
@@ -48,6 +54,16 @@ class File:
         self.end += len(data)
         if self._size >= LOCAL_CHUNK or len(self._batch) == _BATCH_MAX:
             await self._turn()
+
+    async def copy(self, source: int) -> None:
+        await self.flush()
+        left = True
+        while left:
+            self._writing = asyncio.create_task(asyncio.to_thread(_copy, self._file, source, self.end, self._what))
+            copied = await asyncio.shield(self._writing)
+            self.end += copied
+            left = copied == COPY_STEP
+            self._writing = None
 
     async def flush(self) -> None:
         await self._turn()
@@ -69,6 +85,18 @@ class File:
         if self._writing is not None:
             await asyncio.shield(self._writing)  # a failed one stays, and fails every later call
             self._writing = None
+
+
+def _copy(file: OwnedFd, source: int, offset: int, what: str) -> int:
+    """Append up to COPY_STEP bytes of another file, through one buffer; answers how many."""
+    view, done = memoryview(bytearray(LOCAL_CHUNK)), 0
+    with os_errors(what):
+        while done < COPY_STEP and (count := os.preadv(source, [view[: COPY_STEP - done]], offset + done)):
+            left = view[:count]
+            while left:
+                left = left[os.write(file.fd, left) :]
+            done += count
+    return done
 
 
 def _append(file: OwnedFd, batch: list[bytes], what: str) -> None:
@@ -100,10 +128,18 @@ class Chunks:
 
     async def write(self, data: bytes) -> None:
         self.end += len(data)
+        if not self._buffer and len(data) == CHUNK:
+            await self._launch(data)
+            return
         self._buffer += data
         while len(self._buffer) >= CHUNK:
             await self._launch(bytes(memoryview(self._buffer)[:CHUNK]))
             del self._buffer[:CHUNK]
+
+    async def copy(self, source: int) -> None:
+        await self.flush()
+        while data := await asyncio.to_thread(os.pread, source, CHUNK, self.end):
+            await self.write(data)
 
     async def flush(self) -> None:
         if self._buffer:

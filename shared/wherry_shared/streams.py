@@ -157,7 +157,8 @@ async def write_blob(
 ) -> Info:  # fmt: skip
     """Put a blob into content under the ingest `ref`; answers the one that is there when `expected` is.
 
-    With `expected`, what an earlier attempt left of the ingest is kept, and `source` must repeat it.
+    With `expected`, what an earlier attempt left of the ingest is kept, and `source` must repeat it; nothing is taken
+    from it when the service has the bytes already (`BlobWriter.complete`).
     """
     try:
         async with BlobWriter(content, ref, total=size, expected=expected, local=local) as writer:
@@ -171,6 +172,11 @@ async def write_blob(
 
 
 async def _fill(writer: BlobWriter, source: bytes | AsyncIterable[bytes], labels: dict[str, str]) -> Info:
+    if writer.complete:
+        try:
+            return await writer.commit(labels=labels)
+        except Aborted:
+            await writer.restart()
     skip = writer.offset
     if not isinstance(source, bytes):
         async for chunk in source:
@@ -193,8 +199,10 @@ class BlobWriter:
 
     Entering waits while another writer holds the ref, until the context's deadline or for `patience` seconds
     (Unavailable), and raises AlreadyExists when the expected blob is there. Leaving without a commit keeps the
-    ingest for the next writer. If its instance dies, the writer goes on at another one, or when it is back.
-    One task at a time may use a writer.
+    ingest for the next writer. If its instance dies, the writer goes on at another one, or when it is back: from
+    where it was, and after a power cut, which takes what was not durable yet, from there: `copy_from` reads it again,
+    and a `write` or `commit` raises Unavailable, with `offset` where the source has to go on.
+    complete: another namespace shares the blob, nothing need be written: commit. One task at a time may use a writer.
     """
 
     def __init__(
@@ -209,8 +217,10 @@ class BlobWriter:
         self._local = local
         self._window = window
         self._patience = patience
+        self.complete = False
         self._instance = content
         self._sink: Sink | None = None
+        self._setbacks = 0
         self._care: asyncio.Task[None] | None = None
 
     @property
@@ -243,6 +253,22 @@ class BlobWriter:
         ResourceExhausted: no space. Aborted: the ingest went away under the writer; begin again with a new one.
         """
         await self._out.write(data)
+
+    async def copy_from(self, source: BinaryIO) -> None:
+        """Write what a file has from `offset` on to its end, and again what a lost service has not kept of it.
+
+        Raises what `write` does, Unavailable only when the service does not come back.
+        """
+        known = self._setbacks
+        while True:
+            try:
+                await self._out.copy(source.fileno())
+                await self._out.flush()
+                return
+            except Unavailable:
+                if self._setbacks == known:
+                    raise
+                known = self._setbacks
 
     async def restart(self) -> None:
         """Start over with no bytes."""
@@ -284,6 +310,7 @@ class BlobWriter:
     # ---- within
 
     def _attach(self, opened: Opened) -> None:
+        self.complete = opened.complete
         fd = self._open_file(opened) if self._local else None
         if fd is None:
             self._sink = Chunks(opened.offset, self._window, self._send, self._resume)
@@ -325,13 +352,21 @@ class BlobWriter:
             return await self._instance.write(self._ref, offset, data)
 
     async def _resume(self, low: int, high: int) -> int:
-        """Open the ingest again; its end must lie between what was acknowledged and what was sent, else Aborted."""
+        """Open the ingest again; answers its end, which lies between what was acknowledged and what was sent.
+
+        Unavailable: it has less, and `offset` is there now. Aborted: it was taken away or written by somebody else.
+        """
         await self._let_go()  # if the instance is alive, it holds the lock
         opened = await self._open()
-        if not low <= opened.offset <= high:
+        if low <= opened.offset <= high:
+            return opened.offset
+        if not 0 < opened.offset < low or opened.complete:
             await self._let_go()
             raise Aborted(f"ingest {self._ref!r} has {opened.offset} bytes, and had {low}: begin again")
-        return opened.offset
+        await self._out.drop()
+        self._attach(opened)
+        self._setbacks += 1
+        raise Unavailable(f"ingest {self._ref!r} lost its service, and has {opened.offset} of {low} bytes: go on there")
 
     async def _let_go(self) -> None:
         with suppress(WherryError), context.use(timeout=2.0, key=""):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import io
 import json
@@ -13,6 +14,9 @@ from typing import Any
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wherry.archive.tar import Reader
 from wherry.client import Client, walk
 from wherry_shared.errors import (
     DataLoss,
@@ -535,3 +539,39 @@ async def test_a_caller_who_goes_away(client: Client) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     await nothing_is_left(client)
+
+
+# ---- the reader alone, against anything
+
+
+def damaged(data: bytes, cuts: list[tuple[int, int]]) -> bytes:
+    made = bytearray(data)
+    for place, value in cuts:
+        made[place % len(made)] = value
+    return bytes(made)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.one_of(
+        st.binary(max_size=2048),
+        st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=20).map(
+            lambda cuts: damaged(tar_of({"oci-layout": b"{}", "x" * 150: b"1" * 700, "\u00e9": b""}), cuts)
+        ),
+    ),
+    st.integers(1, 600),
+)
+def test_any_bytes_end_in_entries_or_an_error_of_the_house(data: bytes, step: int) -> None:
+    async def drops() -> AsyncIterator[bytes]:
+        for i in range(0, len(data), step):
+            yield data[i : i + step]
+
+    async def read() -> None:
+        reader = Reader(drops(), "it")
+        with contextlib.suppress(WherryError):
+            async for entry in reader:
+                assert not entry.name.startswith("/") and ".." not in entry.name.split("/")
+                body = [piece async for piece in reader.body()]
+                assert sum(map(len, body)) == entry.size <= len(data)
+
+    asyncio.run(read())

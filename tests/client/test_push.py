@@ -343,9 +343,11 @@ async def test_an_answer_that_got_lost_is_asked_for(client: Client, store: Store
     ("what", "status", "error"),
     [
         ("POST uploads", 500, Unavailable), ("POST uploads", 403, PermissionDenied), ("PUT uploads", 500, Unavailable),
-        ("PUT uploads", 400, InvalidArgument), ("PATCH uploads", 503, Unavailable), ("PATCH uploads", 403, PermissionDenied),
+        ("PUT uploads", 400, InvalidArgument), ("PATCH uploads", 503, Unavailable),
+        ("PATCH uploads", 403, PermissionDenied),
         ("PATCH uploads", 413, FailedPrecondition), ("HEAD blobs", 429, ResourceExhausted),
-        ("PUT manifests", 400, InvalidArgument), ("PUT manifests", 502, Unavailable), ("HEAD blobs", 401, Unauthenticated),
+        ("PUT manifests", 400, InvalidArgument), ("PUT manifests", 502, Unavailable),
+        ("HEAD blobs", 401, Unauthenticated),
         ("PATCH uploads", 416, Unavailable),
     ],
 )  # fmt: skip
@@ -501,9 +503,7 @@ async def test_the_token_is_for_both_repositories_when_mounting(client: Client, 
     ]  # fmt: skip
 
 
-async def test_redirects_of_an_upload_keep_its_method_or_are_refused(
-    client: Client, store: Store, trap: Trap
-) -> None:
+async def test_redirects_of_an_upload_keep_its_method_or_are_refused(client: Client, store: Store, trap: Trap) -> None:
     layout, manifest = small()
     await have(client, layout, manifest)
     status = 302

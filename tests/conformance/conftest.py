@@ -1,4 +1,5 @@
-"""The bus that every contract's suite runs on: in memory, and over a real nats-server with the real permissions."""
+"""The bus that every contract's suite runs on: in memory, over a real nats-server with the real permissions, and
+some of them on the direct path beside it too."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from housebus import NODE, HouseServer
 from wherry_shared.bus import Bus
 from wherry_shared.memory import MemoryTransport
 
-sys.path.append(str(Path(__file__).parent))  # for toys.py, counting.py and shelves.py
+sys.path.append(str(Path(__file__).parent))  # for toys.py, counting.py, contents.py, shelves.py
 sys.path.append(str(Path(__file__).parent.parent / "snapshot"))  # for snapshot_rig.py
 
 from shelves import Shelf
@@ -29,8 +30,13 @@ def house_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HouseServ
         yield server
 
 
-@pytest.fixture(params=["memory", "nats"])
-async def bus(request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
+WAYS = ["memory", "nats", "direct"]
+DIRECT = pytest.mark.parametrize("bus", [*WAYS, "direct"], indirect=True)
+"""For suites that run on the direct path too."""
+
+
+@pytest.fixture(params=WAYS)
+async def bus(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bus]:
     """What a suite serves and calls on. Over NATS a service acts as its own user, and the callers are the admin."""
     if request.param == "memory":
         made: Bus = Bus(MemoryTransport(), node=NODE)
@@ -38,7 +44,7 @@ async def bus(request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
         await made.close()
         return
     server: HouseServer = request.getfixturevalue("house_server")
-    made = await server.bus()
+    made = await server.bus(tmp_path if request.param == "direct" else None)
     yield made
     await made.close()
     await server.clean()

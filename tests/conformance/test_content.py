@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from wherry_content import backends, metadata
-from wherry_content.metadata import Metadata
-from wherry_content.service import ContentService
-from wherry_content.store import Store
-from wherry_lease import metadata as lease_metadata
-from wherry_lease.leases import Registry
-from wherry_lease.service import LeaseService
+from backends import chosen_backends
+from contents import IDLE, NONE, House, built, digest_of, opened_writer, put
 from wherry_shared import context
-from wherry_shared.api.content import CHUNK, Content, Info, Opened, blob_file, ingest_file
+from wherry_shared.api.content import CHUNK, Content, blob_file, ingest_file
 from wherry_shared.api.lease import Leases, Resource
 from wherry_shared.bus import Bus
 from wherry_shared.bus.proxy import at_instance
@@ -29,71 +23,17 @@ from wherry_shared.errors import (
     OutOfRange,
     Unavailable,
 )  # fmt: skip
-from wherry_shared.outbox import Outbox
-from wherry_shared.sqlite import Database
-
-IDLE = 0.4
-NONE = f"sha256:{'0' * 64}"
 
 
-def digest_of(data: bytes, algorithm: str = "sha256") -> str:
-    return f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
-
-
-class House:
-    """A content and a lease service on one bus, that can be stopped and built again on the same root."""
-
-    def __init__(self, bus: Bus, root: Path, backend: str) -> None:
-        self.bus, self.root = bus, root
-        self.backend = backends.find(backend)(root / "content")
-
-    async def start(self) -> None:
-        self.databases = [
-            await Database.open(self.root / "content" / "metadata.db", metadata.MIGRATIONS),
-            await Database.open(self.root / "lease.db", lease_metadata.MIGRATIONS),
-        ]
-        self.outbox = Outbox(self.databases[0], self.bus)
-        self.outbox.start()
-        await self.bus.serve(LeaseService(Registry(lease_metadata.Rows(self.databases[1]))))
-        self.store = Store(Metadata(self.databases[0]), self.backend, instance="one", idle=IDLE)
-        await self.store.start()
-        await self.bus.serve(ContentService(self.store, self.bus.proxy(Leases)), instance="one")
-
-    async def stop(self) -> None:
-        await self.bus.drain()
-        await self.store.stop()
-        await self.outbox.stop()
-        for database in self.databases:
-            await database.close()
-
-
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=chosen_backends("content"))
 async def house(bus: Bus, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[House]:
-    await bus.transport.event_log(f"WHERRY-EV-{bus.node}", "wherry.ev.v1.>").ensure(max_age=3600, max_bytes=1 << 24)
-    house = House(bus, tmp_path, request.param)
-    await house.start()
-    yield house
-    await house.stop()
+    async with built(bus, tmp_path, request.param) as house:
+        yield house
 
 
 @pytest.fixture
 def content(house: House) -> Content:
-    return house.bus.proxy(Content, namespace="default")
-
-
-async def opened_writer(content: Content, ref: str, data: bytes, expected: str = "") -> tuple[Opened, Content]:
-    """An ingest that holds `data`, and the proxy of the instance that holds it."""
-    opened = await content.open(ref, expected=expected)
-    writer = at_instance(content, opened.instance)
-    offset = opened.offset
-    while offset < len(data):
-        offset = await writer.write(ref, offset, data[offset : offset + CHUNK])
-    return opened, writer
-
-
-async def put(content: Content, data: bytes, **labels: str) -> Info:
-    _, writer = await opened_writer(content, "put", data)
-    return await writer.commit("put", len(data), digest_of(data), labels)
+    return house.content("default")
 
 
 # ---- writing
@@ -132,7 +72,7 @@ async def test_a_write_must_be_at_the_end_and_offset_zero_starts_over(content: C
 
 async def test_a_chunk_has_a_bound(content: Content) -> None:
     _, writer = await opened_writer(content, "big", b"")
-    with pytest.raises(InvalidArgument, match="524288"):
+    with pytest.raises(InvalidArgument, match=str(CHUNK)):
         await writer.write("big", 0, b"x" * (CHUNK + 1))
 
 

@@ -85,10 +85,10 @@ async def test_128_layers(shelf: Shelf) -> None:
     parent = ""
     for i in range(128):
         mounts = await shelf.api.prepare(shelf.name, "next", parent)
-        if mounts[0].type == "bind":
+        if mounts[-1].type == "bind":
             upper = Path(mounts[0].source)
         else:
-            upper = Path(next(o for o in mounts[0].options if o.startswith("upperdir=")).partition("=")[2])
+            upper = Path(next(o for o in mounts[-1].options if o.startswith("upperdir=")).partition("=")[2])
         (upper / f"f{i}").write_text(str(i))
         (upper / "top").write_text(str(i))
         await shelf.api.commit(shelf.name, f"l{i:03}", "next")

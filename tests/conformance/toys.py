@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
+import pytest
 from housebus import HouseBus
 from wherry_shared import context
 from wherry_shared.bus import Bus, subjects
+from wherry_shared.bus.direct import Door, Guest
 from wherry_shared.bus.proxy import DEADLINE, ERROR_CODE, KEY, LEASE
 from wherry_shared.bus.transport import Message
 from wherry_shared.contract import Contract, endpoint, immediate, pack
@@ -163,7 +165,7 @@ def code(answer: Message) -> int:
 
 
 class Tap:
-    """Every message on the bus under `wherry.`, requests and events alike."""
+    """Every message on the bus under `wherry.`, requests and events alike, and every request on the direct path."""
 
     def __init__(self) -> None:
         self.subjects: list[str] = []
@@ -181,8 +183,16 @@ async def tapped(bus: Bus) -> AsyncIterator[Tap]:
         assert isinstance(bus.transport, MemoryTransport)
         transport = MemoryTransport(bus.transport.broker)
     await transport.subscribe("wherry.>", tap)
-    yield tap
-    # What is asked for now comes after all that was asked for before.
-    await ask(bus, "tell", {"word": "last"})
+    request = Door.request
+
+    def noted(door: Door, guest: Guest, message: Message) -> None:
+        tap(message)
+        request(door, guest, message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Door, "request", noted)
+        yield tap
+        # What is asked for now comes after all that was asked for before.
+        await ask(bus, "tell", {"word": "last"})
     await transport.flush()
     await transport.close()

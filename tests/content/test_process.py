@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-from contentd import digest_of
-from natsd import NatsServer
+from contentd import digest_of, ready
 from wherry_shared import context
 from wherry_shared.api.content import CHUNK, Content
-from wherry_shared.bus import Bus, connect, credentials
+from wherry_shared.bus import Bus
 from wherry_shared.bus.proxy import at_instance
 from wherry_shared.streams import BlobWriter, read_blob
 
@@ -24,52 +21,9 @@ DIGEST = digest_of(DATA)
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[NatsServer]:
-    credentials.issue(tmp_path / "creds", "n1")
-    users = (tmp_path / "creds" / credentials.NATS_USERS).read_text()
-    with NatsServer(tmp_path / "nats", config=users, jetstream=True) as started:
-        yield started
-
-
-@pytest.fixture
-def spawn(server: NatsServer, tmp_path: Path) -> Iterator[Spawn]:
-    """`spawn("one")`: a content service's process as that instance."""
-    made: list[subprocess.Popen[bytes]] = []
-
-    def run(instance: str, *settings: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "wherry_content", "--node", "n1", "--nats", server.url, "--instance", instance]
-        command += ["--root", str(tmp_path / "root"), "--state", str(tmp_path), "--creds", str(tmp_path / "creds")]
-        made.append(subprocess.Popen([*command, *(f"--set={s}" for s in settings)]))
-        return made[-1]
-
-    yield run
-    for process in made:
-        process.kill()
-        process.wait()
-
-
-@pytest.fixture
-async def bus(server: NatsServer, tmp_path: Path) -> AsyncIterator[Bus]:
-    own = credentials.find(tmp_path / "creds", "admin")
-    made = await connect([server.url], node="n1", name="test", seed=own.seed, inbox_prefix=own.inbox_prefix)
-    yield made
-    await made.close()
-
-
-async def ready(content: Content, instance: str) -> None:
-    async with asyncio.timeout(20):
-        while True:
-            try:
-                await at_instance(content, instance).statuses()
-                return
-            except Exception:
-                await asyncio.sleep(0.05)
-
-
 @pytest.mark.parametrize("local", [True, False], ids=["file", "bus"])
-async def test_killed_under_a_writer_that_goes_on(spawn: Spawn, bus: Bus, local: bool) -> None:
-    content = bus.proxy(Content, namespace="default")
+async def test_killed_under_a_writer_that_goes_on(spawn: Spawn, nats_bus: Bus, local: bool) -> None:
+    content = nats_bus.proxy(Content, namespace="default")
     process = spawn("one")
     await ready(content, "one")
     async with BlobWriter(content, "layer", expected=DIGEST, total=len(DATA), local=local) as writer:
@@ -84,8 +38,8 @@ async def test_killed_under_a_writer_that_goes_on(spawn: Spawn, bus: Bus, local:
     assert b"".join([c async for c in read_blob(content, DIGEST, local=local, verify=True)]) == DATA
 
 
-async def test_two_processes_on_one_root(spawn: Spawn, bus: Bus) -> None:
-    content = bus.proxy(Content, namespace="default")
+async def test_two_processes_on_one_root(spawn: Spawn, nats_bus: Bus) -> None:
+    content = nats_bus.proxy(Content, namespace="default")
     processes = [spawn("one"), spawn("two")]
     await asyncio.gather(ready(content, "one"), ready(content, "two"))
     opened = await content.open("layer")
@@ -101,8 +55,8 @@ async def test_two_processes_on_one_root(spawn: Spawn, bus: Bus) -> None:
     assert info.digest == digest_of(DATA[:CHUNK])
 
 
-async def test_a_stop_in_good_order(spawn: Spawn, bus: Bus) -> None:
-    content = bus.proxy(Content, namespace="default")
+async def test_a_stop_in_good_order(spawn: Spawn, nats_bus: Bus) -> None:
+    content = nats_bus.proxy(Content, namespace="default")
     process = spawn("one")
     await ready(content, "one")
     opened = await content.open("layer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import threading
@@ -10,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from grounds import btrfs_disk
 
 from .layers import look
+
+_numbers = itertools.count()
 
 
 @dataclass
@@ -21,9 +25,20 @@ class Place:
     overlay: bool
 
 
-@pytest.fixture(params=[True, False], ids=["overlay", "plain"])
+@pytest.fixture(scope="session")
+def btrfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A btrfs of its own."""
+    with btrfs_disk(tmp_path_factory.mktemp("btrfs") / "at") as at:
+        yield at
+
+
+@pytest.fixture(params=["overlay", "native", "btrfs"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """Fails the test if anything outside the root changes, or if a descriptor or a thread is left behind."""
+    if request.param == "btrfs":
+        disk: Path = request.getfixturevalue("btrfs")
+        tmp_path = disk / f"place-{os.getpid()}-{next(_numbers)}"
+        tmp_path.mkdir()
     root, canary = tmp_path / "fs", tmp_path / "canary"
     for directory in (root, canary, canary / "etc"):
         directory.mkdir()
@@ -32,7 +47,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     (canary / "empty").mkdir()
     (tmp_path / "x").write_text("beside")
     before, descriptors = _outside(tmp_path), os.listdir("/proc/self/fd")
-    yield Place(root, canary, request.param)
+    yield Place(root, canary, request.param == "overlay")
     assert _outside(tmp_path) == before
     assert len(os.listdir("/proc/self/fd")) == len(descriptors)
     subprocess.run(["rm", "-rf", root], check=True)  # deeper than pytest's own clean-up goes

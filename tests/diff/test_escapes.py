@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from wherry_diff.apply import apply
+from wherry_diff.compress import compressor
+from wherry_diff.extract import Target
 from wherry_diff.limits import Limits
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, WherryError
 
@@ -25,6 +29,7 @@ from .layers import (
     FILE,
     LINK,
     SYMLINK,
+    TAR,
     archive,
     base256,
     entry,
@@ -311,3 +316,35 @@ def test_pax_headers_of_one_entry_do_not_reach_the_next_layer(place: Place) -> N
         put(archive(entry(b"a"), pax({b"path": b"../canary/x"})), place.root, overlay=place.overlay)
     put(archive(entry(b"b")), place.root, overlay=place.overlay)
     assert names(place.root) == [b"a", b"b"]
+
+
+def entries(count: int) -> Iterator[bytes]:
+    """An archive of that many empty files, which never stands in memory as a whole."""
+    for start in range(0, count, 1000):
+        yield b"".join(header(b"f%07d" % at) for at in range(start, min(start + 1000, count)))
+    yield bytes(1024)
+
+
+def test_five_million_entries_end_at_the_bound(place: Place) -> None:
+    """The bound is looked at for every entry, so a small one stands for the real one."""
+    assert Limits().max_entries < 5_000_000
+    with pytest.raises(ResourceExhausted, match="more than 3000 entries"):
+        apply(entries(5_000_000), TAR, Target(str(place.root), place.overlay), Limits(max_entries=3000))
+    assert len(os.listdir(place.root)) == 3000
+
+
+@pytest.mark.parametrize("suffix", ["+gzip", "+zstd"])
+def test_a_bomb_ends_in_the_middle_of_its_file(place: Place, suffix: str) -> None:
+    """A file of 100 GB out of some MB: not more of it is written than the ratio allows."""
+
+    def packed() -> Iterator[bytes]:
+        form = compressor(TAR + suffix)
+        yield form.compress(header(b"bomb", size=100 << 30))
+        zeros = bytes(4 << 20)
+        for _ in range((100 << 30) // len(zeros)):
+            yield form.compress(zeros)
+
+    limits = Limits(max_ratio=100, ratio_after=8 << 20, max_bytes=1 << 40)
+    with pytest.raises(ResourceExhausted, match="grows more than 100 times"):
+        apply(packed(), TAR + suffix, Target(str(place.root), place.overlay), limits)
+    assert (place.root / "bomb").stat().st_size < 1 << 30

@@ -111,7 +111,9 @@ async def test_a_monitor_that_dies_costs_its_own_container_only(
         monitor = int(json.loads(_status(pid))["PPid"])
         os.kill(monitor, signal.SIGKILL)
         assert (await task.wait()).code == 137
-        window = await client.events.replay(filters=['topic=="/tasks/exit"'])
+        async with asyncio.timeout(10):  # the event leaves by the outbox, after the answer
+            while not (window := await client.events.replay(filters=['topic=="/tasks/exit"'])).events:
+                await asyncio.sleep(0.05)
         assert [e.event.get("shim_died") for e in window.events] == [True]
         await task.delete()
         await container.delete(snapshot=True)

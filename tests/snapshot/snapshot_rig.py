@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, contextmanager
@@ -77,10 +78,32 @@ def mounted(mounts: Sequence[Mount], target: Path) -> Iterator[Path]:
     """What the service named, really mounted on `target` for the time of the block."""
     target.mkdir(exist_ok=True)
     with ExitStack() as stack:
-        for mount in mounts:
-            _mount(mount, target)
-            stack.callback(subprocess.run, ["umount", str(target)], check=True)
+
+        def put(mount: Mount, at: Path) -> None:
+            _mount(mount, at)
+            stack.callback(subprocess.run, ["umount", str(at)], check=True)
+
+        *first, last = mounts
+        if last.type == "format/overlay":
+            put(Mount(type="tmpfs", source="tmpfs", options=["size=64k"]), target)
+            for i, mount in enumerate(first):
+                (target / str(i)).mkdir()
+                put(mount, target / str(i))
+            put(_formatted(last, target), target)
+        else:
+            for mount in mounts:
+                put(mount, target)
         yield target
+
+
+def _formatted(mount: Mount, places: Path) -> Mount:
+    """The mount with the places of those before it in its options: `{{ overlay FIRST LAST }}`."""
+
+    def named(match: re.Match[str]) -> str:
+        return ":".join(f"{places}/{i}" for i in range(int(match[1]), int(match[2]) + 1))
+
+    options = [re.sub(r"\{\{ overlay (\d+) (\d+) \}\}", named, o) for o in mount.options]
+    return Mount(type=mount.type.removeprefix("format/"), source=mount.source, options=options)
 
 
 def _mount(mount: Mount, target: Path) -> None:

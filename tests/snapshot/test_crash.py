@@ -22,7 +22,7 @@ from wherry_shared.bus import Bus
 from wherry_shared.errors import FailedPrecondition, NotFound
 from wherry_shared.memory import MemoryTransport
 from wherry_shared.sqlite import Database
-from wherry_snapshot.backends import btrfs
+from wherry_snapshot.backends import btrfs, mkfs, trees
 
 pytestmark = needs_root
 
@@ -167,7 +167,12 @@ BTRFS = {
     "after the volume": Trap(btrfs, "_ioctl", on("new-"), after=True),
     **{k: v for k, v in PREPARE.items() if "directory" not in k},
 }
-STEPS = {"overlay": {**PREPARE, **OVERLAY}, "native": {**PREPARE, **NATIVE}, "btrfs": BTRFS}
+STEPS = {
+    "overlay": {**PREPARE, **OVERLAY},
+    "native": {**PREPARE, **NATIVE},
+    "btrfs": BTRFS,
+    "erofs": {**PREPARE, **OVERLAY},
+}
 
 
 @pytest.mark.parametrize(("snapshotter", "step"), [(name, step) for name, steps in STEPS.items() for step in steps])
@@ -193,12 +198,24 @@ def test_prepare(ground: Ground, snapshotter: str, step: str) -> None:
 
 
 SEALED = Trap(btrfs, "_set_read_only", lambda fd, wanted: wanted, after=True)
+EROFS_COMMIT = {
+    "before the image": Trap(mkfs, "_run", on("/fs")),
+    "image unfinished": Trap(os, "rename", on("layer.erofs")),
+    "image there": Trap(os, "rename", on("layer.erofs"), after=True),
+}
+EROFS_SETTLED = {
+    "settling": Trap(trees, "remove", lambda fd, name, check: name == "fs"),
+    "half settled": Trap(trees, "remove", lambda fd, name, check: name == "fs", after=True),
+    "settled": Trap(trees, "remove", lambda fd, name, check: name == "work", after=True),
+}
 COMMIT = {"before the row": TRANSACTION, "after the row": COMMITTED}
+COMMITS = [
+    *((name, step) for name in STEPS for step in COMMIT), ("btrfs", "sealed"),
+    *(("erofs", step) for step in {**EROFS_COMMIT, **EROFS_SETTLED}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("snapshotter", "step"), [(name, step) for name in STEPS for step in COMMIT] + [("btrfs", "sealed")]
-)
+@pytest.mark.parametrize(("snapshotter", "step"), COMMITS)
 def test_commit(ground: Ground, snapshotter: str, step: str) -> None:
     tmp_path = ground(snapshotter)
     run(tmp_path, furnished(snapshotter))
@@ -207,11 +224,11 @@ def test_commit(ground: Ground, snapshotter: str, step: str) -> None:
         with context.use(key="once"):
             return await api.commit(snapshotter, "name", "key")
 
-    die(tmp_path, {**COMMIT, "sealed": SEALED}[step], commit)
+    die(tmp_path, {**COMMIT, **EROFS_COMMIT, **EROFS_SETTLED, "sealed": SEALED}[step], commit)
 
     async def check(house: House, api: Snapshots) -> None:
         await sound(house, api, snapshotter)
-        committed = step == "after the row"
+        committed = step == "after the row" or step in EROFS_SETTLED
         names = [i.name for i in (await api.walk(snapshotter)).items]
         assert names == (["base", "name"] if committed else ["base", "key"])
         if not committed:
@@ -270,7 +287,9 @@ BTRFS_REMOVE = {
 
 @pytest.mark.parametrize(
     ("snapshotter", "step"),
-    [(name, step) for name in ("overlay", "native") for step in REMOVE] + [("btrfs", step) for step in BTRFS_REMOVE],
+    [(name, step) for name in ("overlay", "native") for step in REMOVE]
+    + [("erofs", step) for step in REMOVE if "removal" not in step]
+    + [("btrfs", step) for step in BTRFS_REMOVE],
 )
 def test_remove(ground: Ground, snapshotter: str, step: str) -> None:
     tmp_path = ground(snapshotter)

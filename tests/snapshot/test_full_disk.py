@@ -57,7 +57,7 @@ def fill(disk: Path) -> None:
             os.close(os.open(where / f"i{i}", os.O_CREAT | os.O_WRONLY))
 
 
-@pytest.mark.parametrize("snapshotter", ["overlay", "native"])
+@pytest.mark.parametrize("snapshotter", ["overlay", "native", "erofs"])
 async def test_a_full_disk(house: House, disk: Path, tmp_path: Path, snapshotter: str) -> None:
     await _fill_and_recover(house, disk, tmp_path, snapshotter)
 

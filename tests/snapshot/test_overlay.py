@@ -10,7 +10,7 @@ from snapshot_rig import needs_root
 from wherry_shared.api.snapshot import GID_LABEL, REBASE_LABEL, UID_LABEL, UPPERDIR_LABEL, Kind
 from wherry_shared.errors import FailedPrecondition, InvalidArgument
 from wherry_shared.values import Mount
-from wherry_snapshot.backends import Snapshot, overlay
+from wherry_snapshot.backends import Snapshot, layered, overlay
 from wherry_snapshot.backends.directories import magic
 from wherry_snapshot.backends.overlay import OverlayBackend
 
@@ -105,7 +105,7 @@ def test_a_host_without_overlay_is_told_so(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(FailedPrecondition, match="mount options"):
         OverlayBackend(tmp_path / "a:b", {})
     with monkeypatch.context() as patch:
-        patch.setattr(overlay, "_OVERLAY_MAGIC", magic(tmp_path))
+        patch.setattr(layered, "_OVERLAY_MAGIC", magic(tmp_path))
         with pytest.raises(FailedPrecondition, match="overlay itself"):
             OverlayBackend(tmp_path / "o", {})
     real = Path.read_text
@@ -118,16 +118,16 @@ def test_a_host_without_overlay_is_told_so(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_the_user_says_of_an_option_holds(tmp_path: Path) -> None:
-    assert overlay.mount_options("index=on,volatile") == ["index=on", "volatile"]
-    assert overlay.mount_options("") == options_at_the_end()[2:]
+    assert layered.mount_options("index=on,volatile") == ["index=on", "volatile"]
+    assert layered.mount_options("") == options_at_the_end()[2:]
 
 
 def test_in_a_user_namespace_attributes_are_users(monkeypatch: pytest.MonkeyPatch) -> None:
     real = Path.read_text
     maps = "0 100000 65536"
     monkeypatch.setattr(Path, "read_text", lambda self, *a: maps if str(self).endswith("uid_map") else real(self, *a))
-    assert overlay.mount_options("volatile")[:2] == ["volatile", "userxattr"]
-    assert overlay.mount_options("userxattr").count("userxattr") == 1
+    assert layered.mount_options("volatile")[:2] == ["volatile", "userxattr"]
+    assert layered.mount_options("userxattr").count("userxattr") == 1
 
 
 def test_the_upper_directory_is_told_of_where_that_is_wanted(tmp_path: Path, backend: OverlayBackend) -> None:

@@ -94,7 +94,7 @@ async def test_what_nobody_waits_for_does_not_appear(
 
 
 async def test_cleanup_spares_what_is_being_made(house: House, api: Snapshots, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(monkeypatch, OverlayBackend, "_fill")
+    gate = Gate(monkeypatch, OverlayBackend, "fill")
     try:
         making = asyncio.create_task(api.prepare("overlay", "key"))
         await gate.wait()

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from wherry_shared.errors import InvalidArgument
+from wherry_shared.errors import Canceled, InvalidArgument
 from wherry_shared.files import atomic_file, os_errors
 
 T = TypeVar("T")
@@ -67,6 +67,8 @@ async def writing(target: Target) -> AsyncIterator[Write]:
     """Where to write an archive. A regular file at a path is there, whole and durably, when the block ended well."""
     if not isinstance(target, str | os.PathLike):
         yield _writer(target)
+        if not inspect.iscoroutinefunction(target.write) and not hasattr(target, "drain"):
+            await asyncio.to_thread(getattr(target, "flush", _nothing))
         return
     path = Path(target)
     with os_errors(str(path)):
@@ -96,6 +98,10 @@ def _leave(manager: AbstractContextManager[Any], error: BaseException) -> None:
         manager.__exit__(type(error), error, error.__traceback__)
 
 
+def _nothing() -> None:
+    return None
+
+
 def _writer(target: Writable) -> Write:
     write = target.write
     drain = getattr(target, "drain", None)
@@ -110,7 +116,11 @@ def _writer(target: Writable) -> Write:
         return write
 
     async def in_thread(data: bytes) -> None:
-        await asyncio.to_thread(_write_all, write, data)
+        with os_errors("the archive"):
+            try:
+                await asyncio.to_thread(_write_all, write, data)
+            except BrokenPipeError:
+                raise Canceled("the archive's reader went away") from None
 
     return in_thread
 

@@ -24,6 +24,8 @@ from ..graph import CONFIG_TYPES, Graph, Select, Survey, every, keep, only, plat
 from ..image import Image, read_document
 from ..progress import OnProgress, Progress, silent
 from ..registry import documents
+from ..registry.reference import Reference
+from ..together import each
 from . import docker
 from .docker import MANIFEST_FILE
 from .ends import Source, chunks
@@ -72,6 +74,7 @@ class Import:
         self._intake = Intake(client, "the archive", on_progress)
         self._survey = Survey(client)
         self._namer = Namer(wishes.base_name, wishes.digests)
+        self._index_name = str(Reference.parse(wishes.index_name)) if wishes.index_name else ""
 
     async def run(self, source: Source) -> list[Image]:
         """Read it, check every image, label, record. Nothing is recorded unless everything is whole."""
@@ -85,6 +88,7 @@ class Import:
         graphs = [await self._graph(target) for target in roots.values()]
         for graph in graphs:
             await keep(self._client, graph)
+            await self._still_there(graph)
         images = [await self._record(name, target) for name, target in roots.items()]
         for image in images:
             self._on_progress(Progress(image.name, "done", "image"))
@@ -119,8 +123,8 @@ class Import:
             refuse_checkpoint(child.annotations, INDEX_FILE)
             for name in self._namer.of_annotations(child.annotations, child.digest):
                 _add(roots, name, child)
-        if self._wishes.index_name:
-            _add(roots, self._wishes.index_name, await self._store(raw, documents.OCI_INDEX))
+        if self._index_name:
+            _add(roots, self._index_name, await self._store(raw, documents.OCI_INDEX))
         return roots
 
     async def _docker(self, raw: bytes) -> dict[str, Descriptor]:
@@ -131,8 +135,8 @@ class Import:
             made.append(target)
             for name in self._namer.of_tags(saved.tags, target.digest):
                 _add(roots, name, target)
-        if self._wishes.index_name:
-            _add(roots, self._wishes.index_name, await self._store(docker.make_index(made), documents.OCI_INDEX))
+        if self._index_name:
+            _add(roots, self._index_name, await self._store(docker.make_index(made), documents.OCI_INDEX))
         return roots
 
     async def _saved(self, saved: docker.Saved) -> Descriptor:
@@ -172,6 +176,12 @@ class Import:
         for digest, manifest in graph.manifests.items():
             await self._check_manifest(graph, digest, manifest)
         return graph
+
+    async def _still_there(self, graph: Graph) -> None:
+        """What the archive left out was in content when we looked; from the labels on it is kept, so look again."""
+        archived = self._intake.digests()
+        left_out = [digest for digest in graph.parts if digest not in archived]
+        await each(self._client.content.info, left_out)
 
     async def _check_manifest(self, graph: Graph, digest: str, manifest: documents.Manifest) -> None:
         what = f"manifest {digest}"

@@ -116,7 +116,7 @@ class Reader:
             if not block or block == _ZEROS:
                 return None
             if len(block) < BLOCK:
-                raise self._cut_off()
+                raise self._cut_off() if self._entries else InvalidArgument(f"{self._what} is not a tar archive")
             info = self._parse(block)
             if info.type not in _EXTENDED:
                 return self._entry(info, own)

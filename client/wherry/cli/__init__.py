@@ -29,6 +29,8 @@ VERBS = {
     "info": "Tell what runs on the node.",
     "content": "Look at the blobs.",
     "snapshot": "Look at the snapshots.",
+    "lease": "Manage leases.",
+    "gc": "Collect garbage now.",
     "ns": "Manage namespaces.",
     "df": "Tell what takes how much space.",
     "prune": "Remove what nobody needs, after a look.",

@@ -10,9 +10,9 @@ from .common import Format, FormatOption, show, size, with_client
 
 if TYPE_CHECKING:
     from wherry import Client
-    from wherry.spent import Spent
+    from wherry.spent import Kind
 
-COLUMNS = ("namespace", "type", "count", "size", "reclaimable")
+COLUMNS = ("namespace", "type", "count", "size", "garbage", "prunable")
 
 
 def command(
@@ -21,24 +21,26 @@ def command(
     ] = "",
     format: FormatOption = Format.table,
 ) -> None:
+    """`garbage` is what a collection would remove now, `prunable` what `prune --all` would free, garbage included."""
+
     async def work(client: Client) -> None:
-        from wherry.spent import spent
+        from wherry.spent import Kind, on_disk, spent
 
         found = await spent(client, [namespace] if namespace else None)
-        rows = [row for own in found for row in _rows(own, format)]
+        rows = [_row(own.namespace, kind, format) for own in found for kind in own.kinds()]
+        if len(found) > 1:
+            blobs = {digest for own in found for digest in own.counted.blobs}
+            rows.append(_row("", Kind("content on disk", len(blobs), on_disk(found)), format))
         show(rows, COLUMNS, format)
 
     with_client(namespace or "default", work)
 
 
-def _rows(own: Spent, format: Format) -> list[dict[str, Any]]:
-    """A row a kind. Of images reclaimable is what `prune --all` would free of content; of content what a collection
-    would; bytes that are the records' alone are not counted."""
-
+def _row(namespace: str, kind: Kind, format: Format) -> dict[str, Any]:
     def shown(count: int | None) -> Any:
         return count if format is Format.json else "" if count is None else size(count)
 
-    return [
-        {"namespace": own.namespace, "type": kind, "count": count, "size": shown(taken), "reclaimable": shown(free)}
-        for kind, count, taken, free in own.kinds()
-    ]
+    return {
+        "namespace": namespace, "type": kind.name, "count": kind.count, "size": shown(kind.size),
+        "garbage": shown(kind.garbage), "prunable": shown(kind.prunable),
+    }  # fmt: skip

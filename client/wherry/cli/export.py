@@ -24,7 +24,8 @@ def command(
     if archive == "-" and sys.stdout.isatty():
         raise typer.BadParameter("stdout is a terminal: name a file, or redirect")
 
-    target: Any = sys.stdout.buffer.raw if archive == "-" else archive  # type: ignore[attr-defined]
+    # Unbuffered: what a reader who went away did not take is not tried again at the end.
+    target: Any = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer) if archive == "-" else archive
 
     async def work(client: Client) -> None:
         from wherry.registry.platforms import parse_platform

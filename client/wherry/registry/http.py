@@ -22,7 +22,7 @@ READ_BUFFER = 1 << 20
 """Bytes that a connection may hold before it stops reading."""
 DRAIN_MAX = 64 << 10
 DRAIN_SECONDS = 1.0
-KEEP = 8
+KEEP = 16
 KEEP_SECONDS = 15.0
 STAGGER = 0.25
 """Seconds that one address of a host has before the next one is tried beside it (RFC 8305)."""

@@ -157,6 +157,7 @@ class Metadata:
     ) -> Opened:
         """Note an ingest that was opened; what was announced earlier is kept where nothing is announced now."""
 
+        linked = opened.offset if opened.complete else 0
         expire_at = 0 if context.current().lease else int(time.time()) + UNLEASED_SECONDS
 
         def note(tx: Transaction) -> Opened:
@@ -168,8 +169,7 @@ class Metadata:
                 "ELSE excluded.total END, expected = CASE excluded.expected WHEN '' THEN expected "
                 "ELSE excluded.expected END, expire_at = CASE excluded.expire_at WHEN 0 THEN expire_at "
                 "ELSE excluded.expire_at END, linked = excluded.linked",
-                (namespace, opened.ref, key, total, expected, now().isoformat(), expire_at,
-                 opened.offset if opened.complete else 0),
+                (namespace, opened.ref, key, total, expected, now().isoformat(), expire_at, linked),
             )
             return opened
 

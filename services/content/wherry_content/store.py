@@ -40,6 +40,7 @@ Keep = Callable[[str], Awaitable[None]]
 
 IDLE_SECONDS = 60.0
 DEFAULT_ALGORITHM = "sha256"
+SIZE_MAX = 1 << 62
 REAPED = 64  # blobs removed in one transaction: a mutation waits for some of them at most
 
 
@@ -161,9 +162,11 @@ class Store:
 
     async def present(self, namespace: str, digest: str) -> bool:
         """Whether a blob is in the namespace, bytes and all."""
-        with suppress(NotFound):
-            return await self._backend.size(digest) == self._metadata.get(namespace, digest).size
-        return False
+        try:
+            size = self._metadata.get(namespace, digest).size
+        except NotFound:
+            return False
+        return await self._backend.size(digest) == size
 
     # ---- ingests
 
@@ -171,8 +174,8 @@ class Store:
         """Open or resume an ingest and hold it for one writer."""
         if expected:
             check_digest(expected)
-        if total < 0:
-            raise InvalidArgument(f"ingest {ref!r}: total {total} is negative")
+        if not 0 <= total < SIZE_MAX:
+            raise InvalidArgument(f"ingest {ref!r}: total {total} is no size of a blob")
         return await self._finish(self._open(namespace, ref, total, expected, truncate=truncate))
 
     async def _open(self, namespace: str, ref: str, total: int, expected: str, *, truncate: bool) -> Opened:
@@ -361,9 +364,7 @@ class Store:
         if progress is None:
             return row
         updated_at = max(progress.updated_at, row.started_at)  # a file's clock is up to 10 ms behind
-        return row.model_copy(
-            update={"offset": progress.offset, "durable": progress.durable, "updated_at": updated_at}
-        )
+        return row.model_copy(update={"offset": progress.offset, "durable": progress.durable, "updated_at": updated_at})
 
     async def _drop(self, namespace: str, ref: str, *, missing_ok: bool) -> None:
         key = ingest_key(namespace, ref)

@@ -30,9 +30,9 @@ FREEZE_SECONDS = 4.0
 PATIENCE = 5.0
 """Seconds within which a service has to answer, but for what `reap` removes."""
 FREEZE_PATIENCE = 1.5
-# How long mutations may wait for one sweep; the number of records in it follows from what the last one took.
-PAUSE = 0.04
-BATCH_FIRST, BATCH_MIN, BATCH_MAX = 500, 50, 20000
+# How long one sweep may take, while mutations wait; the number of records in it follows from what the last ones took.
+SWEEP_SECONDS = 0.04
+BATCH_FIRST, BATCH_MIN, BATCH_MAX = 250, 100, 20000
 # So much of keys fits into one message.
 SWEEP_BYTES = 512 << 10
 DEAD_TOLD = 1000
@@ -146,11 +146,15 @@ class _Run:
         size, first = BATCH_FIRST, 0
         while first < len(components):
             await self._revive()  # most of what changed, while nobody waits for it
+            if not self._batch(components, first, 1)[0]:
+                return
             async with self._freeze() as frozen:
                 await self._revive()
                 batch, first = self._batch(components, first, size)
+                began = time.monotonic()
                 await self._remove(batch)
-            size = min(max(int(size * min(PAUSE / max(frozen.seconds, 1e-3), 4.0)), BATCH_MIN), BATCH_MAX)
+                size = _next_size(len(batch), time.monotonic() - began)
+            log.debug("%d records removed in a freeze of %.3f s", len(batch), frozen.seconds)
 
     @asynccontextmanager
     async def _freeze(self) -> AsyncIterator[_Frozen]:
@@ -205,6 +209,12 @@ class _Frozen:
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.seconds = 0.0
+
+
+def _next_size(removed: int, seconds: float) -> int:
+    """How many records a sweep takes in its time, as far as the last one tells."""
+    fitting = int(removed * SWEEP_SECONDS / max(seconds, 1e-3))
+    return max(min(fitting, 2 * removed, BATCH_MAX), BATCH_MIN)
 
 
 async def together(parts: Mapping[str, Collectable], call: Call, patience: float) -> list[Any]:

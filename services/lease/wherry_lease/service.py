@@ -53,7 +53,8 @@ class LeaseService(Leases):
 
     async def delete_resource(self, id: str, resource: Resource) -> None:
         await self._registry.delete_resource(context.namespace(), id, resource)
-        if self._scheduler is not None and context.current().identity.role != "service":  # a service takes off what is gone anyway
+        by_service = context.current().identity.role == "service"  # it takes off what is gone anyway
+        if self._scheduler is not None and not by_service:
             self._scheduler.deleted()
 
     async def resources(self, id: str, after: str = "", limit: int = 1000) -> Page[Resource]:

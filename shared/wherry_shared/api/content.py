@@ -171,7 +171,7 @@ class Content(Contract, Protocol, service="content", version="1.0.0", events=EVE
 
     @endpoint(AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted, mutates=True)
     async def put(self, data: bytes, expected: Digest, labels: Labels = {}) -> Info:
-        """Make `data` (at most 960 KiB, labels included) a blob, durably: what open, write and commit do, in one call without a ref.
+        """Make `data` (at most 960 KiB) a blob, durably: what open, write and commit do, in one call without a ref.
 
         AlreadyExists: the blob is in this namespace. FailedPrecondition: the bytes have another digest. NotFound:
         there is no such lease.

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import secrets
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
@@ -19,12 +21,14 @@ from . import discovery, events
 from .events import Subscriber
 from .proxy import Caller, make_proxy
 from .serve import IdentityOf, Server
+from .shortcut import Shortcut
 from .transport import Transport
 
 C = TypeVar("C")
 
 __all__ = ["Bus", "Subscriber", "connect", "discovery", "events"]
 
+DIRECT = "WHERRY_DIRECT"
 ADMIN = Identity("admin", "admin")
 
 
@@ -35,9 +39,13 @@ def _admin_only(reply: str) -> Identity | None:
 class Bus:
     """One process's place on the bus."""
 
-    def __init__(self, transport: Transport, *, node: str, identity_of: IdentityOf = _admin_only) -> None:
+    def __init__(
+        self, transport: Transport, *, node: str, identity_of: IdentityOf = _admin_only, direct: Path | None = None
+    ) -> None:
+        """direct: the node's state directory on this host, for what is served here to have sockets there."""
         self.transport = transport
         self.node = node
+        self._direct = direct
         self._identity_of = identity_of
         self._servers: list[Server] = []
 
@@ -52,6 +60,10 @@ class Bus:
         await server.start()
         await self.transport.flush()
         self._servers.append(server)
+        if self._direct is not None:
+            from .direct import open_door
+
+            open_door(server, self._direct, self._identity_of)
         return server
 
     def proxy(self, contract: TypeForm[C], *, node: str = "", namespace: str = "", instance: str = "") -> C:
@@ -100,9 +112,16 @@ def load_connection() -> ModuleType:
 
 
 async def connect(
-    servers: list[str], *, node: str, name: str, seed: bytes, inbox_prefix: str, identity_of: IdentityOf = _admin_only
-) -> Bus:
-    """Connect to NATS with an nkey seed. Unavailable, Unauthenticated or FailedPrecondition (server too old)."""
+    servers: list[str], *, node: str, name: str, seed: bytes, inbox_prefix: str, identity_of: IdentityOf = _admin_only,
+    direct: Path | None = None,
+) -> Bus:  # fmt: skip
+    """Connect to NATS with an nkey seed. Unavailable, Unauthenticated or FailedPrecondition (server too old).
+
+    direct: the node's state directory, where it is on this host: requests to its services, and what is served here,
+    then take the direct path. `WHERRY_DIRECT=0` says never.
+    """
     Connection = load_connection().Connection  # noqa: N806 - a class
-    transport = await Connection.connect(servers, name=name, seed=seed, inbox_prefix=inbox_prefix)
-    return Bus(transport, node=node, identity_of=identity_of)
+    transport: Transport = await Connection.connect(servers, name=name, seed=seed, inbox_prefix=inbox_prefix)
+    if direct is None or os.environ.get(DIRECT) == "0":
+        return Bus(transport, node=node, identity_of=identity_of)
+    return Bus(Shortcut(transport, direct), node=node, identity_of=identity_of, direct=direct)

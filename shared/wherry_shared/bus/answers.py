@@ -9,19 +9,23 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 
+from .transport import Publisher
+
 KEEP_SECONDS = 120.0
 KEEP_MAX = 4096
 KEEP_BYTES = 16 << 20
 
 Answer = tuple[bytes, dict[str, str] | None]
 """A body and its headers."""
+Back = tuple[Publisher, str]
+"""Where an answer goes: the way that the request came, and its reply subject."""
 
 
 class Answers:
-    """Keys with their waiting reply subjects, and keys with their answers."""
+    """Keys with who waits for their answers, and keys with their answers."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, list[str]] = {}
+        self._waiting: dict[str, list[Back]] = {}
         self._kept: OrderedDict[str, tuple[Answer, float]] = OrderedDict()
         self._bytes = 0
 
@@ -30,16 +34,16 @@ class Answers:
         found = self._kept.get(key)
         return found[0] if found else None
 
-    def first(self, key: str, reply: str) -> bool:
-        """Whether nothing of this key is under way; from now on `reply` waits for its answer."""
+    def first(self, key: str, back: Back) -> bool:
+        """Whether nothing of this key is under way; from now on `back` waits for its answer."""
         waiting = self._waiting.get(key)
         if waiting is None:
-            self._waiting[key] = [reply]
+            self._waiting[key] = [back]
             return True
-        waiting.append(reply)
+        waiting.append(back)
         return False
 
-    def settle(self, key: str, answer: Answer | None) -> list[str]:
+    def settle(self, key: str, answer: Answer | None) -> list[Back]:
         """End what is under way, and keep its answer if there is one to keep; answers who waits for it."""
         if answer is not None:
             self._kept[key] = answer, time.monotonic()

@@ -8,12 +8,10 @@ Against a server that merely stalls and goes on, a request carries its deadline,
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
-from math import inf
 from typing import Any, Final
 
 from nats.errors import BadSubjectError
@@ -33,6 +31,7 @@ from .link import Link, check_version, sendable
 from .protocol import Message, encode_headers
 from .stream import JetStreamLog
 from .transport import Callback, NoResponders
+from .waiting import Waiting
 
 __all__ = ["Callback", "Connection", "Message", "NoResponders", "Subscription", "check_version"]
 
@@ -99,11 +98,8 @@ class Connection:
         self._link = link
         self._loop = asyncio.get_running_loop()
         self._inbox_prefix = inbox_prefix
-        self._inbox = f"{inbox_prefix}.{link._nuid.next().decode()}."
-        self._tokens = itertools.count(1)
-        # token -> answer, subject asked, and when the caller gives up (the loop's time)
-        self._waiting: dict[str, tuple[asyncio.Future[Message], str, float]] = {}
-        self._patience = inf  # when `_give_up` looks next
+        self._inbox = f"{inbox_prefix}.{link._nuid.next().decode()}"
+        self._waiting = Waiting(self._inbox)
         self._flushes: set[asyncio.Future[Any]] = set()
         self._interests: list[_Interest] = []
         self._announced = True
@@ -142,7 +138,7 @@ class Connection:
         )
         try:
             connection = cls(link, inbox_prefix)
-            await connection.subscribe(connection._inbox + "*", connection._answered)
+            await connection.subscribe(f"{connection._inbox}.*", connection._answered)
         except BaseException:
             await discard(link)
             raise
@@ -224,39 +220,18 @@ class Connection:
         PermissionDenied when the server refuses the subject, DeadlineExceeded at the timeout; and what `publish`
         raises.
         """
-        if timeout <= 0:
-            raise DeadlineExceeded(f"the deadline had passed before {subject} was asked")
-        answer: asyncio.Future[Message] = self._loop.create_future()
-        token = f"{next(self._tokens):x}"
-        until = self._loop.time() + timeout
-        self._waiting[token] = answer, subject, until
-        if until < self._patience:
-            self._patience = until
-            self._loop.call_at(until, self._give_up, until)
+        reply, answer = self._waiting.ask(subject, timeout)
         try:
-            self.publish(subject, data, reply=self._inbox + token, headers=headers)
+            self.publish(subject, data, reply=reply, headers=headers)
             return await answer
         finally:
-            self._waiting.pop(token, None)
-
-    def _give_up(self, planned: float) -> None:
-        """End what was not answered in time. One timer for all requests: one each costs more than the rest of it."""
-        if planned != self._patience:
-            return  # an earlier one has taken its place
-        now, self._patience = self._loop.time() + 0.001, inf
-        for answer, subject, until in self._waiting.values():
-            if until > now:
-                self._patience = min(self._patience, until)
-            elif not answer.done():
-                answer.set_exception(DeadlineExceeded(f"{subject} was not answered in time"))
-        if self._patience < inf:
-            self._loop.call_at(self._patience, self._give_up, self._patience)
+            self._waiting.forget(reply)
 
     def _answered(self, message: Any) -> None:
-        waiting = self._waiting.pop(message.subject[len(self._inbox) :], None)
-        if waiting is None or waiting[0].done():
+        asked = self._waiting.take(message.subject)
+        if asked is None:
             return
-        answer, subject, _ = waiting
+        answer, subject, _ = asked
         if message.no_responders:
             answer.set_exception(NoResponders(f"nobody listens on {subject}"))
         else:
@@ -331,13 +306,13 @@ class Connection:
         """
         try:
             async with asyncio.timeout(timeout):
-                inbox = self._inbox + "*"
+                inbox = f"{self._inbox}.*"
                 subs = list(self._link._subs.items())
                 for sid, sub in subs:
                     if str(sid) in self._link.callbacks and sub.subject != inbox:
                         await self._unsubscribe(sid)
                 await self.flush(timeout)
-                while waiting := [answer for answer, _, _ in self._waiting.values()]:
+                while waiting := [answer for _, (answer, _, _) in self._waiting]:
                     await asyncio.wait(waiting)
                     await asyncio.sleep(0)
                 await self.flush(timeout)
@@ -369,9 +344,7 @@ class Connection:
                 log.exception("a listener to the connection's state failed")
 
     def _fail_waiting(self) -> None:
-        for answer, subject, _ in self._waiting.values():
-            if not answer.done():
-                answer.set_exception(Unavailable(f"the connection to NATS dropped before {subject} was answered"))
+        self._waiting.fail(lambda subject: Unavailable(f"the connection to NATS dropped before {subject} was answered"))
         for pong in self._flushes:
             if not pong.done():
                 pong.set_exception(Unavailable("the connection to NATS dropped"))
@@ -405,8 +378,8 @@ class Connection:
         of_reply = kind.endswith("reply of")
         found = [
             answer
-            for token, (answer, asked, _) in self._waiting.items()
-            if (self._inbox + token if of_reply else asked) == subject and not answer.done()
+            for reply, (answer, asked, _) in self._waiting
+            if (reply if of_reply else asked) == subject and not answer.done()
         ]
         for answer in found:
             answer.set_exception(denied)

@@ -132,12 +132,13 @@ class Receiver(asyncio.BufferedProtocol):
     """Parses what the transport reads and calls the sink.
 
     `original` is the protocol that opened the transport: it hears of the connection's end and of back-pressure,
-    so that the StreamWriter built on it keeps working.
+    so that the StreamWriter built on it keeps working. limit: bytes that one message may have, headers included.
     """
 
-    def __init__(self, sink: Sink, original: asyncio.Protocol | None = None) -> None:
+    def __init__(self, sink: Sink, original: asyncio.Protocol | None = None, *, limit: int = MAX_BODY) -> None:
         self._sink = sink
         self._original = original
+        self._limit = limit
         self._buffer = bytearray(BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._end = 0  # bytes of the buffer that are filled; an unfinished operation always starts at 0
@@ -205,7 +206,7 @@ class Receiver(asyncio.BufferedProtocol):
         if len(fields) == 2:
             fields.append("")
         subject, sid, reply = fields
-        if not 0 <= block <= size <= MAX_BODY:
+        if not 0 <= block <= size <= self._limit:
             raise ValueError(f"a message on {subject!r} announces {size} bytes, {block} of them headers")
         self._line, self._block = (subject, sid, reply), block
         return size

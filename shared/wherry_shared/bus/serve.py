@@ -1,7 +1,8 @@
 """The service's half of a call: a task per request behind a bound, its context, its answer or its error.
 
 Who asks is known from the reply subject: each user's inbox prefix is a secret between it and the services, and the
-bus lets nobody else subscribe to it. A request whose reply is in no known inbox is dropped.
+bus lets nobody else subscribe to it. A request whose reply is in no known inbox is dropped. It is answered the way it
+came: by the bus, or on the direct connection that brought it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from .. import context
 from ..context import Context, Identity, Replayed
@@ -29,10 +30,10 @@ from ..errors import (
     WherryError,
 )  # fmt: skip
 from . import subjects
-from .answers import Answer, Answers
+from .answers import Answer, Answers, Back
 from .card import Card, Stats
 from .proxy import DEADLINE, ERROR, ERROR_CODE, KEY, LEASE, RETRY, TRACE
-from .transport import Message, Subscription, Transport
+from .transport import Message, Publisher, Subscription, Transport
 
 log = logging.getLogger("wherry.serve")
 
@@ -51,15 +52,27 @@ _TRANSIENT = (Unavailable, DeadlineExceeded, ResourceExhausted, Aborted)
 IdentityOf = Callable[[str], Identity | None]
 
 
+class Entrance(Protocol):
+    """Another way in than the bus, for as long as the service is served."""
+
+    def shut(self) -> None:
+        """Let nobody new in."""
+        ...
+
+    async def leave(self) -> None:
+        """Send what is answered, and end every connection."""
+        ...
+
+
 class Request:
     """One request in hand. `late` is set when its deadline has passed and its task was cancelled for it."""
 
-    __slots__ = ("context", "data", "endpoint", "late", "reply", "task")
+    __slots__ = ("back", "context", "data", "endpoint", "late", "task")
 
-    def __init__(self, endpoint: Endpoint, message: Message, ctx: Context) -> None:
+    def __init__(self, endpoint: Endpoint, data: bytes, back: Back, ctx: Context) -> None:
         self.endpoint = endpoint
-        self.data = message.data
-        self.reply = message.reply
+        self.data = data
+        self.back = back
         self.context = ctx
         self.late = False
         self.task: asyncio.Task[None] | None = None
@@ -75,7 +88,10 @@ class Request:
 
 
 class Server:
-    """Serves one implementation of a contract until it is drained."""
+    """Serves one implementation of a contract until it is drained.
+
+    service, node, token: what stands for it in subjects; token is that of `instance`.
+    """
 
     def __init__(
         self, transport: Transport, implementation: Contract, *, node: str, instance: str, identity_of: IdentityOf,
@@ -83,9 +99,11 @@ class Server:
     ) -> None:  # fmt: skip
         self._transport = transport
         self._contract = type(implementation)
-        self._prefix = f"{subjects.RPC}.{subjects.encode_token(node, 'node')}"
-        self._instance_token = subjects.encode_token(instance, "instance")
+        self.service = self._contract.service
+        self.node = subjects.encode_token(node, "node")
         self.instance = instance
+        self.token = subjects.encode_token(instance, "instance")
+        self._prefix = f"{subjects.RPC}.{self.node}"
         self._identity_of = identity_of
         self._endpoints = self._contract.endpoints
         for name, endpoint in self._endpoints.items():
@@ -103,6 +121,7 @@ class Server:
         self._backlog_bytes = 0
         self._answers = Answers()
         self._draining = False
+        self.entrance: Entrance | None = None
 
     async def start(self) -> None:
         """Subscribe: from here on requests are answered. PermissionDenied when this user may not serve that."""
@@ -110,7 +129,7 @@ class Server:
         prefix = f"{self._prefix}.*.{service}.*"
         subscribe = self._transport.subscribe
         wanted = [subscribe(subject, self._discovery(answer)) for subject, answer in self._card.subjects()]
-        wanted.append(subscribe(f"{prefix}.{self._instance_token}", self._on_message))
+        wanted.append(subscribe(f"{prefix}.{self.token}", self._on_message))
         wanted.append(subscribe(prefix, self._on_message, queue=service))
         made = await asyncio.gather(*wanted, return_exceptions=True)
         self._subscriptions = [s for s in made if not isinstance(s, BaseException)]
@@ -125,6 +144,8 @@ class Server:
         What the bus has handed over by now is answered too, with the request to ask another.
         """
         self._draining = True
+        if self.entrance is not None:
+            self.entrance.shut()
         await asyncio.gather(*(s.drain() for s in self._subscriptions), return_exceptions=True)
         self._subscriptions = []
         while self._backlog:
@@ -133,6 +154,8 @@ class Server:
         await asyncio.sleep(0)  # a task that never ran could not answer its cancellation
         await self._end(self._waits, 0.0)
         await self._end(self._running, timeout)
+        if self.entrance is not None:
+            await self.entrance.leave()
 
     @staticmethod
     async def _end(requests: set[Request], patience: float) -> None:
@@ -158,25 +181,38 @@ class Server:
         if identity is None:
             log.warning("request on %s with a reply outside every known inbox: dropped", message.subject)
             return
+        self.take(message, identity, self._transport)
+
+    def serves(self, subject: str) -> bool:
+        """Whether requests on `subject` are this process's; of what the bus brings it is so by subscription."""
+        if subject in self._routes:
+            return True
+        parts = subject.split(".")
+        ours = ".".join(parts[:4]) == self._prefix and len(parts) in (7, 8) and parts[5] == self._contract.service
+        return ours and parts[7:] in ([], [self.token])
+
+    def take(self, message: Message, identity: Identity, way: Publisher) -> None:
+        """One request of a known caller, to be answered by `way`."""
+        back = way, message.reply
         try:
-            request = self._admit(message, identity)
+            request = self._admit(message, identity, back)
         except WherryError as e:
-            self._send(message.reply, error_answer(e))
+            self._send(back, error_answer(e))
             return
         ctx = request.context
         if ctx.deadline and ctx.deadline <= time.time():
             return  # its caller has given up: no command runs late
         kept = self._answers.kept(ctx.key) if ctx.key else None
         if kept is not None:
-            self._send(message.reply, kept)
+            self._send(back, kept)
         elif self._draining:
-            self._send(message.reply, _stopping())
+            self._send(back, _stopping())
         elif request.endpoint.name in self._immediate:
             self._answer_now(request)
-        elif not ctx.key or self._answers.first(ctx.key, message.reply):
+        elif not ctx.key or self._answers.first(ctx.key, back):
             self._schedule(request)
 
-    def _admit(self, message: Message, identity: Identity) -> Request:
+    def _admit(self, message: Message, identity: Identity, back: Back) -> Request:
         """The request with its context; every token is validated again."""
         endpoint, namespace = self._routes.get(message.subject) or self._route(message.subject)
         if identity.namespace and namespace != identity.namespace:
@@ -187,7 +223,7 @@ class Server:
             raise InvalidArgument(f"{KEY} is longer than {KEY_MAX} characters")
         if key:
             key = f"{identity.name}/{namespace}/{endpoint.name}/{key}" if endpoint.mutates or endpoint.waits else ""
-        return Request(endpoint, message, Context(
+        return Request(endpoint, message.data, back, Context(
             namespace, headers.get(LEASE, ""), _deadline(headers.get(DEADLINE)), identity, key, headers.get(TRACE, ""),
             endpoint.encode_reply,
         ))  # fmt: skip
@@ -228,7 +264,7 @@ class Server:
         finally:
             context.leave(token)
         self._card.count(request.endpoint.name, time.perf_counter_ns() - started, error)
-        self._send(request.reply, answer)
+        self._send(request.back, answer)
 
     def _run_through(self, request: Request) -> Any:
         call = self._methods[request.endpoint.name](**request.endpoint.decode_request(request.data))
@@ -314,19 +350,20 @@ class Server:
         """Answer everybody who waits for it."""
         key = request.context.key
         if not key:
-            self._send(request.reply, answer)
+            self._send(request.back, answer)
             return
         transient = isinstance(error, _TRANSIENT) or (answer[1] is not None and RETRY in answer[1])
-        for reply in self._answers.settle(key, None if transient else answer):
-            self._send(reply, answer)
+        for back in self._answers.settle(key, None if transient else answer):
+            self._send(back, answer)
 
-    def _send(self, reply: str, answer: Answer) -> None:
+    def _send(self, back: Back, answer: Answer) -> None:
         data, headers = answer
+        way, reply = back
         try:
-            if len(data) > self._transport.max_payload:
+            if len(data) > way.max_payload:
                 error = ResourceExhausted(f"the answer of {len(data)} bytes is larger than a message may be")
                 data, headers = error_answer(error)
-            self._transport.publish(reply, data, headers=headers)
+            way.publish(reply, data, headers=headers)
         except WherryError as e:
             log.info("an answer could not be sent, its caller will ask again: %s", e)
 
@@ -334,7 +371,7 @@ class Server:
         def reply(message: Message) -> None:
             # An answer to somewhere else would be a message that its sender may not publish itself.
             if message.reply and self._identity_of(message.reply) is not None:
-                self._send(message.reply, (json.dumps(answer()).encode(), None))
+                self._send((self._transport, message.reply), (json.dumps(answer()).encode(), None))
 
         return reply
 

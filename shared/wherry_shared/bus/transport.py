@@ -43,7 +43,18 @@ class Subscription(Protocol):
         ...
 
 
-class Transport(Protocol):
+class Publisher(Protocol):
+    """A way for an answer: the bus, or the connection that the request came on."""
+
+    @property
+    def max_payload(self) -> int: ...
+
+    def publish(self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
+        """Send, and forget. Unavailable when not connected, InvalidArgument over `max_payload`."""
+        ...
+
+
+class Transport(Publisher, Protocol):
     """Publishes, subscribes and asks. Nothing is ever buffered while it is not connected."""
 
     @property
@@ -54,16 +65,10 @@ class Transport(Protocol):
     @property
     def connected(self) -> bool: ...
     @property
-    def max_payload(self) -> int: ...
-    @property
     def inbox_prefix(self) -> str: ...
 
     async def subscribe(self, subject: str, callback: Callback, *, queue: str = "") -> Subscription:
         """Interest in a subject; one of a `queue` group gets each message. PermissionDenied when refused."""
-        ...
-
-    def publish(self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
-        """Send, and forget. Unavailable when not connected, InvalidArgument over `max_payload`."""
         ...
 
     async def request(

@@ -17,8 +17,8 @@ A backend is found by name (`--set backend=NAME`): the built-in ones, then the e
   goes on from it. Parts of an upload that were acknowledged must not be lost with the process, unless `progress`
   goes back with them.
 * What is called "under the lock" runs in the writer thread of the service's database, in a transaction that all
-  replicas on a root share. It may wait for a network, a second at most: every mutation of the node waits with it. It may
-  run twice. The event loop never runs it.
+  replicas on a root share. It may wait for a network, a second at most: every mutation of the node waits with it.
+  It may run twice. The event loop never runs it.
 * An exclusive lock for each open ingest, which dies with its holder (a file lock, or a lease in the store that is
   renewed while the ingest is held).
 * `replicable` is True where several processes may serve the same blobs: then replicas see each other's work at once.

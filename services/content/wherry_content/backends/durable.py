@@ -44,8 +44,19 @@ class Note:
     def set(self, count: int) -> None:
         """Note that so many bytes are durable; the note itself is when this returns."""
         if count != self.count:
-            self.count = count
+            first, self.count = self.count == 0, count
             self._write(durably=True)
+            if first:
+                self._sync_names()
+
+    def _sync_names(self) -> None:
+        """The ingest's directory may be new itself."""
+        parent = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._directory)
+        try:
+            os.fsync(self._directory)
+            os.fsync(parent)
+        finally:
+            os.close(parent)
 
     def _write(self, *, durably: bool) -> None:
         fd = os.open(NOTE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self._directory)

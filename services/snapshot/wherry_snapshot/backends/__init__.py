@@ -24,6 +24,7 @@ REMAP_IDS = "remap-ids"
 
 _OWN = (
     EntryPoint("btrfs", "wherry_snapshot.backends.btrfs:BtrfsBackend", GROUP),
+    EntryPoint("erofs", "wherry_snapshot.backends.erofs:ErofsBackend", GROUP),
     EntryPoint("native", "wherry_snapshot.backends.native:NativeBackend", GROUP),
     EntryPoint("overlay", "wherry_snapshot.backends.overlay:OverlayBackend", GROUP),
 )

@@ -25,6 +25,7 @@ HELD = 64
 ROUNDS = 5
 BLOCK = 512
 """The unit of st_blocks, whatever the filesystem's own block size."""
+HOLE = 1 << 16
 
 _GETFLAGS, _SETFLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS and FS_IOC_SETFLAGS of linux/fs.h, 64 bit
 _FLAGS = struct.Struct("I4x")  # the kernel writes 32 bits, though the number says 64
@@ -242,6 +243,29 @@ def measure(path: os.PathLike[str] | str, check: Check, origin: os.PathLike[str]
             except Aborted:
                 continue
     raise Aborted(f"the tree of {os.path.basename(path)} changes while it is measured")
+
+
+class _Holes(Visitor):
+    def __init__(self) -> None:
+        self.found = False
+
+    def visit(self, fd: int) -> list[str]:
+        below = []
+        for name, st in _entries(fd):
+            missing = st.st_size - st.st_blocks * BLOCK
+            if stat.S_ISREG(st.st_mode) and missing > HOLE:
+                self.found = True
+            elif stat.S_ISDIR(st.st_mode):
+                below.append(name)
+        return [] if self.found else below
+
+
+def has_holes(path: os.PathLike[str] | str, check: Check) -> bool:
+    """Whether some file in a tree lacks more than HOLE bytes on the disk that its size says."""
+    holes = _Holes()
+    with trusted_directory(path) as fd:
+        walk(os.dup(fd), holes, check)
+    return holes.found
 
 
 # ---- what overlay marks as deleted

@@ -1,0 +1,203 @@
+"""The direct path, the caller's side: requests to the services of this node's host go to their own sockets.
+
+Everything else goes by the bus, and so does every request that finds no socket there, or is sent away from it, or
+gets lost with it: at once, and with the same key, so that it takes effect once (docs/decisions/0008).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from ..errors import Unavailable, WherryError
+from . import sockets, subjects
+from .pipe import MAX_PAYLOAD, Pipe
+from .protocol import Message, encode_headers
+from .proxy import RETRY
+from .transport import Callback, EventLog, Subscription, Transport
+from .transport import Message as AnyMessage
+from .waiting import Waiting
+
+log = logging.getLogger("wherry.direct")
+
+LOOK_SECONDS: Final = 2.0  # between two looks for replicas that are new
+_PREFIX: Final = subjects.RPC + "."
+_ROUTES_MAX: Final = 1024
+_RETRY: Final = RETRY.encode()
+
+
+class Lost(Unavailable):
+    """The direct connection has ended, or is of no use: ask by the bus."""
+
+
+class Lane(Pipe):
+    """The connection to one process."""
+
+    def __init__(self, sock: socket.socket, waiting: Waiting) -> None:
+        super().__init__(sock)
+        self.waiting = waiting
+        self.heard = 0.0  # when it last answered (the loop's time)
+        self.now = self._loop.time
+
+    async def ask(self, subject: str, block: bytes, data: bytes, timeout: float) -> Message:
+        """One request. Lost when the answer is to be had by the bus, DeadlineExceeded."""
+        waiting = self.waiting
+        reply, answer = waiting.ask(subject, timeout)
+        try:
+            self.send(subject, reply, block, data)
+            if len(waiting) == 1:
+                self.flush()
+            return await answer
+        finally:
+            waiting.forget(reply)
+
+    def on_message(self, sid: str, subject: str, reply: str, block: bytes | None, data: bytes) -> None:
+        asked = self.waiting.take(subject)
+        if asked is None:
+            return
+        message = Message(subject, data, reply, block)
+        if block is not None and (message.no_responders or _RETRY in block):
+            asked[0].set_exception(Lost(f"{asked[1]} is to be asked on the bus"))
+        else:
+            asked[0].set_result(message)
+
+    def on_lost(self, error: Exception | None) -> None:
+        self.waiting.fail(lambda subject: Lost(f"the direct connection ended before {subject} was answered"))
+
+
+class Lanes:
+    """The connections to the processes of one service, opened when they are first needed."""
+
+    def __init__(self, folder: Path, inbox_prefix: str) -> None:
+        self._folder = folder
+        self._inbox_prefix = inbox_prefix
+        self._loop = asyncio.get_running_loop()
+        self._lanes: dict[str, Lane] = {}
+        self._look_at = 0.0
+
+    def choose(self, instance: str) -> Lane | None:
+        """The connection for one request: to that instance, or the one where the fewest wait."""
+        if self._loop.time() >= self._look_at:
+            self._look()
+        lanes = self._lanes
+        if instance:
+            found = lanes.get(instance)
+        elif len(lanes) == 1:
+            (found,) = lanes.values()
+        else:
+            found = min(lanes.values(), key=lambda lane: len(lane.waiting) + random.random(), default=None)  # noqa: S311
+        if found is None or not found.ended:
+            return found
+        self._look_at = 0.0
+        return None
+
+    def _look(self) -> None:
+        """Connect to who is new, and forget who is gone."""
+        self._look_at = self._loop.time() + LOOK_SECONDS
+        self._lanes = {instance: lane for instance, lane in self._lanes.items() if not lane.ended}
+        try:
+            sockets.check_folder(self._folder)
+            there = sockets.instances(self._folder)
+        except (OSError, WherryError) as error:
+            log.debug("no direct path: %s", error)
+            return
+        for instance in there:
+            if instance not in self._lanes:
+                self._open(instance)
+
+    def _open(self, instance: str) -> None:
+        try:
+            sock = sockets.connect(self._folder / f"{instance}{sockets.SUFFIX}")
+        except OSError as error:  # not ours to open, left behind by one that was killed, or too busy
+            log.debug("no direct path to %s: %s", instance, error)
+            return
+        self._lanes[instance] = Lane(sock, Waiting(f"{self._inbox_prefix}.{os.urandom(8).hex()}"))
+
+    def close(self) -> None:
+        for lane in self._lanes.values():
+            lane.end()
+        self._lanes = {}
+
+
+class Shortcut:
+    """A transport whose requests take the direct path where there is one. Everything else is that of the bus."""
+
+    def __init__(self, bus: Transport, state: Path) -> None:
+        """state: the node's state directory on this host."""
+        self._bus = bus
+        self._state = state
+        self._services: dict[tuple[str, str], Lanes] = {}
+        self._routes: dict[str, tuple[Lanes, str]] = {}
+
+    async def request(
+        self, subject: str, data: bytes, *, headers: Mapping[str, str] | None = None, timeout: float
+    ) -> AnyMessage:
+        """Ask, by the direct path or else by the bus; errors as of Transport.request."""
+        route = self._routes.get(subject) or self._route(subject)
+        lane = route[0].choose(route[1]) if route is not None else None
+        if lane is None:
+            return await self._bus.request(subject, data, headers=headers, timeout=timeout)
+        until = lane.now() + timeout
+        block = encode_headers(headers) if headers else b""
+        if len(block) + len(data) <= MAX_PAYLOAD:
+            try:
+                return await lane.ask(subject, block, data, timeout)
+            except Lost:
+                timeout = until - lane.now()
+        return await self._bus.request(subject, data, headers=headers, timeout=timeout)
+
+    def _route(self, subject: str) -> tuple[Lanes, str] | None:
+        """The processes that a subject is for, and the instance of them or ""."""
+        parts = subject.split(".")
+        if not subject.startswith(_PREFIX) or len(parts) not in (7, 8):
+            return None
+        key = parts[3], parts[5]
+        lanes = self._services.get(key)
+        if lanes is None:
+            lanes = self._services[key] = Lanes(sockets.folder(self._state, *key), self._bus.inbox_prefix)
+        if len(self._routes) >= _ROUTES_MAX:
+            self._routes.clear()
+        found = self._routes[subject] = lanes, parts[7] if len(parts) == 8 else ""
+        return found
+
+    async def close(self) -> None:
+        for lanes in self._services.values():
+            lanes.close()
+        self._services, self._routes = {}, {}
+        await self._bus.close()
+
+    # ---- the bus's own
+
+    @property
+    def on_state(self) -> list[Callable[[bool], None]]:
+        return self._bus.on_state
+
+    @property
+    def connected(self) -> bool:
+        return self._bus.connected
+
+    @property
+    def max_payload(self) -> int:
+        return self._bus.max_payload
+
+    @property
+    def inbox_prefix(self) -> str:
+        return self._bus.inbox_prefix
+
+    async def subscribe(self, subject: str, callback: Callback, *, queue: str = "") -> Subscription:
+        return await self._bus.subscribe(subject, callback, queue=queue)
+
+    def publish(self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
+        self._bus.publish(subject, data, reply=reply, headers=headers)
+
+    async def flush(self, timeout: float = 5.0) -> None:
+        await self._bus.flush(timeout)
+
+    def event_log(self, name: str, subject: str) -> EventLog:
+        return self._bus.event_log(name, subject)
