@@ -344,6 +344,48 @@ class ContainerdClient:
             raise MeasureError(f"{got} of {size} bytes were read")
         return took
 
+    def write_time(self, path: str, size: int, digest: str) -> float:
+        """The API's Write stream, in messages of 1 MiB, none of which waits for the answer to the one before."""
+        began = time.perf_counter()
+        ref = f"bench-{digest[7:23]}"
+        with open(path, "rb") as source, self._connect() as connection:
+            stream = connection.open(f"{CONTENT}/Write")
+            connection.send(stream, encode({1: _STAT, 2: ref, 3: size, 4: digest}))
+            offset = 0
+            while data := source.read(1 << 20):
+                connection.send(stream, encode({1: _WRITE, 2: ref, 5: offset, 6: data}))
+                offset += len(data)
+            stream.take()
+            connection.send(stream, encode({1: _COMMIT, 2: ref, 3: size, 4: digest, 5: offset, 7: entries(KEEP)}))
+            connection.finish(stream)
+        took = time.perf_counter() - began
+        if digest.encode() not in b"".join(stream.take()):
+            raise stream.error()
+        return took
+
+    def read_bus_rate(self, readers: int, size: int, digest: str) -> float:
+        """Bytes per second of the API's stream, by so many readers with a connection each."""
+        connections = [self._connect() for _ in range(readers)]
+        got = 0
+        began = time.perf_counter()
+        streams = [connection.start(f"{CONTENT}/Read", encode({1: digest})) for connection in connections]
+
+        def done() -> bool:
+            nonlocal got
+            got += sum(len(message) for stream in streams for message in stream.take())
+            return all(stream.ended for stream in streams)
+
+        wait_all(connections, done)
+        took = time.perf_counter() - began
+        for connection in connections:
+            connection.close()
+        if got < readers * size:
+            raise MeasureError(f"{got} of {readers * size} bytes were read")
+        return readers * size / took
+
+
+_STAT, _WRITE, _COMMIT = 0, 1, 2  # containerd.services.content.v1.WriteAction
+
 
 # An event of about 400 bytes, as a container's creation is.
 EVENT_LABELS = {f"org.example.bench.label-{number}": "x" * 40 for number in range(5)}

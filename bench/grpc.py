@@ -2,8 +2,9 @@
 
 A Python gRPC library costs a multiple of what the server does for a small request and would be most of what is
 measured; this costs about as much as Wherry's own connection does. Header tables are switched off (size 0), windows
-are opened once (2 GiB per connection, ours to receive), requests must stay below the server's first window (64 KiB in
-flight), and a call that ends without a message has failed: only then are headers decoded.
+are opened once (2 GiB per connection, ours to receive), unary requests must stay below the server's first window (64
+KiB in flight) and streamed ones wait for it, and a call that ends without a message has failed: only then are headers
+decoded.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RST, _SETTINGS, _PING, _GOAWAY, _WINDOW = 0, 1, 3, 4, 6, 7, 8
 _END_STREAM, _END_HEADERS, _ACK = 1, 4, 1
 _WINDOW_MAX = (1 << 31) - 1
+_FRAME_MAX, _INITIAL_WINDOW = 16384, 4
 _CODES = (
     "OK", "Canceled", "Unknown", "InvalidArgument", "DeadlineExceeded", "NotFound", "AlreadyExists",
     "PermissionDenied", "ResourceExhausted", "FailedPrecondition", "Aborted", "OutOfRange", "Unimplemented",
@@ -38,10 +40,12 @@ class GrpcError(Exception):
 class Stream:
     """One call on its way: what has arrived of it."""
 
-    __slots__ = ("data", "ended", "headers", "messages", "method")
+    __slots__ = ("data", "ended", "headers", "messages", "method", "number", "room")
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str, number: int = 0, room: int = 0) -> None:
         self.method = method
+        self.number = number
+        self.room = room  # bytes that the server takes before it opens its window again
         self.data = bytearray()
         self.messages: list[bytes] = []
         self.headers: list[bytes] = []
@@ -82,6 +86,7 @@ class Connection:
         self._heads: dict[str, bytes] = {}
         self._buffer = bytearray()
         self._next = 1
+        self._room = self._room_of_a_stream = 65535
         self.streams: dict[int, Stream] = {}
         settings = struct.pack(">HIHIHI", 1, 0, 2, 0, 4, _WINDOW_MAX)
         opened = struct.pack(">I", _WINDOW_MAX - 65535)
@@ -116,6 +121,30 @@ class Connection:
         message = b"\0" + len(body).to_bytes(4, "big") + body
         self._socket.sendall(_frame(_HEADERS, _END_HEADERS, number, head) + _frame(_DATA, _END_STREAM, number, message))
         return stream
+
+    def open(self, method: str) -> Stream:
+        """Begin a call whose request is a stream of messages: `send` them, then `finish`."""
+        number, self._next = self._next, self._next + 2
+        stream = self.streams[number] = Stream(method, number, self._room_of_a_stream)
+        self._socket.sendall(_frame(_HEADERS, _END_HEADERS, number, self._head(method)))
+        return stream
+
+    def send(self, stream: Stream, body: bytes) -> None:
+        """One message, as fast as the server takes it; what it answers meanwhile is taken in."""
+        message = memoryview(b"\0" + len(body).to_bytes(4, "big") + body)
+        while message and not stream.ended:
+            room = min(self._room, stream.room, len(message))
+            if not room:
+                self.receive()
+                continue
+            parts: list[bytes | memoryview] = []
+            for at in range(0, room, _FRAME_MAX):
+                part = message[at : min(at + _FRAME_MAX, room)]
+                parts += [len(part).to_bytes(3, "big") + bytes((_DATA, 0)) + stream.number.to_bytes(4, "big"), part]
+            self._socket.sendall(b"".join(parts))
+            self._room -= room
+            stream.room -= room
+            message = message[room:]
 
     def call(self, method: str, body: bytes = b"") -> bytes:
         """One unary call."""
@@ -199,7 +228,14 @@ class Connection:
             if flags & _END_STREAM:
                 stream.ended = True
                 del self.streams[number]
+        elif kind == _WINDOW:
+            more = int.from_bytes(payload, "big") & _WINDOW_MAX
+            if not number:
+                self._room += more
+            elif number in self.streams:
+                self.streams[number].room += more
         elif kind == _SETTINGS and not flags & _ACK:
+            self._resize(payload)
             self._socket.sendall(_frame(_SETTINGS, _ACK, 0, b""))
         elif kind == _PING and not flags & _ACK:
             self._socket.sendall(_frame(_PING, _ACK, 0, bytes(payload)))
@@ -207,6 +243,14 @@ class Connection:
             self.streams.pop(number).ended = True
         elif kind == _GOAWAY:
             raise ConnectionError(f"containerd sent GOAWAY: {bytes(payload[8:]).decode(errors='replace')}")
+
+    def _resize(self, settings: memoryview) -> None:
+        """The server has another idea of a stream's first window, which counts for those that are open, too."""
+        for name, value in struct.iter_unpack(">HI", settings):
+            if name == _INITIAL_WINDOW:
+                for stream in self.streams.values():
+                    stream.room += value - self._room_of_a_stream
+                self._room_of_a_stream = value
 
 
 def wait_all(connections: Sequence[Connection], done: Callable[[], bool], timeout: float = 60.0) -> None:

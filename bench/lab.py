@@ -102,15 +102,20 @@ class Lab:
         with NODES[side](self.base) as node:
             yield node
 
-    def node(self, side: str) -> Node:
-        """The node that all rows share which leave little behind; started when it is asked for the first time."""
-        known: dict[str, Node | str] = self.__dict__.setdefault("_nodes", {})
-        if side not in known:
+    def node(self, side: str, *, replicas: int = 1) -> Node:
+        """The node that all rows share which leave little behind; started when it is asked for the first time.
+
+        replicas: one with so many content services.
+        """
+        known: dict[tuple[str, int], Node | str] = self.__dict__.setdefault("_nodes", {})
+        if (side, replicas) not in known:
+            made = NODES[side](self.base)
+            made.replicas = replicas
             try:
-                known[side] = self._stack.enter_context(NODES[side](self.base))
+                known[side, replicas] = self._stack.enter_context(made)
             except FAILURES as error:
-                known[side] = _reason(error)
-        found = known[side]
+                known[side, replicas] = _reason(error)
+        found = known[side, replicas]
         if isinstance(found, str):
             raise MeasureError(found)
         return found

@@ -17,6 +17,8 @@ GIB = 1 << 30
 CALLERS, MANY, SUBSCRIBERS = 16, 50, 10
 START_CALLERS = 10
 LISTED = 10_000
+READERS, REPLICAS, SHARED = 4, (1, 2, 4), 256 * MIB
+LATER = 100  # what is ingested a second time must not be there already
 
 
 def requests(lab: Lab) -> None:
@@ -132,12 +134,12 @@ def listing(lab: Lab) -> None:
     lab.alternate(["list_10k"], lab.runs, measure, warm_up=1)
 
 
-def _source(path: Path, number: int) -> str:
-    """A file of 1 GiB in the page cache, different for each number; answers its digest."""
+def _source(path: Path, number: int, size: int = GIB) -> str:
+    """A file in the page cache, different for each number; answers its digest."""
     if not path.exists():
         block = os.urandom(16 * MIB)
         with path.open("wb") as file:
-            for _ in range(GIB // len(block)):
+            for _ in range(size // len(block)):
                 file.write(block)
     with path.open("r+b") as file:
         file.write(number.to_bytes(16, "big"))
@@ -165,6 +167,48 @@ def content(lab: Lab) -> None:
     lab.alternate_sides(["ingest_1g", "read_1g"], lab.runs, measure)
 
 
+def content_by_bus(lab: Lab) -> None:
+    """The same for a client that sees no file of the node's."""
+    path = lab.base / "gigabyte"
+    runs: Counter[str] = Counter()
+    digests: dict[int, str] = {}
+
+    def measure(side: str) -> Mapping[str, float]:
+        driver = lab.node(side).driver
+        runs[side] += 1
+        number = LATER + runs[side]
+        if number not in digests:
+            digests[number] = _source(path, number)
+        settle()
+        took = driver.call("write_time", path=str(path), size=GIB, digest=digests[number])
+        read = driver.call("read_bus_rate", readers=1, size=GIB, digest=digests[number])
+        return {"ingest_bus_1g": took, "read_bus_1g": GIB / read}
+
+    lab.alternate_sides(["ingest_bus_1g", "read_bus_1g"], lab.runs, measure)
+
+
+def replicas(lab: Lab) -> None:
+    """Several readers at once, of one content service and of several on one root."""
+    path = lab.base / "shared"
+    filled: set[Node] = set()
+
+    def reading(count: int) -> Callable[[str], Mapping[str, float]]:
+        def measure(side: str) -> Mapping[str, float]:
+            node = lab.node(side, replicas=count if side == "wherry" else 1)
+            if node not in filled:
+                node.driver.call("write_time", path=str(path), size=SHARED, digest=digest)
+                filled.add(node)
+            rate = node.driver.call("read_bus_rate", readers=READERS, size=SHARED, digest=digest)
+            return {f"read_replicas_{count}": rate / MIB}
+
+        return measure
+
+    if lab.results.wanted_of([f"read_replicas_{count}" for count in REPLICAS]):
+        digest = _source(path, 0, SHARED)
+    for count in REPLICAS:
+        lab.alternate_sides([f"read_replicas_{count}"], lab.runs, reading(count), warm_up=1)
+
+
 def pulls(lab: Lab) -> None:
     """Pull and unpack, each time by services that were started for it on fresh directories."""
 
@@ -190,4 +234,14 @@ def pulls(lab: Lab) -> None:
 
 
 # What fills the disk comes last.
-ALL: tuple[Callable[[Lab], None], ...] = (requests, events, lives, fifty, listing, content, pulls)
+ALL: tuple[Callable[[Lab], None], ...] = (
+    requests,
+    events,
+    lives,
+    fifty,
+    listing,
+    content,
+    content_by_bus,
+    replicas,
+    pulls,
+)

@@ -43,6 +43,11 @@ ROWS = (
     Row("event_deliveries_10", "events delivered to 10 subscribers, 16 publish calls under way", "1/s", "higher"),
     Row("ingest_1g", "1 GiB into content, verified and durable; a client on the node", "s"),
     Row("read_1g", "1 GiB out of content; a client on the node", "s"),
+    Row("ingest_bus_1g", "1 GiB into content, by a client that has the bus alone / containerd's gRPC", "s"),
+    Row("read_bus_1g", "1 GiB out of content, by a client that has the bus alone / containerd's gRPC", "s"),
+    Row("read_replicas_1", "4 readers that have the bus alone, 1 content service / containerd", "MiB/s", "higher"),
+    Row("read_replicas_2", "the same, 2 content services on one root", "MiB/s", "higher"),
+    Row("read_replicas_4", "the same, 4 content services on one root", "MiB/s", "higher"),
     Row("list_10k", "list 10,000 images", "ms"),
 )
 BY_ID = {row.id: row for row in ROWS}

@@ -24,7 +24,6 @@ from .driver import MeasureError
 
 _SNAPSHOTTER = "overlay"
 _TOPIC = "/bench/event"
-_CHUNK = 1 << 20
 
 
 class Container:
@@ -243,14 +242,18 @@ class WherryClient:
 
     # ---- content
 
-    async def ingest_time(self, path: str, size: int, digest: str) -> float:
+    async def ingest_time(self, path: str, size: int, digest: str, local: bool = True) -> float:
         began = time.perf_counter()
+        content, ref = self._client.content, digest[7:23]
         with open(path, "rb") as source:
-            async with streams.BlobWriter(self._client.content, digest[7:23], total=size, expected=digest) as writer:
-                while chunk := source.read(_CHUNK):
-                    await writer.write(chunk)
+            async with streams.BlobWriter(content, ref, total=size, expected=digest, local=local) as writer:
+                await writer.copy_from(source)
                 await writer.commit(labels=KEEP)
         return time.perf_counter() - began
+
+    async def write_time(self, path: str, size: int, digest: str) -> float:
+        """The same with no byte past the bus."""
+        return await self.ingest_time(path, size, digest, local=False)
 
     async def read_time(self, size: int, digest: str) -> float:
         began = time.perf_counter()
@@ -261,6 +264,21 @@ class WherryClient:
         if got < size:
             raise MeasureError(f"{got} of {size} bytes were read")
         return took
+
+    async def read_bus_rate(self, readers: int, size: int, digest: str) -> float:
+        """Bytes per second over the bus alone, by so many readers with a connection each."""
+        async with AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(
+                    wherry.connect(state=self._settings["state"], namespace=self._settings["namespace"])
+                )
+                for _ in range(readers)
+            ]
+            began = time.perf_counter()
+            async with asyncio.TaskGroup() as group:
+                for client in clients:
+                    group.create_task(_read_all(client, digest, size))
+            return readers * size / (time.perf_counter() - began)
 
 
 class Audience:
@@ -301,6 +319,14 @@ class Audience:
         if self._count < self._wanted:
             async with asyncio.timeout(60):
                 await self._reached.wait()
+
+
+async def _read_all(client: wherry.Client, digest: str, size: int) -> None:
+    got = 0
+    async for chunk in streams.read_blob(client.content, digest, local=False):
+        got += len(chunk)
+    if got < size:
+        raise MeasureError(f"{got} of {size} bytes were read")
 
 
 async def _side_by_side(work: Callable[[Any], Awaitable[Any]], items: Iterable[Any], callers: int) -> float:

@@ -25,7 +25,7 @@ class WherryNode(Node):
     def command(self) -> Sequence[str]:
         return [
             WHERRY, "up", "--root", str(self.place / "root"), "--state", str(self._state), "--port", "0",
-            "--node", f"bench-{os.getpid()}-{self.number}",
+            "--node", f"bench-{os.getpid()}-{self.number}", "--scale", f"content={self.replicas}",
         ]  # fmt: skip
 
     def ready(self) -> bool:

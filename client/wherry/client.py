@@ -321,13 +321,18 @@ class Client:
         with context.use(lease="", timeout=5.0):
             await self.leases.delete(lease.id)
 
+    @property
+    def is_admin(self) -> bool:
+        """Whether it may look beyond its namespace; a tenant may not."""
+        return self.address.creds.stem == ADMIN
+
     def within(self, namespace: str) -> Client:
         """This client in another namespace, on the same connection: close either, and both are."""
         return Client(self.bus, namespace, self.address)
 
     async def ensure_namespace(self) -> None:
         """Make the namespace known before the first thing in it. A tenant's was made by an admin."""
-        if self._known_namespace or self.address.creds.stem != ADMIN:
+        if self._known_namespace or not self.is_admin:
             return
         known = await walk(self.namespaces.walk, [f'name=="{self.namespace}"'])
         if not known:
@@ -341,7 +346,7 @@ class Client:
 
     async def defaults(self) -> dict[str, str]:
         """What the namespace's labels `containerd.io/defaults/*` say; a tenant may not read them and has none."""
-        if self.address.creds.stem != ADMIN:
+        if not self.is_admin:
             return {}
         namespace = await self.namespaces.get(self.namespace)
         return {k.removeprefix(DEFAULTS): v for k, v in namespace.labels.items() if k.startswith(DEFAULTS)}

@@ -69,12 +69,12 @@ class Spent:
 
 
 async def spent(client: Client, namespaces: Sequence[str] | None = None) -> list[Spent]:
-    """What these namespaces take; all that the node has, unless given."""
-    if namespaces is None:
+    """What these namespaces take; all that the node has, unless given. A tenant has one."""
+    if namespaces is None and client.is_admin:
         namespaces = [namespace.name for namespace in await walk(client.namespaces.walk)]
     names = await snapshotters(client)
     found = []
-    for namespace in namespaces:
+    for namespace in namespaces or [client.namespace]:
         other = client if namespace == client.namespace else client.within(namespace)
         counted = await census(other, names)
         found.append(Spent(namespace, counted, await snapshot_sizes(other, counted.snapshots)))

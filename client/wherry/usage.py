@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from wherry_shared.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable, WherryError
+from wherry_shared.errors import InvalidArgument, NotFound, WherryError
 from wherry_shared.values import Descriptor, Platform
 
 from .graph import CONFIG_TYPES, Graph, Part, Survey, missing_below, platform_of
@@ -75,10 +75,7 @@ class State:
 
 async def snapshotters(client: Client) -> list[str]:
     """The node's working snapshotters; the namespace's default alone where the caller may not ask."""
-    try:
-        plugins = await client.introspection.plugins([f"type=={SNAPSHOTTER_PLUGIN}"])
-    except (PermissionDenied, Unavailable):
-        plugins = []
+    plugins = await client.introspection.plugins([f"type=={SNAPSHOTTER_PLUGIN}"]) if client.is_admin else []
     found = sorted(plugin.id for plugin in plugins if not plugin.init_error)
     return found or [await client.default_snapshotter()]
 

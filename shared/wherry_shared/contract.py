@@ -40,6 +40,9 @@ LARGE = 32 << 10
 # How deep lists and maps may be nested in a request: an OCI specification needs 8.
 DEPTH_MAX = 64
 
+OWNERS: dict[str, str] = {}
+"""The contracts that are known here by their services, and whose processes serve them."""
+
 
 def endpoint(
     *errors: type[WherryError], mutates: bool = False, waits: bool = False, timeout: float = 10.0
@@ -293,7 +296,7 @@ class Contract(Protocol):
         if not service:
             return
         cls.service, cls.version, cls.namespaced = service, version, namespaced
-        cls.owner = owner or service
+        cls.owner = OWNERS[service] = owner or service
         cls.events = events or {}
         declared = {n: f for base in reversed(cls.__mro__) for n, f in vars(base).items() if hasattr(f, _DECLARED)}
         cls.endpoints = {name: Endpoint(cls, function) for name, function in declared.items()}

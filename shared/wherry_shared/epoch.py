@@ -2,7 +2,7 @@
 
 A database whose migrations hold `SCHEMA` and `journal(...)` takes part in collections. All processes that have it open
 obey, since all of it lies in the database. Times are of the clock that runs from boot on, so that no change of the date
-moves them. docs/decisions/0008 says what it is for.
+moves them. docs/decisions/0010 says what it is for.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class Page:
     def add(self, node: Node) -> bool:
         """False when it has no room any more: the page is full."""
         row = _row(node)
-        size = len(node.key) + 4 + (_weight(row) if row is not node.key else 0)
+        size = _length(node.key) + (_weight(row) if row is not node.key else 0)
         if self._size and self._size + size > PAGE_BYTES:
             return False
         self._size += size
@@ -172,7 +172,12 @@ def _row(node: Node) -> Any:
 
 def _weight(row: list[Any]) -> int:
     """About how many bytes the row's references take."""
-    return 24 + sum(4 * len(x) + 5 for group in row[4:8] for x in group if isinstance(x, str)) if len(row) > 1 else 0
+    return 24 + sum(_length(x) for group in row[4:8] for x in group if isinstance(x, str)) if len(row) > 1 else 0
+
+
+def _length(text: str) -> int:
+    """At most so many bytes."""
+    return (len(text) if text.isascii() else 4 * len(text)) + 5
 
 
 def encode_dead(groups: list[tuple[str, str, list[str]]]) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from wherry.registry import Credentials, Reference, Registry
-from wherry.registry.hosts import HostRules, Origin
+from wherry.registry.hosts import DEFAULT_ENDPOINT, HostRules, Origin
 from wherry.registry.mirrors import Mirrors, directories
 from wherry_shared.errors import FailedPrecondition, NotFound, PermissionDenied, Unauthenticated, Unavailable
 
@@ -78,9 +78,8 @@ async def test_what_mirrors_do_not_have_comes_from_the_next_host(write: Write) -
 async def test_a_mirror_that_is_gone_is_passed_over(write: Write) -> None:
     async with serving(ranged) as gone:
         pass
-    async with serving(ranged) as server:
-        async with registry_with(write(f'server = "{server.url}"\n' + host(gone))) as registry:
-            assert await bytes_of(registry) == DATA
+    async with serving(ranged) as server, registry_with(write(f'server = "{server.url}"\n' + host(gone))) as registry:
+        assert await bytes_of(registry) == DATA
     async with registry_with(write(f'server = "{gone.url}"\n')) as registry:
         with pytest.raises(Unavailable, match=gone.address):
             await registry.resolve(REF)
@@ -232,14 +231,11 @@ async def test_a_certificate_that_is_not_checked(write: Write, authority: Path) 
             return web.Response(status=307, headers={"Location": other.url})
 
         async with serving(away, server_context(authority)) as redirecting:
-            async with registry_with(write(host(redirecting, "skip_verify = true") + "\n")) as registry:
+            directory = write(host(redirecting, "skip_verify = true"))
+            async with registry_with(directory) as registry:
                 with pytest.raises((PermissionDenied, Unavailable)):
-                    await whole_or_raise(registry)
+                    await bytes_of(registry)
         assert other.requests == []  # the word was for one host
-
-
-async def whole_or_raise(registry: Registry) -> bytes:
-    return b"".join([chunk async for chunk in registry.blob(REF, BLOB)])
 
 
 async def test_certificates_beside_no_file(tmp_path: Path, authority: Path) -> None:
@@ -264,7 +260,7 @@ def endpoints(directory: Path, registry: str, capability: str = "pull") -> list[
 def test_a_folder_for_the_host_wins_over_the_default(write: Write) -> None:
     directory = write('[host."https://mirror.example"]\n', "_default")
     assert endpoints(directory, "a.example") == ["https://mirror.example/v2", "https://a.example/v2"]
-    assert endpoints(directory, "docker.io") == ["https://mirror.example/v2", "https://registry-1.docker.io/v2"]
+    assert endpoints(directory, "docker.io") == ["https://mirror.example/v2", f"https://{DEFAULT_ENDPOINT}/v2"]
     write("", "a.example")
     assert endpoints(directory, "a.example") == ["https://a.example/v2"]
     for name in ("b.example_5000_", "c.example:5000"):
@@ -273,7 +269,7 @@ def test_a_folder_for_the_host_wins_over_the_default(write: Write) -> None:
     assert endpoints(directory, "c.example:5000") == ["https://other.example/v2"]
     assert endpoints(directory, "b.example:5001")[-1] == "https://b.example:5001/v2"
     write('server = "https://docker.io"\n', "docker.io")
-    assert endpoints(directory, "docker.io") == ["https://registry-1.docker.io/v2"]
+    assert endpoints(directory, "docker.io") == [f"https://{DEFAULT_ENDPOINT}/v2"]
 
 
 def test_where_files_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +311,8 @@ async def test_a_certificate_that_is_missing_or_none_is_named(write: Write, tmp_
 
 async def test_a_name_that_is_nowhere_is_not_found(write: Write) -> None:
     async with serving(answer(404)) as mirror, serving(answer(404)) as server:
-        async with registry_with(write(f'server = "{server.url}"\n' + host(mirror))) as registry:
+        directory = write(f'server = "{server.url}"\n' + host(mirror))
+        async with registry_with(directory) as registry:
             with pytest.raises(NotFound, match=server.address):
                 await registry.resolve(REF)
             assert await registry.referrers(REF, BLOB.digest) == []

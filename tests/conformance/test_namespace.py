@@ -51,13 +51,13 @@ IMAGE = Image(name="redis", target=Descriptor(media_type="m", digest=f"sha256:{'
 CONTAINER = Container(id="redis", runtime=Runtime(name="runc"))
 
 
-def partial_service(contract: type[Any], walk: Callable[..., Any]) -> Any:
-    """A service that can only walk."""
+def partial_service(contract: type[Any], **known: Callable[..., Any]) -> Any:
+    """A service that can only do what is given."""
 
     async def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise Unimplemented("only walk is here")
+        raise Unimplemented("that is not here")
 
-    methods = {**dict.fromkeys(contract.endpoints, refuse), "walk": staticmethod(walk)}
+    methods = {**dict.fromkeys(contract.endpoints, refuse), **{n: staticmethod(f) for n, f in known.items()}}
     return type(f"Partial{contract.__name__}", (contract,), methods)()
 
 
@@ -87,8 +87,8 @@ class House:
                 self.bus.proxy(Collections),
             ),
             "container": ContainerService(ContainerCatalog(container_metadata.table(self.databases["container"]))),
-            "content": partial_service(Content, self._walk_blobs),
-            "snapshot": partial_service(Snapshots, self._walk_snapshots),
+            "content": partial_service(Content, walk=self._walk_blobs),
+            "snapshot": partial_service(Snapshots, walk=self._walk_snapshots, snapshotters=self._snapshotters),
         }
         for name, service in services.items():
             if name not in self.without:
@@ -98,8 +98,11 @@ class House:
         blob = Blob(digest=f"sha256:{'a' * 64}", size=1, created_at=TIME, updated_at=TIME)
         return Page[Blob](items=[blob] if context.namespace() in self.blobs else [])
 
+    async def _snapshotters(self) -> list[str]:
+        return ["native", "overlay"]
+
     async def _walk_snapshots(self, snapshotter: str, **arguments: Any) -> Page[Snapshot]:
-        if snapshotter != "native":
+        if snapshotter not in await self._snapshotters():
             raise InvalidArgument(f"snapshotter {snapshotter!r} is unknown")
         snapshot = Snapshot(kind="active", name="a", created_at=TIME, updated_at=TIME)
         return Page[Snapshot](items=[snapshot] if (context.namespace(), snapshotter) in self.snapshots else [])

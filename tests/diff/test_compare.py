@@ -371,3 +371,18 @@ def test_opaque_directories_hide_by_name(tmp_path: Path) -> None:
             assert [m.name for m in tar] == ["d", "d/.wh.a", "d/b", "d/b/.wh.c", "d/b/x"]
             assert all(m.size == m.mtime == 0 for m in tar if ".wh." in m.name)
         assert look(made_of.left)
+
+
+def test_owners_of_a_mapped_container_are_its_own(tmp_path: Path) -> None:
+    with ground(tmp_path, "overlay", [("write", b"a", b"x")]) as made_of:
+        play(made_of.right, [("write", b"in", b"x"), ("chown", b"in", 100_000, 200_005), ("remove", b"a"),
+                             ("write", b"out", b"x"), ("chown", b"out", 5, 200_000)])  # fmt: skip
+        left, (right,) = made_of.mounts
+        mapped = right.model_copy(
+            update={"options": ["uidmap=0:100000:65536", "gidmap=0:200000:65536", *right.options]}
+        )
+        _, layer = made(Comparison(left, (mapped,), TAR, str(tmp_path)))
+        with tarfile.open(fileobj=io.BytesIO(layer)) as tar:
+            assert {m.name: (m.uid, m.gid) for m in tar} == {".wh.a": (0, 0), "in": (0, 5), "out": (65534, 0)}
+        with pytest.raises(Unimplemented, match="id mappings"):
+            made(Comparison((), (mapped,), TAR, str(tmp_path)))

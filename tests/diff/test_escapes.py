@@ -339,7 +339,7 @@ def test_a_bomb_ends_in_the_middle_of_its_file(place: Place, suffix: str) -> Non
 
     def packed() -> Iterator[bytes]:
         form = compressor(TAR + suffix)
-        yield form.compress(header(b"bomb", size=100 << 30))
+        yield form.compress(header(b"bomb", size=base256(100 << 30, 12)))
         zeros = bytes(4 << 20)
         for _ in range((100 << 30) // len(zeros)):
             yield form.compress(zeros)

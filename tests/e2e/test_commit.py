@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from node import Node
+from node import Node, eventually
 
 SCRIPT = """
 set -e
@@ -134,3 +134,14 @@ def test_what_cannot_be_committed_is_named(node: Node, ns: list[str], busybox_re
     assert done.returncode == 1 and ".wh.passwd" in done.stderr and "Traceback" not in done.stderr
     assert node.json("content", "ingests", *ns) == [] and views(node, ns, []) == []
     node.run("rm", *ns, "odd")
+
+
+def test_a_tenant_commits_its_own(node: Node, namespace: str, ns: list[str], busybox_ref: str) -> None:
+    creds = node.run("auth", "tenant", namespace, "--state", str(node.state)).stdout.strip()
+    mine = {"env": {**node.environment, "WHERRY_CREDS": creds}}
+    eventually(lambda: node.run("ps", *ns, check=False, **mine).returncode == 0, "the tenant is not let in")
+    node.run("run", *ns, "--name", "own", busybox_ref, "touch", "/here", **mine)
+    assert node.run("diff", *ns, "own", **mine).stdout.splitlines()[-1] == "A /here"
+    node.run("commit", *ns, "own", "made:own", **mine)
+    assert node.run("run", *ns, "--rm", "made:own", "ls", "/here", **mine).stdout == "/here\n"
+    node.run("rm", *ns, "own", **mine)

@@ -43,7 +43,7 @@ from wherry_shared.sqlite import Database
 from wherry_shared.values import Descriptor, now
 
 NAMES = 3
-EXAMPLES = 120
+EXAMPLES = 80
 Node = tuple[str, str]
 
 
@@ -115,7 +115,7 @@ class World:
         self.model = Model()
         self.pending: set[asyncio.Task[None]] = set()
         self.serial = 0
-        self.killing = asyncio.Lock()
+        self.killing, self.acting = asyncio.Lock(), asyncio.Lock()
 
     async def __aenter__(self) -> World:
         self.house = await House(Bus(MemoryTransport(), node="n1"), self.root).__aenter__()
@@ -167,7 +167,8 @@ class World:
         except AlreadyExists:
             held.add(node)
             self.model.there.add(node)
-            await self.client.content.update(digest, gc(labels))
+            if labels:
+                await self.client.content.update(digest, gc(labels), [f"labels.{label}" for label in gc(labels)])
             self.model.edges[node] = set(refs)
 
     async def _snapshot(self, node: Node, held: set[Node]) -> None:
@@ -315,10 +316,13 @@ class World:
             await self.house.start(name)
 
     def spawn(self, action: str) -> None:
-        name, n = action.split()
-        work: Coroutine[Any, Any, None] = getattr(self, name)(int(n))
-        task = asyncio.create_task(work)
-        self.pending.add(task)
+        async def act() -> None:
+            name, n = action.split()
+            work: Coroutine[Any, Any, None] = getattr(self, name)(int(n))
+            async with self.acting:  # one after the other, but side by side with the collection
+                await work
+
+        self.pending.add(asyncio.create_task(act()))
 
     async def settle(self) -> None:
         """What was begun is done."""

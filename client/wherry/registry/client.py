@@ -7,7 +7,7 @@ import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from wherry_shared.errors import (
     DataLoss,
@@ -42,8 +42,10 @@ from .hosts import DEFAULT_ENDPOINT, HostRules, Lookup, Origin, PinnedResolver, 
 from .mirrors import Endpoint, Mirrors, directories
 from .reference import DEFAULT_REGISTRY, Reference
 from .transport import Transport
-from .upload import Upload
 from .wire import Limits, Transient, Wire
+
+if TYPE_CHECKING:
+    from .upload import Upload
 
 T = TypeVar("T")
 
@@ -185,6 +187,8 @@ class Registry:
 
     async def upload(self, ref: Reference) -> Upload:
         """What puts blobs and manifests into a reference's repository: the first host that may be pushed to."""
+        from .upload import Upload
+
         endpoint = self._mirrors.endpoints(ref.registry, "push")[0]
         return Upload(self._wire, self._transport, await self._access(ref, endpoint, "pull,push"))
 

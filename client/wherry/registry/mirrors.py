@@ -1,4 +1,4 @@
-"""Which hosts serve a registry, and how each is spoken to: containerd's `hosts.toml` (docs: hosts.md).
+"""Which hosts serve a registry, and how each is spoken to: containerd's `hosts.toml`.
 
 `<directory>/<host>/hosts.toml`, else `<directory>/_default/hosts.toml`; a directory without that file may hold
 `*.crt` (authorities), `*.cert` and `*.key` (client pairs). Hosts are asked in the file's order, the server last.
@@ -10,8 +10,8 @@ import asyncio
 import os
 import re
 import ssl
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,24 +48,20 @@ class Tls:
                 made.load_verify_locations(path)
         for certificate, key in self.clients:
             with _certificates(certificate):
-                made.load_cert_chain(certificate, key or None)
+                made.load_cert_chain(certificate, key or None, password=b"")  # and no question at the terminal
         if self.skip_verify:
             made.check_hostname = False
             made.verify_mode = ssl.CERT_NONE
         return made
 
 
-class _certificates:  # noqa: N801 - a context manager that reads as a word
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):  # ssl's own errors are some, too
-            reason = "not found" if isinstance(error, FileNotFoundError) else "it holds no usable certificate"
-            raise FailedPrecondition(f"certificate {self._path}: {reason}") from None
+@contextmanager
+def _certificates(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:  # ssl's own errors are some, too
+        reason = "not found" if isinstance(e, FileNotFoundError) else "it holds no usable certificate"
+        raise FailedPrecondition(f"certificate {path}: {reason}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +162,8 @@ class _File:
         return [*found, self._endpoint(document, server)]
 
     def _load(self) -> dict[str, Any]:
+        import tomllib  # most hosts have no file
+
         try:
             with self._path.open("rb") as file:
                 raw = file.read(_FILE_MAX + 1)
@@ -200,10 +198,10 @@ class _File:
         try:
             origin, parts = Origin.of(full), urlsplit(full)
         except (PermissionDenied, InvalidArgument) as e:
-            raise self._wrong(f"host {url[:200]!r}: {e.message}") from None
+            raise self._wrong(f"a host: {e.message}") from None
         path = parts.path.rstrip("/")
         if parts.query or parts.fragment or not _PATH.fullmatch(path) or ".." in path.split("/"):
-            raise self._wrong(f"host {url[:200]!r} is not scheme, host and path")
+            raise self._wrong(f"host {origin.authority} is not given as scheme, host and path")
         if origin.host == DEFAULT_REGISTRY:
             origin = Origin(origin.scheme, DEFAULT_ENDPOINT, origin.port)
         return origin, path

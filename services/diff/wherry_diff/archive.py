@@ -22,6 +22,7 @@ from wherry_shared.errors import Aborted, FailedPrecondition, ResourceExhausted
 from . import headers
 from .changes import DELETED, SAME, Found, Level, Walk, mtime
 from .headers import Headers, Meta
+from .ids import Ids
 from .limits import Limits
 from .names import join, show
 
@@ -48,11 +49,12 @@ class _Group:
 class Archive:
     """The archive of one walk, iterated once: pieces of some 256 KiB."""
 
-    def __init__(self, walk: Walk, limits: Limits, epoch: int | None = None) -> None:
-        """epoch: seconds since 1970, the latest time that the archive may say, in whole seconds."""
+    def __init__(self, walk: Walk, limits: Limits, epoch: int | None = None, ids: Ids | None = None) -> None:
+        """epoch: seconds since 1970, the latest time that the archive may say, in whole seconds. ids: the owners'."""
         self._walk = walk
         self._limits = limits
         self._epoch = None if epoch is None else epoch * _NANOSECONDS
+        self._ids = ids
         self._headers = Headers()
         self._groups: dict[tuple[int, int], _Group] = {}
         self._parts: list[bytes] = []
@@ -75,7 +77,7 @@ class Archive:
         info = found.info
         if found.kind == DELETED:
             self._above(found.level)
-            self._header(Meta(join(found.level.path, _WHITEOUT + found.base), headers.REGULAR))
+            self._add_header(Meta(join(found.level.path, _WHITEOUT + found.base), headers.REGULAR))
         elif found.base.startswith(_WHITEOUT):
             raise FailedPrecondition(f"{show(found.path)}: in a layer this name would remove a file")
         elif stat.S_ISDIR(info.st_mode):
@@ -195,6 +197,12 @@ class Archive:
         return min(time - time % _NANOSECONDS, self._epoch)
 
     def _header(self, meta: Meta) -> None:
+        if self._ids is not None:
+            uid, gid = self._ids.inside(meta.uid, meta.gid)
+            meta = meta._replace(uid=uid, gid=gid)
+        self._add_header(meta)
+
+    def _add_header(self, meta: Meta) -> None:
         self._entries += 1
         limits = self._limits
         if self._entries > limits.max_entries:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from wherry_shared.errors import DeadlineExceeded
+from wherry_shared.errors import DeadlineExceeded, Unimplemented
 from wherry_shared.values import Mount
 
+from . import ids
 from . import mounts as looking
 from .ahead import Ahead
 from .archive import Archive, changed, kind_of
@@ -79,9 +80,9 @@ def compare(job: Comparison, write: Callable[[bytes], None], *, whole: bool = Fa
             write(data)
 
     with ExitStack() as stack:
-        walk = _walk(job, stack, whole=whole)
+        archive = Archive(_walk(job, stack, whole=whole), job.limits, job.epoch, ids.of(options(job.right[0])))
         try:
-            for piece in stack.enter_context(Ahead(Archive(walk, job.limits, job.epoch), _AHEAD)):
+            for piece in stack.enter_context(Ahead(archive, _AHEAD)):
                 job.check()
                 archive_hash.update(piece)
                 archive_size += len(piece)
@@ -123,6 +124,8 @@ def _walk(job: Comparison, stack: ExitStack, after: bytes = b"", *, whole: bool)
         bind = Mount(type="bind", source=upper)
         walk = Layer(stack.enter_context(looking.opened([bind], job.at)), parents, job.limits, job.check, after)
     else:
+        if any(ids.OPTIONS & options(mount).keys() for mount in (*left, *right)):
+            raise Unimplemented("trees with id mappings are compared by the right one's upper directory alone")
         one = stack.enter_context(looking.opened([read_only(m) for m in left], job.at)) if left else None
         other = stack.enter_context(looking.opened([read_only(m) for m in right], job.at))
         walk = Trees(one, other, job.limits, job.check, after)
@@ -134,13 +137,13 @@ def upper_alone(left: Sequence[Mount], right: Sequence[Mount]) -> tuple[str, lis
     """The upper directory of the right and its parents, if these are the left tree: all changes are in that one.
 
     Either is an active overlay, or both are views of committed snapshots, one the parent of the other. None where
-    more than the directories themselves has a say: overlay's index, its xattrs in the user's name, id mappings.
+    more than the directories themselves has a say: overlay's index, its xattrs in the user's name.
     """
     above, below = layers(right), layers(left)
     if above is None or below is None or right[0].type != "overlay" or above[1:] != below:
         return None
     given = options(right[0])
-    if {"userxattr", "uidmap", "gidmap"} & given.keys() or {"userxattr", "uidmap", "gidmap"} & options(left[0]).keys():
+    if "userxattr" in given or "userxattr" in options(left[0]):
         return None
     if "upperdir" in given and os.path.exists(f"{given.get('workdir', '')}/index"):
         return None

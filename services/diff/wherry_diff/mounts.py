@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ def read_only(mount: Mount) -> Mount:
     A second overlay with an upper directory that is in use would be undefined behaviour.
     """
     given = options(mount)
-    if mount.type != "overlay" or "upperdir" not in given:
+    if mount.type.removeprefix("format/") != "overlay" or "upperdir" not in given:
         return mount
     kept = [o for o in mount.options if o.partition("=")[0] not in ("upperdir", "workdir", "lowerdir", "index")]
     lower = f"lowerdir={given['upperdir']}:{given.get('lowerdir', '')}"
@@ -125,17 +126,43 @@ def _apart(work: Callable[[], int]) -> int:
 
 
 def _mounted(mounts: Sequence[Mount], at: str) -> int:
-    for mount in mounts:
-        target = at
-        if mount.target.strip("/"):
-            if ".." in mount.target.split("/"):
-                raise InvalidArgument(f"the mount's target {mount.target!r} leads out of the root")
-            target = f"{at}/{mount.target.strip('/')}"
+    for mount, target in _places(mounts, at):
         try:
+            if target != at:
+                os.makedirs(target, exist_ok=True)
             _mount(mount, target)
         except OSError as error:
             raise _typed(error, mount) from error
     return os.open(at, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _places(mounts: Sequence[Mount], at: str) -> list[tuple[Mount, str]]:
+    """Each mount and where it goes: on `at` or below it, unless the last one is made of those before it.
+
+    That is told by its type `format/...`, and by `{{ overlay FIRST LAST }}` in its options, for the places of those
+    mounts (containerd's form). They lie in a small tmpfs that the last mount covers.
+    """
+    *first, last = mounts
+    if not last.type.startswith("format/"):
+        return [(mount, _below(at, mount)) for mount in mounts]
+
+    def joined(match: re.Match[str]) -> str:
+        return ":".join(f"{at}/{number}" for number in range(int(match[1]), int(match[2]) + 1))
+
+    made = [re.sub(r"{{ overlay (\d+) (\d+) }}", joined, option) for option in last.options]
+    ground = Mount(type="tmpfs", source="tmpfs", options=["nosuid", "nodev", "noexec", "mode=0700", "size=64k"])
+    below = [(mount, f"{at}/{number}") for number, mount in enumerate(first)]
+    return [
+        (ground, at),
+        *below,
+        (last.model_copy(update={"type": last.type.removeprefix("format/"), "options": made}), at),
+    ]
+
+
+def _below(at: str, mount: Mount) -> str:
+    if ".." in mount.target.split("/"):
+        raise InvalidArgument(f"the mount's target {mount.target!r} leads out of the root")
+    return f"{at}/{mount.target.strip('/')}".rstrip("/")
 
 
 def _mount(mount: Mount, target: str) -> None:

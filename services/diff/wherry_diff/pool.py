@@ -42,7 +42,8 @@ class Pool:
     def _make(self) -> ProcessPoolExecutor:
         # Forked, so that a worker shares what the service has loaded; it touches neither its loop nor its bus.
         context = multiprocessing.get_context("fork")
-        return ProcessPoolExecutor(self._workers, mp_context=context, initializer=_settle, initargs=(os.getpid(),))
+        arguments = (os.getpid(), f"{self._spool}/")
+        return ProcessPoolExecutor(self._workers, mp_context=context, initializer=_settle, initargs=arguments)
 
     async def start(self) -> None:
         """Fork the workers now, while the process is small and quiet."""
@@ -121,13 +122,18 @@ class _Failed:
         self.message = message
 
 
-def _settle(parent: int) -> None:
-    """In a new worker: end with the service, and leave its signals alone."""
+def _settle(parent: int, spool: str) -> None:
+    """In a new worker: end with the service, and leave its signals and its pipes alone."""
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(_PR_SET_NAME, b"wherry-diff-wrk", 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+    # One forked in the middle of a comparison would hold both ends of its pipe, and neither side would see it end.
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{fd}").startswith(spool):
+                os.close(fd)
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

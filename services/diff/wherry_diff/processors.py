@@ -38,6 +38,8 @@ CHAIN_MAX = 8
 _STDERR_MAX = 4 << 10  # bytes of it that are kept
 _PAYLOAD_MAX = 512 << 10
 _PATIENCE = 10.0  # seconds for a processor to end after its output did
+# How one ends, or a shell around it, whose output nobody reads any more: that is not what went wrong.
+_NOBODY_READ = (-signal.SIGPIPE, 128 + signal.SIGPIPE)
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -135,7 +137,7 @@ def _settle(running: Sequence[_Running], timer: _Timer, error: Exception | None)
     if timer.fired:
         raise DeadlineExceeded("the stream processors were not done by the deadline") from error
     for each, status in zip(running, statuses, strict=True):
-        if status and not (error is not None and status == -signal.SIGPIPE):
+        if status and not (error is not None and status in _NOBODY_READ):
             how = f"signal {-status}" if status < 0 else f"status {status}"
             raise Unknown(f"the stream processor {each.name} ended with {how}: {each.said()}") from error
 
@@ -195,7 +197,8 @@ class _Running:
             self._said = (self._said + piece)[-_STDERR_MAX:]
 
     def said(self) -> str:
-        """The end of what it wrote to stderr, printable."""
+        """The end of what it wrote to stderr, printable; it has ended."""
+        self._listener.join(1.0)
         return show(self._said.strip())
 
     def wait(self, give_up: float) -> int:

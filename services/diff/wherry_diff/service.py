@@ -6,6 +6,7 @@ import asyncio
 import binascii
 import os
 import secrets
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from wherry_shared.errors import (
     InvalidArgument,
     NotFound,
     PermissionDenied,
+    WherryError,
 )
 from wherry_shared.streams import BlobWriter, read_blob
 from wherry_shared.values import Descriptor, Labels, Mount, Page
@@ -39,6 +41,7 @@ SNAPSHOTTERS = ("overlay", "native", "btrfs", "erofs")
 _ASKED_AT_ONCE = 32
 _MOUNTS_MAX = 256
 _EPOCH_MAX = 1 << 40
+_DROP_SECONDS = 10.0
 
 
 class DiffService(Diff):
@@ -86,8 +89,7 @@ class DiffService(Diff):
                 kept = dict(labels) if is_plain(media_type) else {**labels, UNCOMPRESSED_LABEL: made.diff_id}
                 await self._commit(writer, made, kept)
             except BaseException:
-                if not ref:
-                    await asyncio.shield(writer.abort())
+                await asyncio.shield(asyncio.create_task(_drop(writer, keep=bool(ref))))
                 raise
         return Descriptor(media_type=media_type, digest=made.digest, size=made.size)
 
@@ -179,6 +181,13 @@ class DiffService(Diff):
                 copy.write(chunk)
             copy.flush()
             yield copy.name
+
+
+async def _drop(writer: BlobWriter, *, keep: bool) -> None:
+    """Let go of an ingest, or remove it: with time of its own, since the request's may be over."""
+    context.enter(context.current()._replace(deadline=time.time() + _DROP_SECONDS))
+    with suppress(WherryError):
+        await (writer.close() if keep else writer.abort())
 
 
 def _shown(path: bytes) -> str:

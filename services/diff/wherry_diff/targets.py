@@ -8,11 +8,9 @@ from contextlib import contextmanager
 from wherry_shared.errors import Unimplemented
 from wherry_shared.values import Mount
 
+from . import ids
 from . import mounts as looking
 from .extract import Target
-
-# With these an overlay writes its marks in another way, or owners as the directory does not hold them.
-_NOT_AS_DIRECTORIES = ("userxattr", "uidmap", "gidmap")
 
 
 @contextmanager
@@ -38,13 +36,15 @@ def _directory(mounts: Sequence[Mount], *, standalone: bool) -> Target | None:
     options = looking.options(last)
     if "ro" in options or last.type in looking.READ_ONLY_TYPES:
         raise Unimplemented(f"a layer cannot be applied to a read-only mount of type {last.type!r}")
-    if last.type == "overlay" and "upperdir" not in options:
+    if last.type in ("overlay", "format/overlay") and "upperdir" not in options:
         raise Unimplemented("a layer cannot be applied to an overlay without an upper directory")
+    if ids.OPTIONS & options.keys():
+        raise Unimplemented("a layer cannot be applied to a mount with id mappings")
     if len(mounts) > 1:
         return None
     if last.type == "bind":
         return Target(last.source, overlay=False, standalone=standalone)
-    if last.type == "overlay" and not any(name in options for name in _NOT_AS_DIRECTORIES):
+    if last.type == "overlay" and "userxattr" not in options:  # with it overlayfs writes its marks in another way
         parents = tuple(d for d in options.get("lowerdir", "").split(":") if d)
         return Target(options["upperdir"], overlay=True, parents=() if standalone else parents, standalone=standalone)
     return None

@@ -1,4 +1,4 @@
-"""One garbage collection over all services: a cut, a mark, and sweeps in short freezes (docs/decisions/0008).
+"""One garbage collection over all services: a cut, a mark, and sweeps in short freezes (docs/decisions/0010).
 
 Nothing is swept unless every service answered. A service that dies, or a collection that does, leaves garbage for the
 next one, and never something alive without what it refers to: what refers goes before what it refers to.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from wherry_shared import context
 from wherry_shared.api.container import Containers
@@ -12,13 +13,13 @@ from wherry_shared.api.content import Content
 from wherry_shared.api.image import Images
 from wherry_shared.api.snapshot import Snapshots
 from wherry_shared.bus import Bus
-from wherry_shared.errors import DeadlineExceeded, InvalidArgument, Unavailable
+from wherry_shared.errors import DeadlineExceeded, Unavailable
+from wherry_shared.values import Page
 
-SNAPSHOTTERS = ("overlay", "native")
+T = TypeVar("T")
+
 PATIENCE = 3.0
 """Seconds within which every service has to answer."""
-
-Walk = Callable[[], Awaitable[Any]]
 
 
 class Probes:
@@ -34,27 +35,26 @@ class Probes:
         content = self._bus.proxy(Content, namespace=namespace)
         containers = self._bus.proxy(Containers, namespace=namespace)
         snapshots = self._bus.proxy(Snapshots, namespace=namespace)
+        kinds = ("images", "blobs", "containers", "snapshots")
         found = await asyncio.gather(
             self._holds("image", lambda: images.walk(limit=1)),
             self._holds("content", lambda: content.walk(limit=1)),
             self._holds("container", lambda: containers.walk(limit=1)),
-            *(self._holds("snapshot", _walk_of(snapshots, name), unknown_is_empty=True) for name in SNAPSHOTTERS),
+            self._holds_snapshots(snapshots),
         )
-        kinds = ("images", "blobs", "containers", *("snapshots" for _ in SNAPSHOTTERS))
-        return list(dict.fromkeys(kind for kind, there in zip(kinds, found, strict=True) if there))
+        return [kind for kind, there in zip(kinds, found, strict=True) if there]
 
-    async def _holds(self, service: str, walk: Walk, *, unknown_is_empty: bool = False) -> bool:
-        try:
-            with context.use(timeout=self._patience, key=""):
-                page = await walk()
-        except (Unavailable, DeadlineExceeded) as e:
-            raise Unavailable(f"whether the namespace is empty is unknown: the {service} service: {e}") from None
-        except InvalidArgument:
-            if unknown_is_empty:
-                return False
-            raise
+    async def _holds_snapshots(self, snapshots: Snapshots) -> bool:
+        names = await self._ask("snapshot", snapshots.snapshotters)
+        return any([await self._holds("snapshot", partial(snapshots.walk, name, limit=1)) for name in names])
+
+    async def _holds(self, service: str, walk: Callable[[], Awaitable[Page[Any]]]) -> bool:
+        page = await self._ask(service, walk)
         return bool(page.items or page.next)
 
-
-def _walk_of(snapshots: Snapshots, snapshotter: str) -> Walk:
-    return lambda: snapshots.walk(snapshotter, limit=1)
+    async def _ask(self, service: str, call: Callable[[], Awaitable[T]]) -> T:
+        try:
+            with context.use(timeout=self._patience, key=""):
+                return await call()
+        except (Unavailable, DeadlineExceeded) as e:
+            raise Unavailable(f"whether the namespace is empty is unknown: the {service} service: {e}") from None

@@ -1,7 +1,7 @@
 """The garbage collection's own operations: between the lease service, which collects, and those that keep things.
 
 Each of those serves a contract of the family `Collectable` beside its own. They belong to no namespace: a tenant never
-reaches them. docs/decisions/0008 says why an epoch goes as it does.
+reaches them. docs/decisions/0010 says why an epoch goes as it does.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from ..contract import Contract, endpoint
-from ..errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied, Unknown
-from ..values import Identifier, Model, Mount, Page
+from ..errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied, Unimplemented, Unknown
+from ..values import Descriptor, Identifier, Model, Mount, Page
 
 Status = Literal["created", "running", "stopped", "paused", "pausing"]
 
@@ -48,6 +48,252 @@ class Exit(Model):
     pid: int = 0
 
 
+# ---- what cgroups count: io.containerd.cgroups.v1.Metrics and v2.Metrics, each field in the place of its number
+
+
+class Hugetlb(Model):
+    """Huge pages of one size (v1: usage, max and failcnt in bytes; v2: max is the limit, failcnt the events)."""
+
+    usage: int = 0
+    max: int = 0
+    failcnt: int = 0
+    pagesize: str = ""
+
+
+class Pids(Model):
+    """Processes and threads; limit 0: none."""
+
+    current: int = 0
+    limit: int = 0
+
+
+class RdmaEntry(Model):
+    """What one RDMA device lends."""
+
+    device: str = ""
+    hca_handles: int = 0
+    hca_objects: int = 0
+
+
+class Rdma(Model):
+    current: list[RdmaEntry] = []
+    limit: list[RdmaEntry] = []
+
+
+class CpuUsage(Model):
+    """Nanoseconds."""
+
+    total: int = 0
+    kernel: int = 0
+    user: int = 0
+    per_cpu: list[int] = []
+
+
+class Throttle(Model):
+    """throttled_time: nanoseconds."""
+
+    periods: int = 0
+    throttled_periods: int = 0
+    throttled_time: int = 0
+
+
+class CpuV1(Model):
+    usage: CpuUsage = CpuUsage()
+    throttling: Throttle = Throttle()
+
+
+class MemoryEntry(Model):
+    """Bytes; failcnt: how often the limit was hit."""
+
+    limit: int = 0
+    usage: int = 0
+    max: int = 0
+    failcnt: int = 0
+
+
+class MemoryV1(Model):
+    """memory.stat of cgroup v1 and the four counters; bytes but for the pg_ fields."""
+
+    cache: int = 0
+    rss: int = 0
+    rss_huge: int = 0
+    mapped_file: int = 0
+    dirty: int = 0
+    writeback: int = 0
+    pg_pg_in: int = 0
+    pg_pg_out: int = 0
+    pg_fault: int = 0
+    pg_maj_fault: int = 0
+    inactive_anon: int = 0
+    active_anon: int = 0
+    inactive_file: int = 0
+    active_file: int = 0
+    unevictable: int = 0
+    hierarchical_memory_limit: int = 0
+    hierarchical_swap_limit: int = 0
+    total_cache: int = 0
+    total_rss: int = 0
+    total_rss_huge: int = 0
+    total_mapped_file: int = 0
+    total_dirty: int = 0
+    total_writeback: int = 0
+    total_pg_pg_in: int = 0
+    total_pg_pg_out: int = 0
+    total_pg_fault: int = 0
+    total_pg_maj_fault: int = 0
+    total_inactive_anon: int = 0
+    total_active_anon: int = 0
+    total_inactive_file: int = 0
+    total_active_file: int = 0
+    total_unevictable: int = 0
+    usage: MemoryEntry = MemoryEntry()
+    swap: MemoryEntry = MemoryEntry()
+    kernel: MemoryEntry = MemoryEntry()
+    kernel_tcp: MemoryEntry = MemoryEntry()
+
+
+class BlkioEntry(Model):
+    op: str = ""
+    device: str = ""
+    major: int = 0
+    minor: int = 0
+    value: int = 0
+
+
+class Blkio(Model):
+    io_service_bytes_recursive: list[BlkioEntry] = []
+    io_serviced_recursive: list[BlkioEntry] = []
+    io_queued_recursive: list[BlkioEntry] = []
+    io_service_time_recursive: list[BlkioEntry] = []
+    io_wait_time_recursive: list[BlkioEntry] = []
+    io_merged_recursive: list[BlkioEntry] = []
+    io_time_recursive: list[BlkioEntry] = []
+    sectors_recursive: list[BlkioEntry] = []
+
+
+class OomControl(Model):
+    oom_kill_disable: int = 0
+    under_oom: int = 0
+    oom_kill: int = 0
+
+
+class MetricsV1(Model):
+    """What cgroup v1 counts of a container."""
+
+    hugetlb: list[Hugetlb] = []
+    pids: Pids = Pids()
+    cpu: CpuV1 = CpuV1()
+    memory: MemoryV1 = MemoryV1()
+    blkio: Blkio = Blkio()
+    rdma: Rdma = Rdma()
+    memory_oom_control: OomControl = OomControl()
+
+
+class CpuV2(Model):
+    usage_usec: int = 0
+    user_usec: int = 0
+    system_usec: int = 0
+    nr_periods: int = 0
+    nr_throttled: int = 0
+    throttled_usec: int = 0
+
+
+class MemoryV2(Model):
+    """memory.stat of cgroup v2, and usage and limits in bytes (2^64-1: no limit)."""
+
+    anon: int = 0
+    file: int = 0
+    kernel_stack: int = 0
+    slab: int = 0
+    sock: int = 0
+    shmem: int = 0
+    file_mapped: int = 0
+    file_dirty: int = 0
+    file_writeback: int = 0
+    anon_thp: int = 0
+    inactive_anon: int = 0
+    active_anon: int = 0
+    inactive_file: int = 0
+    active_file: int = 0
+    unevictable: int = 0
+    slab_reclaimable: int = 0
+    slab_unreclaimable: int = 0
+    pgfault: int = 0
+    pgmajfault: int = 0
+    workingset_refault: int = 0
+    workingset_activate: int = 0
+    workingset_nodereclaim: int = 0
+    pgrefill: int = 0
+    pgscan: int = 0
+    pgsteal: int = 0
+    pgactivate: int = 0
+    pgdeactivate: int = 0
+    pglazyfree: int = 0
+    pglazyfreed: int = 0
+    thp_fault_alloc: int = 0
+    thp_collapse_alloc: int = 0
+    usage: int = 0
+    usage_limit: int = 0
+    swap_usage: int = 0
+    swap_limit: int = 0
+    max_usage: int = 0
+    swap_max_usage: int = 0
+
+
+class MemoryEvents(Model):
+    low: int = 0
+    high: int = 0
+    max: int = 0
+    oom: int = 0
+    oom_kill: int = 0
+
+
+class IoEntry(Model):
+    major: int = 0
+    minor: int = 0
+    rbytes: int = 0
+    wbytes: int = 0
+    rios: int = 0
+    wios: int = 0
+
+
+class Io(Model):
+    usage: list[IoEntry] = []
+
+
+class MetricsV2(Model):
+    """What cgroup v2 counts of a container."""
+
+    pids: Pids = Pids()
+    cpu: CpuV2 = CpuV2()
+    memory: MemoryV2 = MemoryV2()
+    rdma: Rdma = Rdma()
+    io: Io = Io()
+    hugetlb: list[Hugetlb] = []
+    memory_events: MemoryEvents = MemoryEvents()
+
+
+class Stats(Model):
+    """What a task has used: `v1` or `v2`, by the cgroups of its node."""
+
+    container_id: str
+    timestamp: datetime
+    v1: MetricsV1 | None = None
+    v2: MetricsV2 | None = None
+
+
+class CheckpointOptions(Model):
+    """How CRIU takes a checkpoint. image, work: directories of the node, for admins; image "" keeps it as content."""
+
+    image: str = ""
+    work: str = ""
+    exit: bool = False
+    open_tcp: bool = False
+    external_unix_sockets: bool = False
+    terminal: bool = False
+    file_locks: bool = False
+
+
 EVENTS = {
     "/tasks/create": "container_id bundle rootfs io{stdin stdout stderr terminal} checkpoint pid",
     "/tasks/start": "container_id pid",
@@ -58,19 +304,25 @@ EVENTS = {
     "/tasks/oom": "container_id",
     "/tasks/paused": "container_id",
     "/tasks/resumed": "container_id",
+    "/tasks/checkpointed": "container_id checkpoint",
 }
 
 
 class Tasks(Contract, Protocol, service="task", version="1.0.0", events=EVENTS):
     """The tasks of one namespace: at most one per container."""
 
-    @endpoint(NotFound, AlreadyExists, FailedPrecondition, PermissionDenied, Unknown, mutates=True, timeout=60.0)
+    @endpoint(
+        NotFound, AlreadyExists, FailedPrecondition, PermissionDenied, Unimplemented, Unknown,
+        mutates=True, timeout=60.0,
+    )  # fmt: skip
     async def create(
-        self, container_id: Identifier, mounts: list[Mount] = [], stdio: Stdio = Stdio(), runtime: str = ""
-    ) -> int:
+        self, container_id: Identifier, mounts: list[Mount] = [], stdio: Stdio = Stdio(), runtime: str = "",
+        checkpoint: str = "",
+    ) -> int:  # fmt: skip
         """Make the task of a container from its spec, with `mounts` as its root filesystem; answers the init's pid.
 
-        runtime: instead of the container's own.
+        runtime: instead of the container's own. checkpoint: what `start` restores instead of beginning anew: the
+        digest of a checkpoint in content, or for admins the path of a CRIU image; the pid is 0 until then.
         """
         ...
 
@@ -127,9 +379,12 @@ class Tasks(Contract, Protocol, service="task", version="1.0.0", events=EVENTS):
         """Every pid inside the container, as the host numbers them."""
         ...
 
-    @endpoint(NotFound, mutates=True)
+    @endpoint(NotFound, FailedPrecondition, mutates=True)
     async def resize(self, container_id: Identifier, width: int, height: int, exec_id: str = "") -> None:
-        """Set the size of a terminal, in characters; without a terminal nothing happens."""
+        """Set the size of a terminal, in characters; without a terminal nothing happens.
+
+        FailedPrecondition: the process of exec has stopped.
+        """
         ...
 
     @endpoint(NotFound, mutates=True)
@@ -140,4 +395,29 @@ class Tasks(Contract, Protocol, service="task", version="1.0.0", events=EVENTS):
     @endpoint(NotFound, waits=True, timeout=30.0)
     async def wait(self, container_id: Identifier, exec_id: str = "", patience: float = 5.0) -> Exit | None:
         """How a process ended, as soon as it has: None after `patience` (at most 20) seconds. Ask again then."""
+        ...
+
+    @endpoint(NotFound, FailedPrecondition, PermissionDenied, Unknown, mutates=True)
+    async def update(
+        self, container_id: Identifier, resources: dict[str, Any], annotations: dict[str, str] = {}
+    ) -> None:
+        """Change the limits of a task that has not stopped: `resources` is an OCI LinuxResources object."""
+        ...
+
+    @endpoint()
+    async def stats(self, container_ids: list[Identifier] = [], after: str = "", limit: int = 1000) -> Page[Stats]:
+        """What tasks use now, those named or all of the namespace, in order of their containers' ids.
+
+        A task that has ended, or that has no cgroup of its own, is left out.
+        """
+        ...
+
+    @endpoint(NotFound, FailedPrecondition, PermissionDenied, Unimplemented, Unknown, mutates=True, timeout=600.0)
+    async def checkpoint(
+        self, container_id: Identifier, options: CheckpointOptions = CheckpointOptions()
+    ) -> list[Descriptor]:
+        """Write down the whole state of a running or paused task; answers what was stored as content.
+
+        Unimplemented: the runtime or this node's CRIU cannot, and why.
+        """
         ...

@@ -86,7 +86,8 @@ class Door:
         """state: the node's state directory."""
         self._server = server
         self._service = server.service
-        self._path = sockets.folder(state, server.node, server.service) / f"{server.token}{sockets.SUFFIX}"
+        folder = sockets.folder(state, server.owner, server.node, server.service)
+        self._path = folder / f"{server.token}{sockets.SUFFIX}"
         self._identity_of = identity_of
         self._guests: set[Guest] = set()
         self._loop = asyncio.get_running_loop()
@@ -111,12 +112,9 @@ class Door:
 
     async def leave(self) -> None:
         self.shut()
-        for guest in list(self._guests):
-            guest.flush()
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_SECONDS):
-                while any(guest.unsent for guest in self._guests):
-                    await asyncio.sleep(0.01)
+                await asyncio.gather(*(guest.sent() for guest in self._guests))
         for guest in list(self._guests):
             guest.end()
 

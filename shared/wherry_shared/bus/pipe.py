@@ -40,6 +40,7 @@ class Pipe:
         self._planned = False  # a flush is due at the end of what the loop does now
         self._unsent: deque[memoryview] = deque()
         self._unsent_size = 0
+        self._sent: asyncio.Future[None] | None = None
         self._pressed = False
         self.ended = False
         self._loop.add_reader(sock, self._readable)
@@ -128,14 +129,21 @@ class Pipe:
             unsent[0] = unsent[0][sent:]
         if not unsent:
             self._loop.remove_writer(self._socket)
+            self._tell_sent()
             if self._pressed:
                 self._pressed = False
                 self.on_pressure(False)
 
-    @property
-    def unsent(self) -> int:
-        """Bytes that the socket has not taken yet."""
-        return self._size + self._unsent_size
+    async def sent(self) -> None:
+        """Return when all that was written has left, or nothing can leave any more. For one waiter."""
+        self.flush()
+        if self._unsent:
+            self._sent = self._loop.create_future()
+            await self._sent
+
+    def _tell_sent(self) -> None:
+        if self._sent is not None and not self._sent.done():
+            self._sent.set_result(None)
 
     # ---- reading
 
@@ -205,4 +213,5 @@ class Pipe:
         self._pieces, self._messages, self._size = [], 0, 0
         self._unsent.clear()
         self._unsent_size = 0
+        self._tell_sent()
         self.on_lost(error)

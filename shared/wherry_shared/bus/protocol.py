@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Final
 from typing import Protocol as Interface
 
@@ -59,25 +58,31 @@ class Message:
         return f"<Message {self.subject!r} reply={self.reply!r} {len(self.data)} bytes>"
 
 
-@lru_cache(maxsize=512)
-def _encode_name(name: str) -> bytes:
+_names: set[str] = set()  # header names that were checked; few are ever used
+_NAMES_MAX: Final = 512
+
+
+def _is_name(name: str) -> bool:
     if not _NAME.fullmatch(name):
-        raise InvalidArgument(f"header name {name!r} is not a token of letters, digits and !#$%&'*+-.^_`|~")
-    return name.encode() + b": "
+        return False
+    if len(_names) < _NAMES_MAX:
+        _names.add(name)
+    return True
 
 
 def encode_headers(headers: Mapping[str, str]) -> bytes:
     """The header block of `headers`, with its end. Raises InvalidArgument for a name or value that would break it."""
-    parts = [_MAGIC]
+    text = "NATS/1.0\r\n"
     for name, value in headers.items():
+        if name not in _names and not _is_name(name):
+            raise InvalidArgument(f"header name {name!r} is not a token of letters, digits and !#$%&'*+-.^_`|~")
         if "\r" in value or "\n" in value:
             raise InvalidArgument(f"header {name!r} has a line break in its value")
-        try:
-            parts.append(_encode_name(name) + value.encode())
-        except UnicodeEncodeError as error:
-            raise InvalidArgument(f"header {name!r} has a value that is no Unicode text") from error
-    parts.append(_CRLF)
-    return _CRLF.join(parts)
+        text += f"{name}: {value}\r\n"
+    try:
+        return (text + "\r\n").encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(f"a header of {list(headers)} has a value that is no Unicode text") from error
 
 
 def parse_headers(block: bytes) -> dict[str, str]:
@@ -86,16 +91,18 @@ def parse_headers(block: bytes) -> dict[str, str]:
     So is what follows the first 128 lines. Of a name that is given twice the first value counts, which is the one
     nats-server itself reads.
     """
-    lines = block.decode("utf-8", "replace").split("\r\n", HEADERS_MAX + 1)
+    lines = str(block, "utf-8", "replace").split("\r\n", HEADERS_MAX + 1)
     found: dict[str, str] = {}
-    status, _, description = lines[0][len(_MAGIC) :].strip(" ").partition(" ")
-    if status.isdecimal():
-        found[STATUS] = status
-        if description:
-            found[DESCRIPTION] = description
+    first = lines[0]
+    if len(first) > len(_MAGIC):
+        status, _, description = first[len(_MAGIC) :].strip(" ").partition(" ")
+        if status.isdecimal():
+            found[STATUS] = status
+            if description:
+                found[DESCRIPTION] = description
     for line in lines[1 : HEADERS_MAX + 1]:
         name, colon, value = line.partition(":")
-        if colon and _NAME.fullmatch(name) and name not in found:
+        if colon and name not in found and (name in _names or _is_name(name)):
             found[name] = value.strip(" \t")
     return found
 

@@ -56,10 +56,17 @@ class Caller:
 
     async def call(self, endpoint: Endpoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One operation, until its deadline."""
-        return endpoint.decode_reply(await self.exchange(endpoint, args, kwargs))
+        message = await self._ask(endpoint, *self._request(endpoint, args, kwargs))
+        return endpoint.decode_reply(message.data)
 
     async def exchange(self, endpoint: Endpoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-        """One operation, until its deadline; its answer as it came."""
+        """The same; its answer as it came."""
+        return (await self._ask(endpoint, *self._request(endpoint, args, kwargs))).data
+
+    def _request(
+        self, endpoint: Endpoint, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, bytes, dict[str, str], float]:
+        """The subject, body and headers of a call, and its deadline."""
         now = context.current()
         body = endpoint.encode_request(args, kwargs)
         subject = self._subject(endpoint, now)
@@ -73,8 +80,7 @@ class Caller:
             headers[LEASE] = now.lease
         if now.trace:
             headers[TRACE] = now.trace
-        message = await self._ask(endpoint, subject, body, headers, deadline)
-        return message.data
+        return subject, body, headers, deadline
 
     def _subject(self, endpoint: Endpoint, now: context.Context) -> str:
         namespace = self._namespace or now.namespace
@@ -184,8 +190,8 @@ def _proxy_class(contract: type[Any]) -> type[Any]:
 
 
 def _method(endpoint: Endpoint) -> Any:
-    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return await self._caller.call(endpoint, args, kwargs)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._caller.call(endpoint, args, kwargs)
 
     call.__name__, call.__doc__ = endpoint.name, endpoint.doc
     return call

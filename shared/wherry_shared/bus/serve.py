@@ -90,7 +90,7 @@ class Request:
 class Server:
     """Serves one implementation of a contract until it is drained.
 
-    service, node, token: what stands for it in subjects; token is that of `instance`.
+    service, owner: the contract's. node, token: what stands for the node and for `instance` in subjects.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Server:
     ) -> None:  # fmt: skip
         self._transport = transport
         self._contract = type(implementation)
-        self.service = self._contract.service
+        self.service, self.owner = self._contract.service, self._contract.owner
         self.node = subjects.encode_token(node, "node")
         self.instance = instance
         self.token = subjects.encode_token(instance, "instance")

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from ..errors import Unavailable, WherryError
+from ..contract import OWNERS
+from ..errors import DeadlineExceeded, Unavailable
 from . import sockets, subjects
 from .pipe import MAX_PAYLOAD, Pipe
 from .protocol import Message, encode_headers
@@ -27,6 +28,7 @@ from .waiting import Waiting
 log = logging.getLogger("wherry.direct")
 
 LOOK_SECONDS: Final = 2.0  # between two looks for replicas that are new
+REST_SECONDS: Final = 2.0  # a process that answers nothing at all until a request's time is over is left alone for
 _PREFIX: Final = subjects.RPC + "."
 _ROUTES_MAX: Final = 1024
 _RETRY: Final = RETRY.encode()
@@ -42,22 +44,12 @@ class Lane(Pipe):
     def __init__(self, sock: socket.socket, waiting: Waiting) -> None:
         super().__init__(sock)
         self.waiting = waiting
-        self.heard = 0.0  # when it last answered (the loop's time)
+        self.answers = 0  # so many came
+        self.resting = 0.0  # until then (the loop's time) it is not used: it is silent
         self.now = self._loop.time
 
-    async def ask(self, subject: str, block: bytes, data: bytes, timeout: float) -> Message:
-        """One request. Lost when the answer is to be had by the bus, DeadlineExceeded."""
-        waiting = self.waiting
-        reply, answer = waiting.ask(subject, timeout)
-        try:
-            self.send(subject, reply, block, data)
-            if len(waiting) == 1:
-                self.flush()
-            return await answer
-        finally:
-            waiting.forget(reply)
-
     def on_message(self, sid: str, subject: str, reply: str, block: bytes | None, data: bytes) -> None:
+        self.answers += 1
         asked = self.waiting.take(subject)
         if asked is None:
             return
@@ -83,7 +75,9 @@ class Lanes:
 
     def choose(self, instance: str) -> Lane | None:
         """The connection for one request: to that instance, or the one where the fewest wait."""
-        if self._loop.time() >= self._look_at:
+        now = self._loop.time()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
             self._look()
         lanes = self._lanes
         if instance:
@@ -91,20 +85,21 @@ class Lanes:
         elif len(lanes) == 1:
             (found,) = lanes.values()
         else:
-            found = min(lanes.values(), key=lambda lane: len(lane.waiting) + random.random(), default=None)  # noqa: S311
-        if found is None or not found.ended:
+            usable = [lane for lane in lanes.values() if not lane.ended and lane.resting <= now]
+            found = min(usable, key=lambda lane: len(lane.waiting) + random.random(), default=None)  # noqa: S311
+        if found is None or (not found.ended and found.resting <= now):
             return found
-        self._look_at = 0.0
+        if found.ended:
+            self._look_at = 0.0
         return None
 
     def _look(self) -> None:
         """Connect to who is new, and forget who is gone."""
-        self._look_at = self._loop.time() + LOOK_SECONDS
         self._lanes = {instance: lane for instance, lane in self._lanes.items() if not lane.ended}
         try:
             sockets.check_folder(self._folder)
             there = sockets.instances(self._folder)
-        except (OSError, WherryError) as error:
+        except OSError as error:
             log.debug("no direct path: %s", error)
             return
         for instance in there:
@@ -141,16 +136,25 @@ class Shortcut:
         """Ask, by the direct path or else by the bus; errors as of Transport.request."""
         route = self._routes.get(subject) or self._route(subject)
         lane = route[0].choose(route[1]) if route is not None else None
-        if lane is None:
-            return await self._bus.request(subject, data, headers=headers, timeout=timeout)
-        until = lane.now() + timeout
         block = encode_headers(headers) if headers else b""
-        if len(block) + len(data) <= MAX_PAYLOAD:
-            try:
-                return await lane.ask(subject, block, data, timeout)
-            except Lost:
-                timeout = until - lane.now()
-        return await self._bus.request(subject, data, headers=headers, timeout=timeout)
+        if lane is None or len(block) + len(data) > MAX_PAYLOAD:
+            return await self._bus.request(subject, data, headers=headers, timeout=timeout)
+        waiting, answers = lane.waiting, lane.answers
+        until = lane.now() + timeout
+        reply, answer = waiting.ask(subject, timeout)
+        try:
+            lane.send(subject, reply, block, data)
+            if len(waiting) == 1:
+                lane.flush()
+            return await answer
+        except Lost:
+            return await self._bus.request(subject, data, headers=headers, timeout=until - lane.now())
+        except DeadlineExceeded:
+            if lane.answers == answers:
+                lane.resting = lane.now() + REST_SECONDS
+            raise
+        finally:
+            waiting.forget(reply)
 
     def _route(self, subject: str) -> tuple[Lanes, str] | None:
         """The processes that a subject is for, and the instance of them or ""."""
@@ -160,7 +164,8 @@ class Shortcut:
         key = parts[3], parts[5]
         lanes = self._services.get(key)
         if lanes is None:
-            lanes = self._services[key] = Lanes(sockets.folder(self._state, *key), self._bus.inbox_prefix)
+            folder = sockets.folder(self._state, OWNERS.get(parts[5], parts[5]), *key)
+            lanes = self._services[key] = Lanes(folder, self._bus.inbox_prefix)
         if len(self._routes) >= _ROUTES_MAX:
             self._routes.clear()
         found = self._routes[subject] = lanes, parts[7] if len(parts) == 8 else ""

@@ -1,7 +1,7 @@
-"""Where the direct path's sockets lie: `<state>/direct/<node>.<service>/<instance>.sock`, tokens as in the subjects.
+"""Where the direct path's sockets lie: `<state>/<owner>/direct/<node>.<service>/<instance>.sock`, as in the subjects.
 
-Each service's folder is its user's alone, so that no service can put itself in another's place; `direct` is the
-node's. Whoever cannot make or open them goes by the bus.
+`<state>/<owner>` is the folder of the process that serves, and its user's alone: no service can put itself in another's
+place. Whoever cannot make or open the sockets goes by the bus.
 """
 
 from __future__ import annotations
@@ -14,31 +14,32 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from ..errors import PermissionDenied
-
 SUFFIX: Final = ".sock"
 FOLDER: Final = "direct"
 _PATH_MAX: Final = 107  # bytes of a sockaddr_un, without its end
 
 
-def folder(state: Path, node: str, service: str) -> Path:
-    """The folder of a service's sockets. node, service: as in the subject."""
-    return state / FOLDER / f"{node}.{service}"
+def folder(state: Path, owner: str, node: str, service: str) -> Path:
+    """The folder of a contract's sockets. owner: Contract.owner; node, service: as in the subject."""
+    return state / owner / FOLDER / f"{node}.{service}"
 
 
 def make_folder(path: Path) -> None:
-    """Make a service's folder, for this process's user alone. OSError where it may not."""
-    with suppress(FileExistsError):
-        path.parent.mkdir(mode=0o700)
-    with suppress(FileExistsError):
-        path.mkdir(mode=0o700)
+    """Make it, for this process's user alone. OSError where it may not, or where another user has been."""
+    for made in (path.parents[1], path.parent, path):
+        with suppress(FileExistsError):
+            made.mkdir(mode=0o700)
+        found = made.stat(follow_symlinks=False)
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022 or not stat.S_ISDIR(found.st_mode):
+            raise PermissionError(f"{made} is not this process's own")
 
 
 def check_folder(path: Path) -> None:
-    """PermissionDenied when others than the node could have put something there. OSError when it is not there."""
-    parent, own = path.parent.stat(follow_symlinks=False), path.stat(follow_symlinks=False)
-    if parent.st_uid not in (0, os.geteuid()) or any(stat.S_IMODE(s.st_mode) & 0o022 for s in (parent, own)):
-        raise PermissionDenied(f"{path} is open to others than the node")
+    """PermissionError when others than the node and the service could put something there. OSError: it is not there."""
+    own, state = path.parents[1], path.parents[2]
+    root, found = state.stat(), own.stat(follow_symlinks=False)
+    if root.st_uid not in (0, os.geteuid()) or (root.st_mode | found.st_mode) & 0o022:
+        raise PermissionError(f"{own} is open to others than the node")
 
 
 def instances(path: Path) -> list[str]:
@@ -78,9 +79,9 @@ def listen(path: Path, backlog: int) -> socket.socket:
     try:
         with suppress(FileNotFoundError):
             temporary.unlink()
+        os.fchmod(listener.fileno(), 0o600)  # before it has a name that could be put under something else
         with _address(temporary) as name:
             listener.bind(name)
-        temporary.chmod(0o600)
         listener.listen(backlog)
         temporary.replace(path)  # what can be seen there can be connected to
     except BaseException:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import select
 
-from wherry_task.monitor import libc, operations, pump, records, wire, worker
+from wherry_task.monitor import cgroups, libc, operations, pump, records, wire, worker
 from wherry_task.monitor.clients import Client, Clients
 
 TYPE_CHECKING = False
@@ -25,13 +25,15 @@ EMPTY, CREATED, RUNNING, PAUSED, STOPPED, DELETED = "empty", "created", "running
 _LAST_WORDS_TICKS = 100  # of 20 ms
 _DRAIN_TICKS = 500  # 10 s, containerd's bound for output that nobody reads
 
-_LAUNCHING = ("create", "start", "exec")
+_BEGINNING = ("spawn", "launch")
+_LAUNCHING = ("launch", "create", "start", "exec")
 # One at a time and in the order of arrival: each changes the state that the next one finds.
 _EXCLUSIVE = ("create", "start", "delete", "pause", "resume", "update", "checkpoint")
 _AT_ANY_TIME = ("exec", "state", "resize", "kill_all")
-_AFTERWARDS = {"create": CREATED, "start": RUNNING, "resume": RUNNING, "pause": PAUSED}
+_AFTERWARDS = {"launch": CREATED, "create": CREATED, "start": RUNNING, "resume": RUNNING, "pause": PAUSED}
 
 _NO_REPORT = [b"0", b"0"]
+_OOM_TICKS = 10  # the kernel wakes us before it kills, and without a kill too
 _WORKER_DIED = b'{"code":13,"message":"the worker died; monitor.log in the bundle may tell why"}'
 
 
@@ -75,7 +77,7 @@ class Monitor(Clients):
 
     __slots__ = (
         "_busy", "_early", "_jobs", "_launching", "_leaving", "_notices", "_queue", "_workers", "init", "logs",
-        "oom_kills", "processes", "sequence", "signals", "state",
+        "oom_file", "oom_kills", "processes", "sequence", "shared_pids", "signals", "state",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -85,6 +87,8 @@ class Monitor(Clients):
         self.processes = {"": self.init}
         self.sequence = 0
         self.oom_kills = 0
+        self.oom_file = ""
+        self.shared_pids = False
         self.logs: dict[str, pump.LogFile] = {}
         self._leaving = False
         self._jobs: dict[int, Job] = {}
@@ -103,7 +107,7 @@ class Monitor(Clients):
         """Have a worker prepare the place that the request on this connection names; `inbox` was read behind it."""
         client = self.clients[fd] = Client(fd, inbox)
         # Further frames of this client wait until the bundle has been entered.
-        self._work("spawn", "", args, client)
+        self._work("launch" if args.get("op") == "launch" else "spawn", "", args, client)
 
     def left(self) -> None:
         """A client has gone; a monitor without a container that nobody holds would stay for ever."""
@@ -126,6 +130,10 @@ class Monitor(Clients):
             self._wait(client, args, self._find(name))
         elif operation == "kill" and not args.get("all"):
             self._kill(client, args, self._find(name))
+        elif operation == "started":
+            if self.state == CREATED:
+                self.state = RUNNING
+            self.send(client, wire.reply(args.get("id"), b""))
         elif operation == "close_stdin":
             self._close_stdin(self._find(name))
             self.send(client, wire.reply(args.get("id"), b""))
@@ -237,6 +245,7 @@ class Monitor(Clients):
         if job.client is not None:
             say = wire.reply if done == b"1" else wire.refusal
             self.send(job.client, say(job.request, body or _WORKER_DIED))
+            job.client.watching |= job.operation == "launch"
         self._launching -= job.operation in _LAUNCHING
         if not self._launching:
             self._early.clear()
@@ -245,18 +254,16 @@ class Monitor(Clients):
             self._next()
         # Whatever was held back until the reply had gone out follows it.
         self._tell()
-        if job.operation == "spawn" and job.client is not None:
+        if job.operation in _BEGINNING and job.client is not None:
             self.deliver(job.client) if done == b"1" else self._leave()
 
     def _succeeded(self, job: Job, pid: int, roles: list[bytes], fds: list[int], body: bytes) -> None:
         operation = job.operation
-        if operation == "spawn":
-            self.settle(*fds)
-        elif operation == "exited":
-            self._out_of_memory(pid)
+        if operation in _BEGINNING:
+            self.settle(*fds[:4])
+            del roles[0], fds[:4]
+        if operation == "exited":
             self.processes[job.name].exit = body
-        elif operation == "oom":
-            self._out_of_memory(pid)
         elif operation == "delete":
             self.state = DELETED
             self._leave()
@@ -292,6 +299,10 @@ class Monitor(Clients):
                 process.master = fds.pop(0)
             elif role == b"oom":
                 self.watch(fds.pop(0), select.POLLIN, self._oom_event)
+            elif role == b"shared":
+                self.shared_pids = True
+            elif role.startswith(b"counter:"):
+                self.oom_file = role[8:].decode()
             else:
                 process.pumps.append(pump.make(self, role, fds))
 
@@ -315,6 +326,8 @@ class Monitor(Clients):
                     self._reaped(pid, status)
         except ChildProcessError:
             return
+        finally:
+            self._tell()
 
     def _reaped(self, pid: int, status: int) -> None:
         for process in self.processes.values():
@@ -329,11 +342,16 @@ class Monitor(Clients):
         """Have the exit written down; nobody is told before it is."""
         code = os.waitstatus_to_exitcode(status)
         code = 128 - code if code < 0 else code
-        try:
-            self._work("exited", process.name, {"pid": process.pid, "status": code}, None)
-        except wire.Failure:
-            self.pending.append(lambda: self._ended_again(process, status))
         process.ended = True
+        if process.name or not self.shared_pids:
+            if not process.name:
+                self._count_kills()
+            process.exit = operations.record_exit(self, process, code)
+        else:
+            try:
+                self._work("exited", "", {"status": code}, None)
+            except wire.Failure:
+                self.pending.append(lambda: self._ended_again(process, status))
         if not process.name and self.state in (RUNNING, PAUSED):
             self.state = STOPPED
 
@@ -374,12 +392,19 @@ class Monitor(Clients):
     def _oom_event(self, fd: int, _: int) -> None:
         try:
             os.read(fd, 4096)
-            if not self.init.ended:
-                self._work("oom", "", {}, None)
-        except (OSError, wire.Failure):
-            return  # the exit's worker looks at the same counter
+        except OSError:
+            return
+        before, ticks = self.oom_kills, iter(range(_OOM_TICKS))
 
-    def _out_of_memory(self, kills: int) -> None:
+        def counted() -> bool:
+            self._count_kills()
+            return self.init.ended or self.oom_kills > before or next(ticks, None) is None
+
+        if not counted():
+            self.pending.append(counted)
+
+    def _count_kills(self) -> None:
+        kills = cgroups.oom_kills(self.oom_file) if self.oom_file else 0
         if kills > self.oom_kills:
             self.oom_kills = kills
             # Of several the last is enough, so that their number does not grow what is kept.
@@ -432,7 +457,12 @@ class Monitor(Clients):
             self._next()
             return
         try:
-            self._work("delete", "", args, client)
+            if self.init.ended and operations.remove(self):
+                self.state = DELETED
+                self.send(client, wire.reply(args.get("id"), self.init.exit))
+                self._leave()
+            else:
+                self._work("delete", "", args, client)
         except wire.Failure as failure:
             self.send(client, wire.refusal(args.get("id"), failure.body()))
 

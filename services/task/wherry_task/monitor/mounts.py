@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CGROUP = "/sys/fs/cgroup"
 _UNIFIED = CGROUP + "/unified"
 _PAGE = 4096
-_MAX_MOUNTS = 64
+_MAX_MOUNTS = 256
 
 _SET = {
     "ro": libc.MS_RDONLY, "nosuid": libc.MS_NOSUID, "nodev": libc.MS_NODEV, "noexec": libc.MS_NOEXEC,
@@ -82,13 +82,41 @@ def mount_rootfs(mounts: Sequence[dict[str, Any]], target: str) -> None:
     os.makedirs(target, 0o755, exist_ok=True)
     if not stat.S_ISDIR(os.lstat(target).st_mode):
         raise wire.Failure(wire.INVALID, f"{target} is not a directory")
-    for number, each in enumerate(mounts):
+    done: list[str] = []
+    for each, place in _places(mounts, target):
         try:
-            _mount(each, target)
+            os.makedirs(place, 0o755, exist_ok=True)
+            _mount(each, place)
+            done.append(place)
         except OSError as error:
-            for _ in range(number):
-                libc.unmount(target, libc.MNT_DETACH | libc.UMOUNT_NOFOLLOW)
+            for mounted in reversed(done):
+                libc.unmount(mounted, libc.MNT_DETACH | libc.UMOUNT_NOFOLLOW)
             raise wire.failure_of(error, f"root file system ({each.get('type')} {each.get('source')})") from None
+
+
+def _places(mounts: Sequence[dict[str, Any]], target: str) -> list[tuple[dict[str, Any], str]]:
+    """Each mount and where it goes: all on `target`, unless the last one is made of those before it.
+
+    That is told by its type `format/...`, and by `{{ overlay FIRST LAST }}` in its options, for the places of those
+    mounts (containerd's form). They lie in a small tmpfs that the last mount covers, and go with it.
+    """
+    if not mounts or not mounts[-1]["type"].startswith("format/"):
+        return [(each, target) for each in mounts]
+    *first, last = mounts
+    kind = last["type"].removeprefix("format/")
+    options = [_joined(option, target) for option in last.get("options") or []]
+    ground = {"type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "noexec", "mode=0700", "size=64k"]}
+    below = [(each, f"{target}/{number}") for number, each in enumerate(first)]
+    return [(ground, target), *below, ({**last, "type": kind, "options": options}, target)]
+
+
+def _joined(option: str, target: str) -> str:
+    before, found, rest = option.partition("{{ overlay ")
+    numbers, _, after = rest.partition(" }}")
+    if not found:
+        return option
+    first, last = numbers.split(" ")
+    return before + ":".join(f"{target}/{number}" for number in range(int(first), int(last) + 1)) + after
 
 
 def unmount_rootfs(target: str) -> None:

@@ -1,4 +1,4 @@
-"""Small JSON files that survive a crash: written aside, synced, renamed, and the directory synced."""
+"""Small JSON files that survive a crash of whoever writes them: written aside and renamed."""
 
 from __future__ import annotations
 
@@ -14,23 +14,20 @@ EXITS = "exits"
 ABOUT = "monitor.json"
 
 
-def write(path: str, record: dict[str, Any], durable: bool = True) -> None:
-    """Replace the file with the record; when this returns, a power cut cannot undo it. Raises OSError.
+def write(path: str, record: dict[str, Any] | bytes) -> None:
+    """Replace the file with the record; when this returns, no kill of any process can undo it. Raises OSError.
 
-    `durable=False` spares the syncs for what only matters while the machine runs.
+    Nothing is synced: what a power cut takes from here it takes from a container that it has ended too, and its exit
+    is told to nobody before the service has it in its own database, which is synced.
     """
-    folder, name = os.path.split(path)
-    aside = os.path.join(folder, f".{name}.new")
+    folder, _, name = path.rpartition("/")
+    aside = f"{folder}/.{name}.new" if folder else f".{name}.new"
     fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     try:
-        os.write(fd, compact.dumps(record))
-        if durable:
-            os.fsync(fd)
+        os.write(fd, record if isinstance(record, bytes) else compact.dumps(record))
     finally:
         os.close(fd)
     os.rename(aside, path)
-    if durable:
-        _sync_folder(folder or ".")
 
 
 def read(path: str) -> dict[str, Any]:
@@ -71,11 +68,3 @@ def exits(bundle: str = "") -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return found
-
-
-def _sync_folder(folder: str) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

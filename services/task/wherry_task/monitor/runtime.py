@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 
-from wherry_task.monitor import compact, libc, records, wire
+from wherry_task.monitor import cgroups, compact, libc, records, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LOG_TAIL = 1 << 16
 # How the waiting init of a runtime is let go: crun's reads a byte from exec.fifo, runc's writes one into it.
 _FIFO_READS = {"runc": os.O_RDONLY, "crun": os.O_WRONLY}
+_RELEASE_MS = 10_000
 
 
 class Runtime:
@@ -27,6 +28,7 @@ class Runtime:
         self.binary = binary
         self.name = os.path.basename(binary)
         self.state = os.path.join(root, container)
+        self.releases = self.name in _FIFO_READS
         self._container = container
         self._options = ["--root", root, *options]
         self._null = os.open("/dev/null", os.O_RDWR)
@@ -41,6 +43,8 @@ class Runtime:
         line = [self.binary, *self._options, "--log", path, "--log-format", "json", verb, *arguments, self._container]
         start = os.path.getsize(path) if log and os.path.exists(path) else 0
         pid = self._spawn([*line, tail] if tail else line, stdio or (self._null,) * 3)
+        if verb in ("create", "exec", "restore"):
+            cgroups.quicken()
         try:
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             if status:
@@ -62,34 +66,39 @@ class Runtime:
             raise wire.failure_of(error, f"OCI runtime {self.binary} cannot be run") from None
 
     def release(self, pid: int) -> bool:
-        """Let the created init go on by its exec.fifo, as the runtime's own `start` would, without running it.
+        """Let the created init go on without running the runtime's `start` (see the function of this name)."""
+        return release(self.binary, self.state, pid)
 
-        False when that is not possible: another runtime, no fifo, an init that is gone. `start` then tells why.
-        Not for a spec with poststart hooks, which are `start`'s to run.
-        """
-        fifo = os.path.join(self.state, "exec.fifo")
-        direction = _FIFO_READS.get(self.name)
-        if direction is None:
-            return False
-        try:
-            init = os.pidfd_open(pid)  # first: opening the fifo already lets runc's init go on, to its very end
-        except OSError:
-            return False
-        try:
-            fd = os.open(fifo, direction | os.O_NONBLOCK | os.O_NOFOLLOW)
-        except OSError:
-            os.close(init)
-            return False
-        try:
-            done = os.write(fd, b"\0") == 1 if direction == os.O_WRONLY else _read_of_init(fd, init)
-        except OSError:
-            return False
-        finally:
-            os.close(fd)
-            os.close(init)
-        if done:
-            records.remove(fifo)  # the runtimes tell created from running by this file
-        return done
+
+def release(binary: str, state: str, pid: int) -> bool:
+    """Let the created init go on by its exec.fifo, as the runtime's own `start` would, without running that.
+
+    False when that is not possible: another runtime, no fifo, an init that is gone. `start` then tells why.
+    Not for a spec with poststart hooks, which are `start`'s to run.
+    """
+    fifo = os.path.join(state, "exec.fifo")
+    direction = _FIFO_READS.get(os.path.basename(binary))
+    if direction is None:
+        return False
+    try:
+        init = os.pidfd_open(pid)  # first: opening the fifo already lets runc's init go on, to its very end
+    except OSError:
+        return False
+    try:
+        fd = os.open(fifo, direction | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        os.close(init)
+        return False
+    try:
+        done = os.write(fd, b"\0") == 1 if direction == os.O_WRONLY else _read_of_init(fd, init)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+        os.close(init)
+    if done:
+        records.remove(fifo)  # the runtimes tell created from running by this file
+    return done
 
 
 def _read_of_init(fifo: int, init: int) -> bool:
@@ -97,7 +106,7 @@ def _read_of_init(fifo: int, init: int) -> bool:
     waiting = select.poll()
     waiting.register(fifo, select.POLLIN)
     waiting.register(init, select.POLLIN)
-    waiting.poll()
+    waiting.poll(_RELEASE_MS)
     # Read in any case: it may have written and ended between the two looks of one poll.
     return bool(os.read(fifo, 1))
 

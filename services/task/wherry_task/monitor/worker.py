@@ -24,10 +24,11 @@ _MAX_FDS = os.sysconf("SC_OPEN_MAX")
 _MAX_TROUBLE = 1 << 20
 
 _OPERATIONS: dict[str, Callable[[Monitor, str, Any], operations.Result]] = {
-    "spawn": operations.spawn, "create": operations.create, "start": operations.start, "exec": operations.execute,
+    "spawn": operations.spawn, "launch": operations.launch, "create": operations.create, "start": operations.start,
+    "exec": operations.execute,
     "delete": operations.delete, "state": operations.state, "resize": operations.resize, "pause": operations.pause,
     "resume": operations.resume, "update": operations.update, "checkpoint": operations.checkpoint,
-    "kill_all": operations.kill_all, "exited": operations.exited, "oom": operations.oom,
+    "kill_all": operations.kill_all, "exited": operations.exited,
 }  # fmt: skip
 
 

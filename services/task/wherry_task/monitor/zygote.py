@@ -96,7 +96,7 @@ def _become(fd: int) -> None:
         inbox += data
         args = wire.take(inbox)
     operation = args.get("op")
-    if operation == "spawn":
+    if operation in ("spawn", "launch"):
         os.set_blocking(3, False)
         monitor.main(3, inbox, args)
     elif operation == "cleanup":
