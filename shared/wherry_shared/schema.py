@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from .errors import DataLoss, FailedPrecondition, Internal, ResourceExhausted, U
 BALLAST_BYTES = 1 << 20
 # A database up to this size is checked whole when it is opened: some milliseconds.
 CHECKED_BYTES_MAX = 32 << 20
+# How long another process may hold the database.
+BUSY_SECONDS = 10.0
 
 _BASE = """
 CREATE TABLE IF NOT EXISTS outbox (
@@ -29,7 +32,7 @@ _RESTORE = "restore it from a backup, or move it away with its -wal and its .bal
 
 def connect(path: Path) -> sqlite3.Connection:
     """A connection with the house's settings; any thread may use it, one at a time."""
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_SECONDS)
     try:
         os.chmod(path, 0o600)
         for pragma in _PRAGMAS:
@@ -51,7 +54,7 @@ def open_database(path: Path, migrations: Sequence[str]) -> tuple[sqlite3.Connec
     if ballast.there and not (path.exists() and path.stat().st_size):
         raise DataLoss(f"database {path} is empty, and was not: {_RESTORE}")
     try:
-        return _open(path, migrations)
+        return _open_patiently(path, migrations)
     except sqlite3.DatabaseError as e:
         if not (is_full(e) and ballast.there):
             raise translate(e, path) from None
@@ -60,6 +63,18 @@ def open_database(path: Path, migrations: Sequence[str]) -> tuple[sqlite3.Connec
         return _open(path, migrations)
     except sqlite3.DatabaseError as e:
         raise translate(e, path) from None
+
+
+def _open_patiently(path: Path, migrations: Sequence[str]) -> tuple[sqlite3.Connection, sqlite3.Connection]:
+    """SQLite does not wait by itself for another process that makes or recovers the log at this moment."""
+    give_up = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return _open(path, migrations)
+        except sqlite3.OperationalError as e:
+            if not is_busy(e) or time.monotonic() > give_up:
+                raise
+            time.sleep(0.02)
 
 
 def _open(path: Path, migrations: Sequence[str]) -> tuple[sqlite3.Connection, sqlite3.Connection]:
@@ -132,12 +147,16 @@ def is_broken(e: sqlite3.Error) -> bool:
     return _code(e) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM)
 
 
+def is_busy(e: sqlite3.Error) -> bool:
+    return _code(e) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
 def translate(e: sqlite3.Error, path: Path) -> WherryError:
     if is_full(e):
         return ResourceExhausted(f"no space left for {path}")
     if _code(e) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return DataLoss(f"database {path} is damaged ({e}): {_RESTORE}")
-    if _code(e) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+    if is_busy(e):
         return Unavailable(f"database {path} is locked by another process")
     return Internal(f"database {path}: {e}")
 

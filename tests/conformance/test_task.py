@@ -156,8 +156,6 @@ async def test_refusals(house: House) -> None:
     with pytest.raises(AlreadyExists, match=id):
         await house.tasks.create(id, house.mounts)
     with pytest.raises(FailedPrecondition, match="created"):
-        await house.tasks.exec(id, "x", exec_of("true"))
-    with pytest.raises(FailedPrecondition, match="created"):
         await house.tasks.pause(id)
     await house.tasks.start(id)
     with pytest.raises(FailedPrecondition, match="running"):
@@ -328,7 +326,7 @@ async def test_a_lost_connection_is_made_again(house: House) -> None:
     id = await house.running("/bin/sleep", "1000")
     pid = (await house.tasks.get(id)).pid
     shim = house.supervisor.task("default", id).shim
-    shim._channel._writer.transport.abort()  # type: ignore[attr-defined]
+    shim.channel._writer.transport.abort()  # type: ignore[attr-defined]
     while house.supervisor.task("default", id).shim is shim:
         await asyncio.sleep(0.01)
     assert os.path.exists(f"/proc/{pid}")
@@ -338,6 +336,11 @@ async def test_a_lost_connection_is_made_again(house: House) -> None:
     await house.tasks.delete(id)
 
 
+def parent_of(pid: int) -> int:
+    """The monitor: a container's init is its child."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 async def test_a_killed_monitor(house: House) -> None:
     """Its container is killed and reported, an exec before the init, and deleting works."""
     id = await house.running("/bin/sleep", "1000")
@@ -345,7 +348,7 @@ async def test_a_killed_monitor(house: House) -> None:
     await house.tasks.start(id, "e")
     pid = (await house.tasks.get(id)).pid
     async with await house.bus.subscribe(namespace="default", topic="/tasks/exit") as exits:
-        os.kill((await house.supervisor.task("default", id).shim.state())["monitor"], signal.SIGKILL)
+        os.kill(parent_of(pid), signal.SIGKILL)
         assert await house.exit(id) == 137
         ended = [(await anext(exits)).event for _ in range(2)]
     assert [(e["id"], e["exit_status"], e.get("shim_died")) for e in ended] == [("e", 137, True), (id, 137, True)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -41,18 +40,20 @@ async def filled(replica: Replica) -> int:
     return found
 
 
-def crash(replica: Replica) -> None:
-    """Its locks go and its bytes stay, as if it were killed."""
+async def crash(replica: Replica) -> None:
+    """Its locks go, its bytes stay and nothing more is made durable, as if it were killed."""
     for writer in replica.store._writers.values():
-        writer.held._follower.cancel()  # type: ignore[attr-defined]
-        fcntl.flock(writer.held._directory, fcntl.LOCK_UN)  # type: ignore[attr-defined]
+        writer.held._save = lambda: None  # type: ignore[attr-defined]
+        await writer.held.release(keep=True)
+        while writer.held._users:  # type: ignore[attr-defined]
+            await asyncio.sleep(0.01)
     replica.store._writers.clear()
 
 
 async def test_after_another_boot_the_durable_bytes_count(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     replica = await start()
     kept = await filled(replica)
-    crash(replica)
+    await crash(replica)
     monkeypatch.setattr(durable, "boot_id", lambda: "another")
     opened = await replica.content.open("r", expected=DIGEST)
     assert opened.offset == kept
@@ -66,14 +67,14 @@ async def test_after_another_boot_the_durable_bytes_count(start: Start, monkeypa
 async def test_in_the_same_boot_all_bytes_count(start: Start) -> None:
     replica = await start()
     await filled(replica)
-    crash(replica)
+    await crash(replica)
     assert (await replica.content.open("r", expected=DIGEST)).offset == len(DATA)
 
 
 async def test_a_note_that_says_nothing_counts_for_nothing(start: Start) -> None:
     replica = await start()
     await filled(replica)
-    crash(replica)
+    await crash(replica)
     (note,) = replica.root.glob("ingest/*/durable")
     for text in ("", "nonsense", "-5 x", "9" * 30):
         note.write_text(text)
@@ -111,7 +112,7 @@ async def test_a_writer_from_afar_whose_service_lost_bytes(
         await writer._out.flush()
         if kept >= len(DATA) - CHUNK:
             pytest.skip("everything was durable already")
-        crash(replica)
+        await crash(replica)
         monkeypatch.setattr(durable, "boot_id", lambda: "another")
         if way == "copy":
             with (tmp_path / "source").open("rb") as source:

@@ -226,7 +226,7 @@ def test_the_deepest_tree_that_a_layer_can_have(tmp_path: Path) -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     limits = Limits(max_path=4095)
     job = Comparison(bind(left), bind(right), TAR, str(tmp_path), limits=limits)
-    told = {path for _, path in listed(job, 100)}
+    told = {path for _, path in listed(job, 700)}
     assert {b"d/" * 2000 + b"g", b"d/" * 1000 + b"h"} <= told
     _, layer = made(job)
     put(layer, left, overlay=False)

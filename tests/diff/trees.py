@@ -76,6 +76,8 @@ def _remove(path: bytes, top: bytes) -> None:
 
 def _rebuild(path: bytes, top: bytes) -> None:
     """A directory goes and comes back with something else in it: overlayfs makes it opaque."""
+    if not stat.S_ISDIR(os.lstat(path).st_mode):  # rmtree would open it, and wait at a fifo
+        return
     shutil.rmtree(path)
     os.mkdir(path)
     os.mkdir(os.path.join(path, b"a"))

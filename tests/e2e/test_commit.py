@@ -65,7 +65,7 @@ def test_commit_and_run_again(node: Node, ns: list[str], changed: tuple[str, lis
     name, on = changed
     done = node.run("commit", *ns, "--compression", compression, "-m", "why", "-a", "me", name, "made:v1")
     digest = done.stdout.split()[-1]
-    before = node.run("run", *ns, *on, "--rm", "docker.io/library/made:v1", "sh", "-c", LOOK, check=False)
+    before = node.run("run", *ns, *on, "--rm", "made:v1", "sh", "-c", LOOK, check=False)
     lines = before.stdout.splitlines()
     assert any(line.startswith("/srv/setuid 8ded 12:34 2 ") for line in lines), before
     assert any(line.startswith("/srv/hard 8ded 12:34 2 ") for line in lines)

@@ -8,6 +8,7 @@ container that is not paused): what vanishes counts as not there, a directory mo
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -79,8 +80,9 @@ class Walk:
         self._right = right
         self._limits = limits
         self._check = check
-        # Components of the path that the walk goes on after; while `_on_way` levels of them are being gone through.
+        # Components of the path that the walk goes on after, and the directories on the way there.
         self._after = after.split(b"/") if after else []
+        self._way = list(itertools.accumulate(self._after, join, initial=b"")) if after else []
         self._open: list[Level] = []
 
     def __iter__(self) -> Iterator[Found]:
@@ -158,9 +160,7 @@ class Walk:
 
     def _on_way(self, level: Level) -> bool:
         """Whether the place that the walk goes on after lies in this directory."""
-        if level.depth >= len(self._after):
-            return False
-        return not level.depth or level.path.split(b"/") == self._after[: level.depth]
+        return level.depth < len(self._after) and level.path == self._way[level.depth]
 
     def _is_after(self, level: Level, name: bytes) -> bool:
         """Whether this name was told before: it is the place, or on the way there."""

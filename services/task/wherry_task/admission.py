@@ -9,7 +9,7 @@ from typing import Any
 
 from wherry_shared.api.task import Stdio
 from wherry_shared.context import Identity
-from wherry_shared.errors import PermissionDenied, Unimplemented
+from wherry_shared.errors import InvalidArgument, PermissionDenied, Unimplemented
 from wherry_shared.values import Mount
 
 NAMESPACES = frozenset({"pid", "ipc", "uts", "mount", "network"})
@@ -67,6 +67,21 @@ def check_process(identity: Identity, process: dict[str, Any]) -> None:
     extra = asked - CAPABILITIES
     _refuse(identity, f"capabilities {', '.join(sorted(extra))}", bool(extra))
     _refuse(identity, "new privileges", not process.get("noNewPrivileges"))
+
+
+def check_resources(identity: Identity, resources: dict[str, Any]) -> None:
+    """The same for limits that are to be changed."""
+    if not identity.is_admin:
+        _refuse(identity, "devices", any(rule.get("allow") for rule in resources.get("devices") or ()))
+
+
+def check_checkpoint(identity: Identity, *paths: str) -> None:
+    """PermissionDenied: a tenant's path on the node, where an image holds a process's whole memory and rights.
+    InvalidArgument: a path that is not plain and absolute."""
+    for path in filter(None, paths):
+        _refuse(identity, f"the checkpoint {path!r}", not identity.is_admin)
+        if not path.startswith("/") or ".." in Path(path).parts or not path.isprintable():
+            raise InvalidArgument(f"checkpoint {path!r} is not a plain absolute path")
 
 
 def check_mounts(identity: Identity, asked: Sequence[Mount], own: Sequence[Mount]) -> None:

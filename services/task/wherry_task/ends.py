@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from wherry_shared.errors import WherryError
@@ -13,6 +14,7 @@ from wherry_shared.sqlite import Database, Transaction
 
 from . import metadata
 from .backends import Ended, Launcher, Notice
+from .metadata import ProcessRow
 from .tasks import Task, time_of
 
 log = logging.getLogger("wherry.task")
@@ -92,6 +94,8 @@ class Ends:
 
     async def _disconnected(self, task: Task) -> None:
         """The connection to a monitor ended: follow it again if it lives, else clean up and report the ends."""
+        if task.deleting:
+            return
         alive = await self._launcher.adopt(task.bundle)
         if alive is not None:
             task.shim = alive
@@ -104,6 +108,54 @@ class Ends:
             found = {e.exec_id: e for e in await self._launcher.clean(task.bundle)}
             await self.lost(task, found)
 
+    async def give_up(self, task: Task) -> None:
+        """Kill a shim that does not answer, and its container with it."""
+        async with task.lock:
+            if task.process("").ended.is_set():
+                return
+            await task.shim.close()
+            found = {e.exec_id: e for e in await self._launcher.clean(task.bundle, kill=True)}
+            await self.lost(task, found)
+
+    async def retry(self, task: Task) -> None:
+        """A shim that is there was silent when this service started: ask again until it speaks or is gone."""
+        pause = 0.5
+        while not task.deleting and not task.process("").ended.is_set():
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 30.0)
+            try:
+                alive = await self._launcher.adopt(task.bundle)
+                if alive is None:
+                    await self._disconnected(task)
+                    return
+                task.shim = alive
+                await self.reconcile(task)
+                await self.follow(task)
+            except WherryError as e:
+                log.warning("the monitor of %s does not answer: %s", task.row.container, e)
+            else:
+                return
+
+    async def reconcile(self, task: Task) -> None:
+        """A start that took effect, but whose record was lost with its service, is recorded now."""
+        namespace, container = task.key
+        seen = await task.shim.state()
+        init = task.process("")
+        if init.row.status == "created" and seen.running:
+            init.row = replace(init.row, pid=seen.pid or init.row.pid, status="running")
+
+            def record(tx: Transaction) -> None:
+                metadata.put_process(tx, namespace, container, init.row)
+                tx.publish("/tasks/start", {"container_id": container, "pid": init.row.pid}, namespace=namespace)
+
+            await self._database.write(record)
+        for exec_id, pid in seen.execs.items():
+            process = task.processes.get(exec_id)
+            if process is not None and not process.row.pid:
+                process.row = replace(process.row, pid=pid, status="running")
+                event = {"container_id": container, "exec_id": exec_id, "pid": pid}
+                await self._database.write(partial(_record_exec, namespace, container, process.row, event))
+
     async def lost(self, task: Task, found: dict[str, Ended]) -> None:
         """Record the ends of a task whose shim is gone; what nobody reaped counts as killed."""
         for exec_id, process in sorted(task.processes.items(), key=lambda item: (item[0] == "", item[0])):
@@ -111,3 +163,8 @@ class Ends:
                 continue
             unknown = Ended(exec_id, process.row.pid, 128 + SIGKILL, time.time_ns(), shim_died=True)
             await self._take(task, found.get(exec_id, unknown))
+
+
+def _record_exec(namespace: str, container: str, row: ProcessRow, event: dict[str, Any], tx: Transaction) -> None:
+    metadata.put_process(tx, namespace, container, row)
+    tx.publish("/tasks/exec-started", event, namespace=namespace)

@@ -5,24 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from wherry_shared.errors import AlreadyExists, Unavailable, WherryError
-from wherry_shared.sqlite import Database, Transaction
+from wherry_shared.sqlite import Database
 from wherry_shared.values import check_identifier
 
 from . import metadata
-from .backends import Bundle, Launcher
+from .backends import Bundle, Ended, Launcher
 from .bundles import Bundles
 from .ends import Ends
-from .metadata import ProcessRow, TaskRow
+from .metadata import TaskRow
 from .tasks import Key, Running, Task
 
 log = logging.getLogger("wherry.task")
 
+ADOPT_PARALLEL = 16
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -48,49 +47,51 @@ class Recovery:
         for namespace, container, path in self._bundles.all():
             if (namespace, container) not in owned:
                 await self._discard(namespace, container, path)
-        found = [await self._adopt(row) for row in known]
+        slots = asyncio.Semaphore(ADOPT_PARALLEL)
+
+        async def adopt(row: TaskRow) -> Task:
+            async with slots:
+                return await self._adopt(row)
+
+        found = await asyncio.gather(*(adopt(row) for row in known))
         return {task.key: task for task in found}
 
     async def _adopt(self, row: TaskRow) -> Task:
-        bundle = Bundle(
-            Path(row.bundle), row.container, row.binary, self._bundles.runtime_root(row.namespace, row.binary)
-        )
-        alive = await self._launcher.adopt(bundle) if row.boot == self._boot and bundle.path.is_dir() else None
-        task = Task(row, bundle, alive or _Gone())
+        root = self._bundles.runtime_root(row.namespace, row.binary)
+        bundle = Bundle(Path(row.bundle), row.container, row.binary, root, row.namespace)
+        task = Task(row, bundle, _Gone())
         task.processes = {p.exec: Running(p) for p in metadata.processes(self._database, row.namespace, row.container)}
-        if alive is not None:
-            await self._reconcile(task, await alive.state())
-            await self._ends.follow(task)
-        else:
-            found = await self._launcher.clean(bundle) if bundle.path.is_dir() else []
-            await self._ends.lost(task, {e.exec_id: e for e in found})
+        try:
+            here = row.boot == self._boot and bundle.path.is_dir()
+            alive = await self._launcher.adopt(bundle) if here else None
+            if alive is not None:
+                task.shim = alive
+                await self._ends.reconcile(task)
+                await self._ends.follow(task)
+                return task
+        except Unavailable as e:
+            log.warning("the monitor of %s does not answer: %s", row.container, e)
+            task.consumer = asyncio.get_running_loop().create_task(self._ends.retry(task))
+            return task
+        await self._end(task)
         return task
 
-    async def _reconcile(self, task: Task, state: dict[str, Any]) -> None:
-        """A start that took effect, but whose record was lost with its service, is recorded now."""
-        namespace, container = task.key
-        init = task.process("")
-        if init.row.status == "created" and state["state"] != "created":
-            init.row = replace(init.row, pid=int(state["pid"]), status="running")
-
-            def record(tx: Transaction) -> None:
-                metadata.put_process(tx, namespace, container, init.row)
-                tx.publish("/tasks/start", {"container_id": container, "pid": init.row.pid}, namespace=namespace)
-
-            await self._database.write(record)
-        for exec_id, described in state.get("execs", {}).items():
-            process = task.processes.get(exec_id)
-            if process is not None and not process.row.pid:
-                process.row = replace(process.row, pid=int(described["pid"]), status="running")
-                event = {"container_id": container, "exec_id": exec_id, "pid": process.row.pid}
-                await self._database.write(partial(_record_exec, namespace, container, process.row, event))
+    async def _end(self, task: Task) -> None:
+        """Nothing stands by it any more, or the machine was started anew: say how it ended, and clean."""
+        found: list[Ended] = []
+        try:
+            if task.bundle.path.is_dir():
+                found = await self._launcher.clean(task.bundle)
+        except WherryError as e:
+            log.error("cleaning %s: %s", task.bundle.path, e)
+        await self._ends.lost(task, {e.exec_id: e for e in found})
 
     async def _discard(self, namespace: str, container: str, path: Path) -> None:
         """A bundle without a record was never answered to anybody: its container goes."""
         try:
             check_identifier(container)
             config = json.loads((path / "monitor.json").read_text())
-            bundle = Bundle(path, container, str(config["runtime"]), Path(str(config["root"])))
+            bundle = Bundle(path, container, str(config["runtime"]), Path(str(config["root"])), namespace)
         except (OSError, ValueError, KeyError, WherryError):
             self._bundles.remove(path)
             return
@@ -102,7 +103,7 @@ class Recovery:
         """After a create that failed half-way: nothing of it may stay."""
         for _ in range(100):
             try:
-                await self._launcher.clean(bundle)
+                await self._launcher.clean(bundle, kill=True)
                 break
             except AlreadyExists:  # its monitor is on its way out
                 await self._kill_monitor_of(bundle)
@@ -112,7 +113,10 @@ class Recovery:
         self._bundles.remove(bundle.path)
 
     async def _kill_monitor_of(self, bundle: Bundle) -> None:
-        shim = await self._launcher.adopt(bundle)
+        try:
+            shim = await self._launcher.adopt(bundle)
+        except Unavailable:
+            return  # it is there and silent: the cleaner kills it
         if shim is not None:
             try:
                 await shim.delete("", force=True)
@@ -125,8 +129,6 @@ class Recovery:
 class _Gone:
     """Stands where a shim was: everything asked of it is Unavailable."""
 
-    cgroups: dict[str, str] = {}  # noqa: RUF012 - never written
-
     def __getattr__(self, name: str) -> Any:
         async def gone(*args: Any, **kwargs: Any) -> Any:
             raise Unavailable("the container's monitor is gone")
@@ -135,8 +137,3 @@ class _Gone:
 
     async def close(self) -> None:
         return None
-
-
-def _record_exec(namespace: str, container: str, row: ProcessRow, event: dict[str, Any], tx: Transaction) -> None:
-    metadata.put_process(tx, namespace, container, row)
-    tx.publish("/tasks/exec-started", event, namespace=namespace)

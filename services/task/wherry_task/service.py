@@ -9,11 +9,13 @@ from typing import Any
 from wherry_shared import context
 from wherry_shared.api.container import Containers
 from wherry_shared.api.snapshot import Snapshots
-from wherry_shared.api.task import Exit, Process, ProcessInfo, Stdio, Tasks
-from wherry_shared.errors import InvalidArgument
-from wherry_shared.values import Mount, Page
+from wherry_shared.api.task import CheckpointOptions, Exit, Process, ProcessInfo, Stats, Stdio, Tasks
+from wherry_shared.contract import immediate
+from wherry_shared.errors import InvalidArgument, Unimplemented
+from wherry_shared.values import Descriptor, Mount, Page
 
 from . import admission, runtimes
+from .backends import Creation
 from .supervisor import Supervisor
 
 
@@ -31,10 +33,12 @@ class TaskService(Tasks):
         self._allowed = allowed
 
     async def create(
-        self, container_id: str, mounts: list[Mount] = [], stdio: Stdio = Stdio(), runtime: str = ""
-    ) -> int:
+        self, container_id: str, mounts: list[Mount] = [], stdio: Stdio = Stdio(), runtime: str = "",
+        checkpoint: str = "",
+    ) -> int:  # fmt: skip
         namespace, identity = context.namespace(), context.current().identity
         admission.check_stdio(identity, stdio, self._state)
+        admission.check_checkpoint(identity, checkpoint)
         container = await self._containers.get(container_id)
         if container.spec is None:
             raise InvalidArgument(f"container {container_id} has no runtime specification")
@@ -43,7 +47,8 @@ class TaskService(Tasks):
             own = await self._snapshots.mounts(container.snapshotter, container.snapshot_key)
             admission.check_mounts(identity, mounts, own)
         binary = runtimes.find(runtime or container.runtime.name, self._allowed if identity.is_admin else ())
-        return await self._supervisor.create(namespace, container_id, container.spec, binary, mounts, stdio)
+        creation = Creation(mounts, stdio, restore=checkpoint, options=container.runtime.options)
+        return await self._supervisor.create(namespace, container_id, container.spec, binary, creation)
 
     async def start(self, container_id: str, exec_id: str = "") -> int:
         return await self._supervisor.start(context.namespace(), container_id, exec_id)
@@ -51,6 +56,7 @@ class TaskService(Tasks):
     async def delete(self, container_id: str, exec_id: str = "", force: bool = False) -> Exit:
         return await self._supervisor.delete(context.namespace(), container_id, exec_id, force=force)
 
+    @immediate
     async def get(self, container_id: str, exec_id: str = "") -> Process:
         return self._supervisor.get(context.namespace(), container_id, exec_id)
 
@@ -59,6 +65,24 @@ class TaskService(Tasks):
 
     async def kill(self, container_id: str, signal: int, exec_id: str = "", all: bool = False) -> None:
         await self._supervisor.kill(context.namespace(), container_id, signal, exec_id, all=all)
+
+    async def update(
+        self, container_id: str, resources: dict[str, Any], annotations: dict[str, str] = {}
+    ) -> None:  # fmt: skip
+        admission.check_resources(context.current().identity, resources)
+        await self._supervisor.update(context.namespace(), container_id, resources, annotations)
+
+    async def stats(self, container_ids: list[str] = [], after: str = "", limit: int = 1000) -> Page[Stats]:
+        return await self._supervisor.stats(context.namespace(), container_ids, after, limit)
+
+    async def checkpoint(
+        self, container_id: str, options: CheckpointOptions = CheckpointOptions()
+    ) -> list[Descriptor]:  # fmt: skip
+        self._supervisor.task(context.namespace(), container_id)
+        admission.check_checkpoint(context.current().identity, options.image, options.work)
+        if not options.image:
+            raise Unimplemented("a checkpoint goes into a directory of the node: `image` names it")
+        return await self._supervisor.checkpoint(context.namespace(), container_id, options)
 
     async def exec(self, container_id: str, exec_id: str, process: dict[str, Any], stdio: Stdio = Stdio()) -> None:
         identity = context.current().identity
@@ -73,7 +97,7 @@ class TaskService(Tasks):
         await self._supervisor.resume(context.namespace(), container_id)
 
     async def pids(self, container_id: str) -> list[ProcessInfo]:
-        return self._supervisor.pids(context.namespace(), container_id)
+        return await self._supervisor.pids(context.namespace(), container_id)
 
     async def resize(self, container_id: str, width: int, height: int, exec_id: str = "") -> None:
         await self._supervisor.resize(context.namespace(), container_id, width, height, exec_id)

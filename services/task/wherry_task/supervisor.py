@@ -7,12 +7,12 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 from wherry_shared import context
-from wherry_shared.api.task import Exit, Process, ProcessInfo, Stdio
+from wherry_shared.api.task import CheckpointOptions, Exit, MetricsV1, Process, ProcessInfo, Stats, Stdio
 from wherry_shared.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -23,19 +23,25 @@ from wherry_shared.errors import (
     WherryError,
 )  # fmt: skip
 from wherry_shared.sqlite import Database, Transaction
-from wherry_shared.values import Mount, Page
+from wherry_shared.values import Descriptor, Page
 
 from . import metadata
-from .backends import Bundle, Launcher, Shim
+from .backends import Bundle, Creation, Launcher
 from .bundles import Bundles
 from .ends import SIGKILL, Ends
 from .metadata import ProcessRow, TaskRow
 from .recovery import Recovery, boot_id
-from .tasks import Key, Running, Task, describe, members, time_of
+from .tasks import Key, Running, Task, describe, time_of
 
 log = logging.getLogger("wherry.task")
 
 STOP_PARALLEL = 8
+# How long one task may take to answer what is asked of many (containerd's bound).
+LOOK_SECONDS = 2.0
+# From a SIGKILL to its end; a process in the depths of a dead disk may take for ever.
+KILL_SECONDS = 20.0
+# So that a page of all fields stays below 512 KiB.
+STATS_MAX = 200
 
 
 class Supervisor:
@@ -54,7 +60,7 @@ class Supervisor:
     # ---- life
 
     async def create(
-        self, namespace: str, container: str, spec: dict[str, Any], binary: str, mounts: list[Mount], stdio: Stdio
+        self, namespace: str, container: str, spec: dict[str, Any], binary: str, creation: Creation
     ) -> int:
         """Make the container; it is there and answered only when it is on record."""
         key = (namespace, container)
@@ -63,32 +69,31 @@ class Supervisor:
         self._creating.add(key)
         try:
             path = self._bundles.make(namespace, container, spec, binary)
-            bundle = Bundle(path, container, binary, self._bundles.runtime_root(namespace, binary))
+            bundle = Bundle(path, container, binary, self._bundles.runtime_root(namespace, binary), namespace)
             try:
-                return await self._create(key, bundle, spec, mounts, stdio)
+                return await self._create(key, bundle, _of_spec(creation, spec))
             except BaseException:
                 await asyncio.shield(self._recovery.abandon(bundle))
                 raise
         finally:
             self._creating.discard(key)
 
-    async def _create(self, key: Key, bundle: Bundle, spec: dict[str, Any], mounts: list[Mount], stdio: Stdio) -> int:
+    async def _create(self, key: Key, bundle: Bundle, creation: Creation) -> int:
         namespace, container = key
-        shim = await self._launcher.launch(bundle)
+        shim, pid = await self._launcher.launch(bundle, creation)
         try:
-            poststart = bool((spec.get("hooks") or {}).get("poststart"))
-            pid = await shim.create(mounts, stdio, has_poststart=poststart)
             row = TaskRow(namespace, container, str(bundle.path), bundle.binary, self._boot)
             task = Task(row, bundle, shim)
-            init = Running(ProcessRow("", pid, "created", "", stdio))
+            init = Running(ProcessRow("", pid, "created", "", creation.stdio))
             task.processes[""] = init
 
             def record(tx: Transaction) -> int:
                 metadata.put_task(tx, row)
                 metadata.put_process(tx, namespace, container, init.row)
                 tx.publish("/tasks/create", {
-                    "container_id": container, "bundle": row.bundle, "rootfs": [m.model_dump() for m in mounts],
-                    "io": stdio.model_dump(), "checkpoint": "", "pid": pid,
+                    "container_id": container, "bundle": row.bundle,
+                    "rootfs": [m.model_dump() for m in creation.mounts], "io": creation.stdio.model_dump(),
+                    "checkpoint": creation.restore, "pid": pid,
                 })  # fmt: skip
                 return pid
 
@@ -106,10 +111,10 @@ class Supervisor:
         async with task.lock:
             process = task.process(exec_id)
             if process.row.status != "created":
-                raise FailedPrecondition(f"cannot start a {process.row.status} process")
+                raise FailedPrecondition(f"cannot start a {process.row.status} process of task {container}")
             if exec_id:
-                if task.process("").row.status != "running":
-                    raise FailedPrecondition(f"task {container} is {task.process('').row.status}, not running")
+                if task.process("").row.status == "stopped":
+                    raise FailedPrecondition(f"container {container} init process is not running: it has stopped")
                 pid = await task.shim.exec(exec_id, process.row.spec, process.row.stdio)
             else:
                 pid = await task.shim.start()
@@ -131,10 +136,11 @@ class Supervisor:
         task = self.task(namespace, container)
         async with task.lock:
             status = task.process("").row.status
-            if status != "running":
-                raise FailedPrecondition(f"cannot exec in a {status} task")
+            if status not in ("created", "running"):
+                raise FailedPrecondition(f"cannot exec in a {status} state: task {container}")
             if exec_id in task.processes:
                 raise AlreadyExists(f"process {exec_id} of task {container} exists")
+            self._launcher.quicken()
             name = f"process-{secrets.token_hex(6)}.json"
             try:
                 (task.bundle.path / name).write_text(json.dumps({**spec, "terminal": stdio.terminal}))
@@ -155,36 +161,75 @@ class Supervisor:
             raise InvalidArgument(f"signal {signal} is not between 1 and 64")
         task = self.task(namespace, container)
         row = task.process(exec_id).row
-        if row.exit_status is not None and not all:
-            raise NotFound(f"process {exec_id or 'init'} of task {container} already finished")
+        if row.exit_status is not None or (all and task.process("").row.exit_status is not None):
+            raise NotFound(f"process {exec_id or 'init'} of task {container}: process already finished")
         if not row.pid:
-            raise FailedPrecondition(f"process {exec_id} of task {container} was not started")
+            raise FailedPrecondition(f"process {exec_id or 'init'} of task {container}: process not created")
         await task.shim.kill(signal, exec_id, all=all)
 
     async def pause(self, namespace: str, container: str) -> None:
         """Freeze."""
-        await self._freeze(namespace, container, "running", "paused", lambda shim: shim.pause)
+        await self._freeze(namespace, container, "paused")
 
     async def resume(self, namespace: str, container: str) -> None:
         """Thaw."""
-        await self._freeze(namespace, container, "paused", "resumed", lambda shim: shim.resume)
+        await self._freeze(namespace, container, "resumed")
 
-    async def _freeze(
-        self, namespace: str, container: str, wanted: str, event: str, verb: Callable[[Shim], Callable[[], Any]]
-    ) -> None:
+    async def _freeze(self, namespace: str, container: str, event: str) -> None:
         task = self.task(namespace, container)
         async with task.lock:
             init = task.process("")
-            if init.row.status != wanted:
-                raise FailedPrecondition(f"cannot {event.removesuffix('d')} a {init.row.status} task")
-            await verb(task.shim)()
-            init.row = replace(init.row, status="paused" if event == "paused" else "running")
+            if init.row.status != ("running" if event == "paused" else "paused"):
+                verb = event.removesuffix("d")
+                raise FailedPrecondition(f"cannot {verb} a {init.row.status} container: task {container}")
+            if event == "paused":
+                await self._pause(task, init)
+            else:
+                await task.shim.resume()
+                init.row = replace(init.row, status="running")
 
             def record(tx: Transaction) -> None:
                 metadata.put_process(tx, namespace, container, init.row)
                 tx.publish(f"/tasks/{event}", {"container_id": container})
 
             await self._database.mutate(record)
+
+    async def _pause(self, task: Task, init: Running) -> None:
+        """Whoever looks meanwhile sees it pausing."""
+        before, init.row = init.row, replace(init.row, status="pausing")
+        try:
+            await task.shim.pause()
+        except BaseException:
+            if init.row.status == "pausing":
+                init.row = before
+            raise
+        if init.row.status == "pausing":
+            init.row = replace(init.row, status="paused")
+
+    async def update(
+        self, namespace: str, container: str, resources: dict[str, Any], annotations: dict[str, str]
+    ) -> None:
+        """Change limits."""
+        task = self.task(namespace, container)
+        async with task.lock:
+            if task.process("").row.exit_status is not None:
+                raise FailedPrecondition(f"cannot update a stopped container: task {container}")
+            await task.shim.update(resources, annotations)
+
+    async def checkpoint(self, namespace: str, container: str, options: CheckpointOptions) -> list[Descriptor]:
+        """Write the task's whole state into a directory."""
+        task = self.task(namespace, container)
+        async with task.lock:
+            status = task.process("").row.status
+            if status not in ("running", "paused"):
+                raise FailedPrecondition(f"cannot checkpoint a {status} container: task {container}")
+            await task.shim.checkpoint(options)
+
+            def record(tx: Transaction) -> list[Descriptor]:
+                tx.publish("/tasks/checkpointed", {"container_id": container, "checkpoint": options.image})
+                return []
+
+            return await self._database.mutate(record)
 
     async def delete(self, namespace: str, container: str, exec_id: str, *, force: bool) -> Exit:
         """Remove a task that does not run, or a process of exec."""
@@ -194,7 +239,7 @@ class Supervisor:
             # A created task was never told to run: it may go as it is. A running one goes only by force.
             if process.row.status != "created" and not force:
                 raise FailedPrecondition(
-                    f"process {exec_id or 'init'} of task {container} is {process.row.status}: kill it first"
+                    f"cannot delete a {process.row.status} process: {exec_id or 'init'} of task {container}"
                 )
             if exec_id and not process.row.pid:
                 return await self._forget_unstarted(task, process)
@@ -204,9 +249,14 @@ class Supervisor:
     async def _end(self, task: Task, process: Running) -> None:
         try:
             await task.shim.kill(SIGKILL, process.row.exec, all=False)
-        except (NotFound, Unavailable) as e:
-            log.debug("killing %s: %s", task.row.container, e)
-        await process.ended.wait()
+            async with asyncio.timeout(KILL_SECONDS):
+                await process.ended.wait()
+        except NotFound:
+            await process.ended.wait()  # it has ended, and that is about to be told
+        except (Unavailable, TimeoutError) as e:
+            # What stands by it hangs or is gone. It may cost its own container, and nothing else.
+            log.warning("task %s does not let itself be killed: %s", task.row.container, e)
+            await self._ends.give_up(task)
 
     async def _forget_unstarted(self, task: Task, process: Running) -> Exit:
         """A process of exec that never ran."""
@@ -227,7 +277,7 @@ class Supervisor:
         try:
             await task.shim.delete(process.row.exec, force=False)
         except (NotFound, Unavailable) as e:
-            log.debug("deleting %s: %s", process.row.exec, e)
+            log.info("deleting %s: %s", process.row.exec, e)
 
         def record(tx: Transaction) -> Exit:
             metadata.delete_process(tx, namespace, container, process.row.exec)
@@ -249,16 +299,19 @@ class Supervisor:
             try:
                 await task.shim.delete("", force=True)
             except (NotFound, Unavailable):
-                await self._launcher.clean(task.bundle)
-            await self._ends.unfollow(task)
-            await asyncio.to_thread(self._bundles.remove, task.bundle.path)
+                if task.bundle.path.is_dir():
+                    await self._launcher.clean(task.bundle, kill=True)
 
             def record(tx: Transaction) -> Exit:
                 metadata.delete_task(tx, namespace, container)
                 tx.publish("/tasks/delete", _delete_event(container, exit, container))
                 return exit
 
-            answer = await self._database.mutate(record, frees=True)
+            # A bundle without a record, or the other way round, is what the next start of this service cleans.
+            answer, _, _ = await asyncio.gather(
+                self._database.mutate(record, frees=True), self._ends.unfollow(task),
+                asyncio.to_thread(self._bundles.remove, task.bundle.path),
+            )  # fmt: skip
             self._tasks.pop(task.key, None)
             return answer
 
@@ -293,18 +346,54 @@ class Supervisor:
                 return None
         return process.exit()
 
-    def pids(self, namespace: str, container: str) -> list[ProcessInfo]:
+    async def pids(self, namespace: str, container: str) -> list[ProcessInfo]:
         """Every pid inside."""
         task = self.task(namespace, container)
         if task.process("").row.exit_status is not None:
             raise FailedPrecondition(f"task {container} is stopped")
-        execs = {p.row.pid: p.row.exec for p in task.processes.values() if p.row.pid}
-        return [ProcessInfo(pid=pid, exec_id=execs.get(pid, "")) for pid in members(task.shim.cgroups)]
+        found = await task.shim.pids()
+        execs = {p.row.pid: p.row.exec for p in task.processes.values() if p.row.pid and p.row.exit_status is None}
+        return [ProcessInfo(pid=pid, exec_id=execs.get(pid, "")) for pid in found]
+
+    async def stats(self, namespace: str, wanted: Collection[str], after: str, limit: int) -> Page[Stats]:
+        """What tasks use; those that have ended, have no cgroup or do not answer are missing."""
+        limit = max(1, min(limit, STATS_MAX))
+        chosen = set(wanted)
+        names = sorted(
+            c for ns, c in self._tasks if ns == namespace and c > after and (not chosen or c in chosen)
+        )  # fmt: skip
+        found = await asyncio.gather(*(self._stats_of(namespace, name) for name in names[:limit]))
+        return Page[Stats](
+            items=[each for each in found if each is not None], next=names[limit - 1] if len(names) > limit else ""
+        )
+
+    async def _stats_of(self, namespace: str, container: str) -> Stats | None:
+        task = self._tasks.get((namespace, container))
+        if task is None or task.process("").row.exit_status is not None:
+            return None
+        try:
+            async with asyncio.timeout(LOOK_SECONDS):
+                found = await task.shim.stats()
+        except (WherryError, TimeoutError) as e:
+            log.info("stats of %s: %s", container, e)
+            return None
+        if found is None:
+            return None
+        one = isinstance(found, MetricsV1)
+        return Stats(
+            container_id=container, timestamp=time_of(time.time_ns()), v1=found if one else None,
+            v2=None if one else found,
+        )  # fmt: skip
 
     async def resize(self, namespace: str, container: str, width: int, height: int, exec_id: str) -> None:
         """Set a terminal's size; without a terminal nothing happens."""
+        if not (0 <= width <= 0xFFFF and 0 <= height <= 0xFFFF):
+            raise InvalidArgument(f"a terminal of {width} x {height} characters")
         task = self.task(namespace, container)
-        if task.process(exec_id).row.stdio.terminal:
+        row = task.process(exec_id).row
+        if row.exit_status is not None and exec_id:
+            raise FailedPrecondition(f"cannot resize a stopped container: process {exec_id} of task {container}")
+        if row.stdio.terminal and row.exit_status is None and row.pid:
             await task.shim.resize(width, height, exec_id)
 
     async def close_stdin(self, namespace: str, container: str, exec_id: str) -> None:
@@ -341,6 +430,14 @@ class Supervisor:
         if not self._tasks:
             self._bundles.remove_empty()
         await self._launcher.close(idle=not self._tasks)
+
+
+def _of_spec(creation: Creation, spec: dict[str, Any]) -> Creation:
+    """With what it says of its specification."""
+    hooks, linux = spec.get("hooks") or {}, spec.get("linux") or {}
+    special = hooks.get("poststop") or linux.get("intelRdt") or ":" in (linux.get("cgroupsPath") or "")
+    annotated = any(key.startswith("run.oci.") for key in spec.get("annotations") or {})
+    return replace(creation, poststart=bool(hooks.get("poststart")), plain=not special and not annotated)
 
 
 def _delete_event(container: str, exit: Exit, process_id: str) -> dict[str, Any]:

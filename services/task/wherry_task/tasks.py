@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 
 from wherry_shared.api.task import Exit, Process
 from wherry_shared.errors import FailedPrecondition, NotFound
 
 from .backends import Bundle, Notice, Shim
 from .metadata import ProcessRow, TaskRow
-from .monitor import cgroups
 
 Key = tuple[str, str]
 
@@ -66,20 +62,6 @@ def describe(container: str, row: ProcessRow) -> Process:
         container_id=container, exec_id=row.exec, pid=row.pid, status=row.status,
         stdio=row.stdio, exit_status=row.exit_status, exited_at=row.exited_at,
     )  # fmt: skip
-
-
-def members(own: dict[str, str]) -> list[int]:
-    """The pids in a container's cgroup and those below it."""
-    for controllers, path in own.items():
-        if path == "/":
-            continue
-        found: list[int] = []
-        for directory, _, _ in os.walk(cgroups.folder(controllers, path)):
-            with suppress(OSError):
-                found += [int(line) for line in (Path(directory) / "cgroup.procs").read_text().split()]
-        if found:
-            return sorted(found)
-    return []
 
 
 def time_of(ns: int) -> datetime:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import json
 import logging
 import os
 import sys
@@ -14,162 +12,116 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wherry_shared.api.task import Stdio
-from wherry_shared.errors import Internal, Unavailable, from_code
-from wherry_shared.values import Mount
+from wherry_shared.api.task import CheckpointOptions, Stdio
+from wherry_shared.errors import FailedPrecondition, Unavailable
 
+from wherry_task.monitor import cgroups, runtime
 from wherry_task.monitor import zygote as zygote_program
 
-from . import Bundle, Ended, OnNotice, OutOfMemory
+from . import Bundle, Creation, Ended, Metrics, OnNotice, OutOfMemory, Seen, criu, metrics
+from .channel import LONG_PATIENCE, Channel
 
 log = logging.getLogger("wherry.task.oci")
 
 SOCKET = "monitor.sock"
-FRAME_MAX = 1 << 20
 ZYGOTE_SECONDS = 10.0
-
-
-class Channel:
-    """A connection that speaks the monitor's protocol: requests by number, and notices in between."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._numbers = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._closing = False
-        self.on_notice: Callable[[dict[str, Any]], None] = _ignore
-        self.on_gone: Callable[[], None] = _nothing
-        self._task = asyncio.get_running_loop().create_task(self._read())
-
-    @classmethod
-    async def open(cls, directory: Path, name: str) -> Channel:
-        """Connect to a socket by its directory (a long path would not fit into an address). Raises OSError."""
-        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            reader, writer = await asyncio.open_unix_connection(f"/proc/self/fd/{fd}/{name}")
-        finally:
-            os.close(fd)
-        return cls(reader, writer)
-
-    async def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """One operation. Unavailable when the other end is gone; else what it refused with."""
-        if self._task.done():
-            raise Unavailable(f"the monitor is gone ({op})")
-        number = next(self._numbers)
-        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = answer
-        body = json.dumps({"id": number, "op": op, **arguments}, separators=(",", ":")).encode()
-        self._writer.write(len(body).to_bytes(4, "big") + body)
-        try:
-            return await answer
-        finally:
-            self._waiting.pop(number, None)
-
-    async def _read(self) -> None:
-        try:
-            while True:
-                size = int.from_bytes(await self._reader.readexactly(4), "big")
-                if size > FRAME_MAX:
-                    raise Internal(f"a monitor sent a frame of {size} bytes")
-                self._take(json.loads(await self._reader.readexactly(size)))
-        except (asyncio.IncompleteReadError, OSError):
-            pass
-        finally:
-            for answer in self._waiting.values():
-                if not answer.done():
-                    answer.set_exception(Unavailable("the monitor is gone"))
-            self._writer.close()
-            if not self._closing:
-                self.on_gone()
-
-    def _take(self, message: dict[str, Any]) -> None:
-        if "notice" in message:
-            self.on_notice(message)
-            return
-        answer = self._waiting.get(message.get("id", 0))
-        if answer is None or answer.done():
-            return
-        error = message.get("error")
-        if error is not None:
-            answer.set_exception(from_code(int(error["code"]), str(error["message"])))
-        else:
-            answer.set_result(message.get("ok") or {})
-
-    async def ended(self, patience: float) -> None:
-        """Return when the other end has hung up, or after `patience` seconds."""
-        await asyncio.wait({self._task}, timeout=patience)
-
-    async def close(self) -> None:
-        """Hang up without telling `on_gone`."""
-        self._closing = True
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
-
-
-def _ignore(message: dict[str, Any]) -> None:
-    return None
-
-
-def _nothing() -> None:
-    return None
+# What a monitor knows by heart it answers at once, or it hangs.
+STATE_SECONDS = 2.0
 
 
 class MonitorShim:
     """A Shim that is a monitor process."""
 
-    def __init__(self, channel: Channel, cgroups: dict[str, str] | None = None) -> None:
-        self._channel = channel
-        self.cgroups: dict[str, str] = cgroups or {}
+    def __init__(self, channel: Channel, bundle: Bundle, made: dict[str, Any], *, watched: bool) -> None:
+        self.channel = channel
+        self._bundle = bundle
+        self._cgroups: dict[str, str] = made.get("cgroups") or {}
+        self._pid = int(made.get("pid") or 0)
+        # Only a container that this process has created is known to have no poststart hooks.
+        self._releases = False
+        self._watched = watched
 
-    async def create(self, mounts: list[Mount], stdio: Stdio, *, has_poststart: bool) -> int:
-        answer = await self._channel.ask(
-            "create", mounts=[m.model_dump() for m in mounts], poststart=has_poststart, **stdio.model_dump()
-        )
-        self.cgroups = answer["cgroups"]
-        return int(answer["pid"])
+    @classmethod
+    def created(cls, channel: Channel, bundle: Bundle, made: dict[str, Any], creation: Creation) -> MonitorShim:
+        """After a `launch`, which watches too."""
+        shim = cls(channel, bundle, made, watched=True)
+        shim._releases = not creation.poststart and not creation.restore
+        return shim
 
     async def start(self) -> int:
-        return int((await self._channel.ask("start"))["pid"])
+        if self._releases and await self._release():
+            # Whether it hears that before or after we are killed: its `state` looks at what the runtime left.
+            self.channel.tell("started")
+            return self._pid
+        made = await self.channel.ask("start", patience=LONG_PATIENCE)
+        self._cgroups = made.get("cgroups") or self._cgroups
+        self._pid = int(made["pid"])
+        return self._pid
+
+    async def _release(self) -> bool:
+        """Let the init go on from here: neither a runtime nor a worker has to be started for it."""
+        state = str(self._bundle.root / self._bundle.container)
+        if Path(self._bundle.binary).name == "crun":
+            return runtime.release(self._bundle.binary, state, self._pid)
+        return await asyncio.to_thread(runtime.release, self._bundle.binary, state, self._pid)
 
     async def exec(self, exec_id: str, spec: str, stdio: Stdio) -> int:
-        return int((await self._channel.ask("exec", exec_id=exec_id, process=spec, **stdio.model_dump()))["pid"])
+        made = await self.channel.ask(
+            "exec", patience=LONG_PATIENCE, exec_id=exec_id, process=spec, **stdio.model_dump()
+        )
+        return int(made["pid"])
 
     async def kill(self, signal: int, exec_id: str, *, all: bool) -> None:
-        await self._channel.ask("kill", signal=signal, exec_id=exec_id, all=all)
+        await self.channel.ask("kill", signal=signal, exec_id=exec_id, all=all)
 
     async def pause(self) -> None:
-        await self._channel.ask("pause")
+        await self.channel.ask("pause")
 
     async def resume(self) -> None:
-        await self._channel.ask("resume")
+        await self.channel.ask("resume")
 
     async def resize(self, width: int, height: int, exec_id: str) -> None:
-        await self._channel.ask("resize", width=width, height=height, exec_id=exec_id)
+        with contextlib.suppress(FailedPrecondition):  # it has no terminal, which is nothing to complain of
+            await self.channel.ask("resize", width=width, height=height, exec_id=exec_id)
 
     async def close_stdin(self, exec_id: str) -> None:
-        await self._channel.ask("close_stdin", exec_id=exec_id)
+        await self.channel.ask("close_stdin", exec_id=exec_id)
 
-    async def state(self) -> dict[str, Any]:
-        return await self._channel.ask("state")
+    async def update(self, resources: dict[str, Any], annotations: dict[str, str]) -> None:
+        await self.channel.ask("update", resources=resources)
+
+    async def checkpoint(self, options: CheckpointOptions) -> None:
+        await criu.checkpoint(self.channel, self._bundle, options)
+
+    async def pids(self) -> list[int]:
+        return await asyncio.to_thread(metrics.members, self._cgroups)
+
+    async def stats(self) -> Metrics | None:
+        return await asyncio.to_thread(metrics.read, self._cgroups)
+
+    async def state(self) -> Seen:
+        told = await self.channel.ask("state", patience=STATE_SECONDS)
+        execs = {exec_id: int(each["pid"]) for exec_id, each in told.get("execs", {}).items()}
+        if told["state"] == "running":
+            self.channel.tell("started")
+        return Seen(told["state"] not in ("created", "empty"), int(told["pid"]), execs)
 
     async def delete(self, exec_id: str, *, force: bool) -> None:
         if not exec_id:
-            self._channel.on_gone = _nothing  # its container deleted, a monitor ends by itself
-        await self._channel.ask("delete", exec_id=exec_id, force=force)
+            self.channel.forget_end()  # its container deleted, a monitor ends by itself
+        await self.channel.ask("delete", patience=LONG_PATIENCE, exec_id=exec_id, force=force)
 
     async def watch(self, on_notice: OnNotice, on_gone: Callable[[], None]) -> None:
         def tell(message: dict[str, Any]) -> None:
             on_notice(ended(message) if message["notice"] == "exit" else OutOfMemory())
 
-        self._channel.on_notice, self._channel.on_gone = tell, on_gone
-        await self._channel.ask("watch")
+        self.channel.follow(tell, on_gone)
+        if not self._watched:
+            self._watched = True
+            await self.channel.ask("watch")
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self.channel.close()
 
 
 def ended(record: dict[str, Any]) -> Ended:
@@ -186,35 +138,61 @@ class OciLauncher:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._starting = asyncio.Lock()
+        # A monitor forked ahead: it waits for its first word, so that a creation need not wait for the fork.
+        self._spare: Channel | None = None
+        self._sparing: asyncio.Task[None] | None = None
+        self._quickening: asyncio.Future[None] | None = None
 
-    async def launch(self, bundle: Bundle) -> MonitorShim:
-        channel = await self._zygote()
+    async def launch(self, bundle: Bundle, creation: Creation) -> tuple[MonitorShim, int]:
+        self.quicken()
+        channel = await self._take_spare()
         try:
-            await channel.ask("spawn", **_about(bundle))
-        except BaseException:
+            made = await channel.ask("launch", patience=LONG_PATIENCE, **_about(bundle), **_creation(creation))
+        except BaseException as e:
             await channel.close()
+            if creation.restore:
+                await criu.explain(e, bundle)
             raise
-        return MonitorShim(channel)
+        finally:
+            self._make_spare()
+        return MonitorShim.created(channel, bundle, made, creation), int(made["pid"])
 
     async def adopt(self, bundle: Bundle) -> MonitorShim | None:
         try:
             channel = await Channel.open(bundle.path, SOCKET)
-            state = await channel.ask("state")
-        except (OSError, Unavailable):
+        except OSError:
             return None
-        return MonitorShim(channel, state.get("cgroups"))
+        try:
+            told = await channel.ask("state", patience=STATE_SECONDS)
+        except Unavailable:
+            silent = channel.alive
+            await channel.close()
+            if silent:
+                raise
+            return None
+        return MonitorShim(channel, bundle, told, watched=False)
 
-    async def clean(self, bundle: Bundle) -> list[Ended]:
+    async def clean(self, bundle: Bundle, *, kill: bool = False) -> list[Ended]:
         channel = await self._zygote()
         try:
-            answer = await channel.ask("cleanup", **_about(bundle))
+            answer = await channel.ask("cleanup", patience=LONG_PATIENCE, kill=kill, **_about(bundle))
         finally:
             await channel.close()
         for warning in answer.get("warnings", []):
             log.warning("cleaning %s: %s", bundle.path, warning)
         return [ended(record) for record in answer.get("exits", [])]
 
+    def quicken(self) -> None:
+        """A migration between cgroups is to come: let the kernel's lock for that wake up meanwhile."""
+        if self._quickening is None or self._quickening.done():
+            self._quickening = asyncio.get_running_loop().run_in_executor(None, cgroups.quicken)
+
     async def close(self, *, idle: bool) -> None:
+        if self._sparing is not None:
+            self._sparing.cancel()
+            await asyncio.wait([self._sparing])
+        if self._spare is not None:
+            await self._spare.close()
         if not idle:
             return
         with contextlib.suppress(OSError, Unavailable):
@@ -222,6 +200,22 @@ class OciLauncher:
             await channel.ask("quit")
             await channel.ended(ZYGOTE_SECONDS)
             await channel.close()
+
+    # ---- the zygote
+
+    async def _take_spare(self) -> Channel:
+        spare, self._spare = self._spare, None
+        if spare is not None and spare.alive:
+            return spare
+        return await self._zygote()
+
+    def _make_spare(self) -> None:
+        if self._spare is None and (self._sparing is None or self._sparing.done()):
+            self._sparing = asyncio.get_running_loop().create_task(self._fork_ahead())
+
+    async def _fork_ahead(self) -> None:
+        with contextlib.suppress(OSError, Unavailable):
+            self._spare = await self._zygote()
 
     async def _zygote(self) -> Channel:
         async with self._starting:
@@ -254,4 +248,11 @@ class OciLauncher:
 def _about(bundle: Bundle) -> dict[str, Any]:
     return {
         "bundle": str(bundle.path), "container": bundle.container, "runtime": bundle.binary, "root": str(bundle.root)
+    }  # fmt: skip
+
+
+def _creation(creation: Creation) -> dict[str, Any]:
+    return {
+        "mounts": [m.model_dump() for m in creation.mounts], "poststart": creation.poststart, "plain": creation.plain,
+        **creation.stdio.model_dump(), **({"restore": {"image": creation.restore}} if creation.restore else {}),
     }  # fmt: skip

@@ -34,12 +34,14 @@ def _clean(request: Args) -> Args:
     """Returns {exits, warnings}. Raises Failure, with EXISTS when a monitor is alive. May be repeated at will."""
     about = operations.describe_bundle(request)
     operations.enter_bundle(about["bundle"])
+    if request.get("kill"):
+        _kill(_written_by_the_monitor().get("monitor") or {})  # it hangs, or is about to end
     # A killed monitor's connections end a moment before its lock: who asks at once shall not be refused.
     operations.lock_bundle(patience=_DYING_SECONDS)
     about |= _written_by_the_monitor()
     warnings: list[str] = []
     own = cgroups.own(about.get("cgroups") or _cgroups_of_spec())
-    _kill_init(about.get("init") or {})
+    _kill(about.get("init") or {})
     _empty(own, warnings)
     mounts.unmount_rootfs(os.path.join(about["bundle"], "rootfs"))  # of a monitor without a namespace of its own
     mounts.enter_namespace(os.getcwd())
@@ -69,8 +71,9 @@ def _cgroups_of_spec() -> dict[str, str]:
     return dict.fromkeys(cgroups.of("self"), path)
 
 
-def _kill_init(init: Args) -> None:
-    pid = init.get("pid")
+def _kill(known: Args) -> None:
+    """A process by its pid and start time."""
+    pid = known.get("pid")
     if not pid:
         return
     try:
@@ -78,7 +81,7 @@ def _kill_init(init: Args) -> None:
     except OSError:
         return
     # Only after the pidfd is open does an equal start time prove that it is still the same process.
-    if operations.start_time(pid) == init.get("start_time"):
+    if operations.start_time(pid) == known.get("start_time"):
         libc.kill(pid, libc.SIGKILL)
     os.close(fd)
 

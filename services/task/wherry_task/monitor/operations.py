@@ -58,6 +58,7 @@ def spawn(monitor: Monitor, name: str, args: Args) -> Result:
     lock = lock_bundle()
     mounts.enter_namespace(os.getcwd())
     os.makedirs(records.EXITS, 0o700, exist_ok=True)
+    about["monitor"] = {"pid": os.getppid(), "start_time": start_time(os.getppid())}
     records.write(records.ABOUT, about)
     records.remove(SOCKET)
     listener = wire.listen(SOCKET)
@@ -316,7 +317,7 @@ def state(monitor: Monitor, name: str, args: Args) -> Result:
 
 
 def _state_of(monitor: Monitor, about: Args) -> str:
-    """A service that died between releasing the init and saying so leaves a running container that counts as created."""
+    """A service that died between releasing the init and saying so leaves one that runs and counts as created."""
     if monitor.state != _CREATED or about.get("restore"):
         return monitor.state
     runtime = runtime_of(about)
