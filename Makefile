@@ -3,8 +3,9 @@ PYTHON := .venv/bin/python
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 ARGS :=
 ROWS :=
+SECONDS := 30
 
-.PHONY: demo test check lint types imports shape format bench clean installed
+.PHONY: demo test fuzz check lint types imports shape format bench clean installed
 
 demo:  ## build, serve, run and take down a redis container; leaves nothing behind
 	@sh deploy/bootstrap.sh demo
@@ -12,6 +13,9 @@ demo:  ## build, serve, run and take down a redis container; leaves nothing behi
 
 test: installed  ## all tests; ARGS="tests/task -k exec" for some
 	@$(SUDO) $(PYTHON) -m pytest $(ARGS)
+
+fuzz: installed  ## every parser; SECONDS=300 for longer, ARGS="tar_reader filters" for some, ARGS=TARGET=FILE for one input
+	@$(SUDO) env PYTHONPATH=tests $(PYTHON) -m fuzz --seconds $(SECONDS) $(ARGS)
 
 check: lint types imports shape  ## with -k each part has its say, whatever the others found
 

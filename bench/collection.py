@@ -163,7 +163,8 @@ async def _main(objects: int, dead: int) -> None:
     from .wherry_side import WherryNode
 
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="wherry-bench-") as base, WherryNode(Path(base)) as node:
-        async with wherry.connect(**node.settings()) as client:
+        settings = node.settings()
+        async with wherry.connect(state=settings["state"], namespace=settings["namespace"]) as client:
             began = time.perf_counter()
             await fill(client, objects, dead)
             print(f"filled in {time.perf_counter() - began:.1f} s", flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any
 
 import wherry
@@ -242,18 +242,17 @@ class WherryClient:
 
     # ---- content
 
-    async def ingest_time(self, path: str, size: int, digest: str, local: bool = True) -> float:
-        began = time.perf_counter()
-        content, ref = self._client.content, digest[7:23]
-        with open(path, "rb") as source:
-            async with streams.BlobWriter(content, ref, total=size, expected=digest, local=local) as writer:
-                await writer.copy_from(source)
-                await writer.commit(labels=KEEP)
-        return time.perf_counter() - began
+    async def ingest_time(self, path: str, size: int, digest: str) -> float:
+        return await _ingest(self._client, path, size, digest, local=True)
 
     async def write_time(self, path: str, size: int, digest: str) -> float:
         """The same with no byte past the bus."""
-        return await self.ingest_time(path, size, digest, local=False)
+        async with self._on_the_bus() as client:
+            return await _ingest(client, path, size, digest, local=False)
+
+    def _on_the_bus(self) -> AbstractAsyncContextManager[wherry.Client]:
+        """A client as on another host."""
+        return wherry.connect(state=self._settings["state"], namespace=self._settings["namespace"], direct=False)
 
     async def read_time(self, size: int, digest: str) -> float:
         began = time.perf_counter()
@@ -268,17 +267,21 @@ class WherryClient:
     async def read_bus_rate(self, readers: int, size: int, digest: str) -> float:
         """Bytes per second over the bus alone, by so many readers with a connection each."""
         async with AsyncExitStack() as stack:
-            clients = [
-                await stack.enter_async_context(
-                    wherry.connect(state=self._settings["state"], namespace=self._settings["namespace"])
-                )
-                for _ in range(readers)
-            ]
+            clients = [await stack.enter_async_context(self._on_the_bus()) for _ in range(readers)]
             began = time.perf_counter()
             async with asyncio.TaskGroup() as group:
                 for client in clients:
                     group.create_task(_read_all(client, digest, size))
             return readers * size / (time.perf_counter() - began)
+
+
+async def _ingest(client: wherry.Client, path: str, size: int, digest: str, *, local: bool) -> float:
+    began = time.perf_counter()
+    with open(path, "rb") as source:
+        async with streams.BlobWriter(client.content, digest[7:23], total=size, expected=digest, local=local) as writer:
+            await writer.copy_from(source)
+            await writer.commit(labels=KEEP)
+    return time.perf_counter() - began
 
 
 class Audience:

@@ -374,16 +374,18 @@ class Client:
 class _Connecting:
     """What `connect` answers: `await` it for a Client, or enter it with `async with`."""
 
-    def __init__(self, address: Address, namespace: str) -> None:
+    def __init__(self, address: Address, namespace: str, direct: bool) -> None:
         self._address = address
         self._namespace = namespace
+        self._direct = direct
         self._client: Client | None = None
 
     async def _connect(self) -> Client:
         own = load(self._address.creds)
+        direct = self._address.state if self._direct and own.name == ADMIN else None
         bus = await connect_bus(
             self._address.nats.split(","), node=self._address.node, name=f"{own.name}:{os.getpid()}", seed=own.seed,
-            inbox_prefix=own.inbox_prefix, direct=self._address.state if own.name == ADMIN else None,
+            inbox_prefix=own.inbox_prefix, direct=direct, awake=True,
         )  # fmt: skip
         return Client(bus, self._namespace, self._address)
 
@@ -399,12 +401,15 @@ class _Connecting:
             await self._client.close()
 
 
-def connect(*, namespace: str = "", state: str = "", nats: str = "", node: str = "", creds: str = "") -> _Connecting:
+def connect(
+    *, namespace: str = "", state: str = "", nats: str = "", node: str = "", creds: str = "", direct: bool = True
+) -> _Connecting:
     """Connect to a node: `async with wherry.connect(namespace="cpuguy") as client:`.
 
     state: the node's state directory on this host (`WHERRY_STATE`, /run/wherry), which tells the rest. For a node
-    elsewhere give `nats` (URLs, comma-separated), `node` and `creds` (a seed file).
+    elsewhere give `nats` (URLs, comma-separated), `node` and `creds` (a seed file). direct: False, or
+    `WHERRY_DIRECT=0`, when no request shall take the services' own sockets on this host: then all go by NATS.
     Unavailable: no node there. Unauthenticated: the credentials are missing or wrong.
     """
     address = Address.find(state=state, nats=nats, node=node, creds=creds)
-    return _Connecting(address, namespace or os.environ.get("WHERRY_NAMESPACE", DEFAULT_NAMESPACE))
+    return _Connecting(address, namespace or os.environ.get("WHERRY_NAMESPACE", DEFAULT_NAMESPACE), direct)

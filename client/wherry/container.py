@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+import logging
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from wherry_shared.api.container import Container as Record
 from wherry_shared.api.container import Runtime
 from wherry_shared.api.diff import Change
-from wherry_shared.errors import FailedPrecondition, NotFound, WherryError
-from wherry_shared.values import Mount, check_identifier
+from wherry_shared.api.snapshot import GID_LABEL, UID_LABEL
+from wherry_shared.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unimplemented,
+    WherryError,
+)
+from wherry_shared.values import LABEL_MAX, Mount, check_identifier
 
-from . import spec, users
+from . import capabilities, limits, spec, users
 from .spec import Options
 from .stdio import Stdio
 from .task import NewTask, Task
@@ -26,8 +36,46 @@ STOP_SIGNAL_LABEL = "io.containerd.image.config.stop-signal"
 # Which OCI runtime that is, the node decides.
 DEFAULT_RUNTIME = "default"
 DEFAULT_SNAPSHOTTER = "overlay"
+# What a container is called beside its id, which never changes.
+NAME_LABEL = "wherry/name"
+# `wherry/join.<kind>`: whose namespace it shares. Its path in the specification is written anew for each task.
+JOIN_LABEL = "wherry/join."
+_NAMESPACE_FILES = {"network": "net"}
 # An image may not set what steers the runtime or the restart monitor (GHSA-xhf5-7wjv-pqxp).
-RESERVED_PREFIXES = ("containerd.io/", "io.containerd.", "io.cri-containerd")
+RESERVED_PREFIXES = ("containerd.io/", "io.containerd.", "io.cri-containerd", "wherry/")
+
+log = logging.getLogger(__name__)
+
+
+async def find(client: Client, name: str) -> Container:
+    """A container by its id, or by the name that `rename` gave it.
+
+    NotFound. FailedPrecondition: several have this name, and none this id.
+    """
+    with contextlib.suppress(NotFound, InvalidArgument):
+        return Container(client, await client.containers.get(name))
+    quoted = name.replace("\\", "\\\\").replace('"', '\\"')
+    named = (await client.containers.walk([f'labels."{NAME_LABEL}"=="{quoted}"'], limit=2)).items
+    if len(named) > 1:
+        raise FailedPrecondition(f"{len(named)} containers are named {name!r}: use their ids")
+    if not named:
+        raise NotFound(f"container {name!r}: not found")
+    return Container(client, named[0])
+
+
+async def namespace_of(client: Client, name: str, kind: str) -> str:
+    """The path of another container's namespace on the node. NotFound; FailedPrecondition: it does not run."""
+    other = await find(client, name)
+    try:
+        state = await client.tasks.get(other.id)
+    except NotFound:
+        raise FailedPrecondition(f"the {kind} namespace of container {name}: it does not run") from None
+    if state.status not in ("created", "running", "paused"):
+        raise FailedPrecondition(f"the {kind} namespace of container {name}: it is {state.status}")
+    return f"/proc/{state.pid}/ns/{_NAMESPACE_FILES.get(kind, kind)}"
+
+
+_OF_EVERY_PROCESS = ("user", "capabilities", "rlimits", "noNewPrivileges", "apparmorProfile", "selinuxLabel")
 
 
 class Container:
@@ -43,6 +91,71 @@ class Container:
     @property
     def id(self) -> str:
         return self.record.id
+
+    @property
+    def name(self) -> str:
+        """What `rename` called it, else its id."""
+        return self.record.labels.get(NAME_LABEL) or self.id
+
+    async def rename(self, name: str) -> None:
+        """Give it a name beside its id; its own id takes the name away.
+
+        The id stays: tasks, cgroups, logs and events of a container carry it. AlreadyExists: another one has the name
+        or id; two renames at once may both find it free.
+        """
+        check_identifier(name, "container name")
+        if name != self.id:
+            with contextlib.suppress(NotFound):
+                other = await find(self.client, name)
+                if other.id != self.id:
+                    raise AlreadyExists(f"container {other.id} is called {name!r}")
+        await self.label({NAME_LABEL: "" if name == self.id else name})
+
+    async def label(self, labels: Mapping[str, str]) -> None:
+        """Set some of its labels; an empty value takes one out."""
+        new = self.record.model_copy(update={"labels": dict(labels)})
+        self.record = await self.client.containers.update(new, [f"labels.{key}" for key in labels])
+
+    async def update(self, resources: Mapping[str, Any]) -> None:
+        """Change limits (an OCI LinuxResources): of its task, when it has one that has not ended, and of those to come.
+
+        Nothing is recorded when the runtime refuses.
+        """
+        if resources.get("devices"):
+            raise InvalidArgument("the devices of a container do not change")
+        with contextlib.suppress(NotFound):
+            state = await self.client.tasks.get(self.id)
+            if state.status != "stopped":
+                await self.client.tasks.update(self.id, dict(resources))
+        made = dict(self.record.spec or {})
+        linux = dict(made.get("linux") or {})
+        linux["resources"] = limits.merged(linux.get("resources") or {}, dict(resources))
+        made["linux"] = linux
+        await self._change_spec(made)
+
+    async def _change_spec(self, made: dict[str, Any]) -> None:
+        new = self.record.model_copy(update={"spec": made})
+        self.record = await self.client.containers.update(new, ["spec"])
+
+    async def rejoin(self) -> None:
+        """Point its specification at the namespaces that the containers which it shares them with have now.
+
+        FailedPrecondition: one of those does not run.
+        """
+        shared = {
+            key.removeprefix(JOIN_LABEL): other
+            for key, other in self.record.labels.items() if key.startswith(JOIN_LABEL)
+        }  # fmt: skip
+        if not shared or not self.record.spec:
+            return
+        paths = {kind: await namespace_of(self.client, other, kind) for kind, other in shared.items()}
+        linux = self.record.spec.get("linux") or {}
+        namespaces = [
+            {**each, "path": paths[each["type"]]} if each["type"] in paths else each
+            for each in linux.get("namespaces") or ()
+        ]
+        if namespaces != linux.get("namespaces"):
+            await self._change_spec({**self.record.spec, "linux": {**linux, "namespaces": namespaces}})
 
     async def mounts(self) -> list[Mount]:
         """The mounts of its snapshot; none without one."""
@@ -65,20 +178,28 @@ class Container:
         return task
 
     async def process(
-        self, args: Sequence[str], *, user: str = "", cwd: str = "", env: Sequence[str] = (), terminal: bool = False
-    ) -> dict[str, Any]:
-        """The OCI process of a command in this container: its own environment and user, unless told otherwise."""
-        own = (self.record.spec or {}).get("process", {})
-        who = users.resolve(user, await self.mounts()) if user else None
-        made = spec.process(
-            args,
-            env=spec.environment(None, [*own.get("env", []), *env]),
-            cwd=spec.working_directory(None, cwd or own.get("cwd", "/")),
-            user=who or spec.User(),
-            terminal=terminal,
-        )
-        if who is None and "user" in own:
-            made["user"] = own["user"]
+        self, args: Sequence[str], *, user: str = "", cwd: str = "", env: Sequence[str] = (), terminal: bool = False,
+        privileged: bool = False,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The OCI process of a command in this container: with its own environment, user, capabilities and limits,
+        unless told otherwise. privileged: every capability, for admins."""
+        own = (self.record.spec or {}).get("process") or {}
+        if not args:
+            raise InvalidArgument("nothing to run: no command is given")
+        made = {
+            **spec.process(args, env=(), cwd="", user=spec.User()),
+            **{key: own[key] for key in _OF_EVERY_PROCESS if key in own},
+            "env": spec.environment(None, [*own.get("env", []), *(["TERM=xterm"] if terminal else []), *env]),
+            "cwd": spec.working_directory(None, cwd or own.get("cwd", "/")),
+            "terminal": terminal,
+        }
+        if user:
+            who = users.resolve(user, await self.mounts())
+            made["user"] = {"uid": who.uid, "gid": who.gid, "additionalGids": list(who.additional_gids)}
+        if privileged:
+            every = capabilities.every()
+            made["capabilities"] = {"bounding": every, "effective": every, "permitted": every}
+            made["noNewPrivileges"] = False
         return made
 
     async def changes(self) -> list[Change]:
@@ -114,13 +235,14 @@ class NewContainer:
 
     image: whose filesystem, environment and command; unpacked where it is not. snapshot: the key of its new writable
     snapshot (the container's id unless given). runtime: an OCI runtime's name. labels: the container's own.
-    Everything else as in `wherry.spec.Options`: args, entrypoint, env, cwd, user, hostname, terminal, read_only,
-    host_network, mounts, annotations, resources. spec: a whole OCI specification of the caller's instead.
+    join: containers whose namespaces it shares, by kind (`wherry.spec.KINDS`). Everything else as in
+    `wherry.spec.Options`. spec: a whole OCI specification of the caller's instead.
     """
 
     def __init__(
         self, client: Client, id: str, image: Image | None = None, *, snapshot: str = "", snapshotter: str = "",
-        runtime: str = "", labels: dict[str, str] | None = None, spec: dict[str, Any] | None = None, **options: Any,
+        runtime: str = "", labels: dict[str, str] | None = None, join: Mapping[str, str] | None = None,
+        spec: dict[str, Any] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         self._client = client
         self._id = check_identifier(id, "container id")
@@ -129,18 +251,29 @@ class NewContainer:
         self._snapshotter = snapshotter
         self._runtime = runtime
         self._labels = labels or {}
+        self._join = dict(join or {})
         self._spec = spec
         self._options = Options(**options)
         self._container: Container | None = None
 
+    async def _joined(self) -> None:
+        """Find the namespaces that are to be shared."""
+        paths = {kind: await namespace_of(self._client, other, kind) for kind, other in self._join.items()}
+        self._options = replace(self._options, namespaces={**self._options.namespaces, **paths})
+        self._labels = {**self._labels, **{JOIN_LABEL + kind: other for kind, other in self._join.items()}}
+
     async def _create(self) -> Container:
         await self._client.ensure_namespace()
+        if self._join:
+            await self._joined()
         defaults = {} if self._runtime and self._snapshotter else await self._client.defaults()
         runtime = Runtime(name=self._runtime or defaults.get("runtime", DEFAULT_RUNTIME))
         self._snapshotter = self._snapshotter or defaults.get("snapshotter", DEFAULT_SNAPSHOTTER)
         if self._image is None:
-            made = self._spec if self._spec is not None else spec.make(self._id, None, self._options, spec.User())
-            record = Record(id=self._id, labels=self._labels, runtime=runtime, spec=made)
+            user = users.resolve(self._options.user, [], self._options.groups)
+            made = self._spec if self._spec is not None else spec.make(self._id, None, self._options, user)
+            stop = {STOP_SIGNAL_LABEL: self._options.stop_signal} if self._options.stop_signal else {}
+            record = Record(id=self._id, labels={**stop, **self._labels}, runtime=runtime, spec=made)
             return Container(self._client, await self._client.containers.create(record))
         async with self._client.lease():
             return await self._from_image(self._image, runtime)
@@ -153,7 +286,7 @@ class NewContainer:
         try:
             made = self._spec
             if made is None:
-                user = users.resolve(self._options.user or resolved.config.user, mounts)
+                user = users.resolve(self._options.user or resolved.config.user, mounts, self._options.groups)
                 made = spec.make(self._id, resolved.config, self._options, user)
             record = Record(
                 id=self._id, labels=self._all_labels(resolved), image=image.name, runtime=runtime, spec=made,
@@ -169,16 +302,20 @@ class NewContainer:
         """The container's own snapshot on the image's topmost; the image is unpacked first where it is not."""
         chain = chain_ids(resolved.config.diff_ids)
         top, snapshotter = chain[-1] if chain else "", self._snapshotter
+        labels = _map_labels(self._options)
+        if labels:
+            # The snapshotter can, the task service cannot yet: it would have to mount by these maps.
+            raise Unimplemented("a user namespace needs a root with mapped ids, which the task service does not mount")
         try:
-            return await self._client.snapshots.prepare(snapshotter, self._snapshot, top)
+            return await self._client.snapshots.prepare(snapshotter, self._snapshot, top, labels)
         except NotFound:
             await image.unpack(snapshotter)
-            return await self._client.snapshots.prepare(snapshotter, self._snapshot, top)
+            return await self._client.snapshots.prepare(snapshotter, self._snapshot, top, labels)
 
     def _all_labels(self, resolved: Resolved) -> dict[str, str]:
-        labels = {k: v for k, v in resolved.config.labels.items() if not k.startswith(RESERVED_PREFIXES)}
-        if resolved.config.stop_signal:
-            labels[STOP_SIGNAL_LABEL] = resolved.config.stop_signal
+        labels = image_labels(resolved.config.labels)
+        if signal := self._options.stop_signal or resolved.config.stop_signal:
+            labels[STOP_SIGNAL_LABEL] = signal
         return {**labels, **self._labels}
 
     def __await__(self) -> Generator[Any, None, Container]:
@@ -192,3 +329,24 @@ class NewContainer:
         if self._container is not None:
             with contextlib.suppress(NotFound):
                 await self._container.delete(snapshot=True)
+
+
+def image_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """What of an image's labels a container may have; what is reserved, or too long, is dropped with a warning."""
+    kept = {}
+    for key, value in labels.items():
+        if key.startswith(RESERVED_PREFIXES):
+            log.warning("the image's label %r is dropped: its prefix is reserved", key[:80])
+        elif not key or len(key.encode()) + len(value.encode()) > LABEL_MAX:
+            log.warning("the image's label %r is dropped: it is empty or longer than %d bytes", key[:80], LABEL_MAX)
+        else:
+            kept[key] = value
+    return kept
+
+
+def _map_labels(options: Options) -> dict[str, str]:
+    """The labels by which the snapshotter maps the ids of what lies below the container."""
+    if not options.uid_mappings:
+        return {}
+    maps = ((UID_LABEL, options.uid_mappings), (GID_LABEL, options.gid_mappings))
+    return {label: ",".join(f"{inside}:{outside}:{size}" for inside, outside, size in ranges) for label, ranges in maps}

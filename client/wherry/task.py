@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import secrets
 import signal as signals
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wherry_shared.api.task import Exit, ProcessInfo
+from wherry_shared.api.task import Exit, ProcessInfo, Stats
 from wherry_shared.api.task import Process as State
 from wherry_shared.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable, WherryError
 from wherry_shared.values import Mount
@@ -139,11 +139,17 @@ class Task(Process):
     """The running thing of a container. `async with` kills and deletes it at the end."""
 
     async def exec(
-        self, args: Sequence[str], *, stdio: Stdio | None = None, user: str = "", cwd: str = "", env: Sequence[str] = ()
-    ) -> Process:
-        """Add and start another process in the container; `wait` for it, then `delete` it."""
+        self, args: Sequence[str], *, stdio: Stdio | None = None, user: str = "", cwd: str = "",
+        env: Sequence[str] = (), privileged: bool = False,
+    ) -> Process:  # fmt: skip
+        """Add and start another process in the container; `wait` for it, then `delete` it.
+
+        What is not given is the container's own. privileged: with every capability.
+        """
         container = await self.client.container(self.container_id)
-        process = await container.process(args, user=user, cwd=cwd, env=env, terminal=bool(stdio and stdio.terminal))
+        process = await container.process(
+            args, user=user, cwd=cwd, env=env, terminal=bool(stdio and stdio.terminal), privileged=privileged
+        )
         exec_id = f"exec-{secrets.token_hex(6)}"
         pipes = Pipes(stdio or Stdio.null(), self.client.address.state, f"{self.container_id[:40]}-{exec_id}")
         added = Process(self.client, self.container_id, exec_id, pipes)
@@ -167,6 +173,31 @@ class Task(Process):
         finally:
             await process.delete(force=True)
         return Completed(status.code, bytes(out.data), bytes(err.data), out.truncated or err.truncated)
+
+    async def stop(self, signal: int = signals.SIGTERM, patience: float = 10.0) -> ExitStatus:
+        """Ask it to end with a signal, and kill it when it has not after `patience` seconds (negative: never).
+
+        A paused one is thawed, for it could not hear. The task stays, stopped.
+        """
+        with contextlib.suppress(NotFound):  # it has ended meanwhile
+            if (await self.state()).status == "paused":
+                await self.resume()
+            await self.kill(signal)
+        if patience >= 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    return await self.wait()
+            with contextlib.suppress(NotFound):
+                await self.kill(signals.SIGKILL)
+        return await self.wait()
+
+    async def stats(self) -> Stats | None:
+        """What it has used until now; None when it has ended."""
+        return next(iter((await self.client.tasks.stats([self.container_id])).items), None)
+
+    async def update(self, resources: Mapping[str, Any]) -> None:
+        """Change its limits (an OCI LinuxResources) while it lives; `Container.update` also remembers them."""
+        await self.client.tasks.update(self.container_id, dict(resources))
 
     async def pause(self) -> None:
         """Freeze it."""
@@ -200,6 +231,7 @@ class NewTask:
 
     async def _create(self) -> Task:
         container, client = self._container, self._container.client
+        await container.rejoin()
         mounts = self._mounts if self._mounts is not None else await container.mounts()
         pipes = Pipes(self._stdio, Path(client.address.state), container.id[:60])
         task = Task(client, container.id, "", pipes)

@@ -14,26 +14,49 @@ from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound
 from wherry_shared.openat2 import IN_ROOT, NO_MAGICLINKS, openat2
 from wherry_shared.values import Mount
 
-from .spec import User
+from .spec import ID_MAX, User
 
-ID_MAX = (1 << 31) - 1
 FILE_MAX = 10 << 20
 
 
-def resolve(wish: str, mounts: Sequence[Mount]) -> User:
+def resolve(wish: str, mounts: Sequence[Mount], groups: Sequence[str] = ()) -> User:
     """The user that `name|uid[:group|gid]` means inside the filesystem of `mounts`.
 
-    InvalidArgument: a number over 2^31-1, or nonsense. NotFound: no such user or group in the image.
+    groups: further groups, by name or number. A user without a named group is in the groups of the image's
+    /etc/group that list it; the primary one is always among the additional ones (GHSA-hmfx-3pcx-653p). Where root's
+    cannot be looked up, it is in none. InvalidArgument: a number over 2^31-1, or nonsense. NotFound: no such user or
+    group in the image. FailedPrecondition: the image cannot be read from here.
     """
-    if not wish or wish in ("0", "root", "0:0"):
-        return User()
+    more = {_gid(group, mounts) for group in groups}
+    if not wish or wish in ("0", "root"):
+        return _root(mounts, more)
     name, colon, group = wish.partition(":")
     if not name or (colon and not group):
         raise InvalidArgument(f"user {wish!r} is not name|uid[:group|gid]")
+    if _is_number(name) and _is_number(group):
+        gid = _number(group, "group")
+        return User(_number(name, "user"), gid, sorted({gid, *more}))
     uid, gid, login = _user(name, mounts)
     if group:
-        return User(uid, _number(group, "group") if group.isdigit() else _group(group, mounts))
-    return User(uid, gid, sorted({gid, *_memberships(login, mounts)}) if login else ())
+        gid = _gid(group, mounts)
+        return User(uid, gid, sorted({gid, *more}))
+    return User(uid, gid, sorted({gid, *_memberships(login, mounts), *more}) if login else sorted({gid, *more}))
+
+
+def _root(mounts: Sequence[Mount], more: set[int]) -> User:
+    try:
+        gid = next((_number_in(f[3], "passwd") for f in _entries("etc/passwd", mounts, 4) if f[0] == "root"), 0)
+        return User(0, gid, sorted({gid, *_memberships("root", mounts), *more}))
+    except FailedPrecondition:
+        return User(0, 0, sorted({0, *more}))
+
+
+def _gid(group: str, mounts: Sequence[Mount]) -> int:
+    return _number(group, "group") if _is_number(group) else _group(group, mounts)
+
+
+def _is_number(text: str) -> bool:
+    return text.isdigit() and text.isascii()
 
 
 def _number(text: str, what: str) -> int:
@@ -44,11 +67,15 @@ def _number(text: str, what: str) -> int:
 
 def _user(name: str, mounts: Sequence[Mount]) -> tuple[int, int, str]:
     """uid, primary gid and login name of a user given by name or number."""
-    numeric = name.isdigit() and name.isascii()
+    numeric = _is_number(name)
     uid = _number(name, "user") if numeric else -1
-    for fields in _entries("etc/passwd", mounts, 4):
-        if fields[0] == name or (numeric and fields[2] == name):
-            return _number_in(fields[2], "passwd"), _number_in(fields[3], "passwd"), fields[0]
+    try:
+        for fields in _entries("etc/passwd", mounts, 4):
+            if fields[0] == name or (numeric and fields[2] == name):
+                return _number_in(fields[2], "passwd"), _number_in(fields[3], "passwd"), fields[0]
+    except FailedPrecondition:
+        if not numeric:
+            raise
     if numeric:
         return uid, 0, ""
     raise NotFound(f"no user {name!r} in the image's /etc/passwd")
@@ -68,7 +95,7 @@ def _memberships(login: str, mounts: Sequence[Mount]) -> set[int]:
 
 
 def _number_in(text: str, file: str) -> int:
-    if not (text.isdigit() and text.isascii()):
+    if not _is_number(text):
         raise InvalidArgument(f"the image's /etc/{file} has an id {text[:20]!r}")
     return _number(text, f"the image's /etc/{file}: id")
 
@@ -126,7 +153,12 @@ def _content(found: int, path: str) -> bytes:
 
 def _open_inside(root: str, path: str) -> int:
     """A descriptor (O_PATH) of `path` under `root`; links never lead out of it."""
-    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise FailedPrecondition(
+            f"the snapshot's directory {root} is not on this host: only on the node has a user a name; give a number"
+        ) from None
     try:
         return openat2(directory, path, os.O_PATH, IN_ROOT | NO_MAGICLINKS)
     finally:

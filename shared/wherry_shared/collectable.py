@@ -146,6 +146,7 @@ class Collection(Collectable):
     async def sweep(self, epoch: str, dead: bytes) -> int:
         def remove(tx: Transaction) -> int:
             epochs.check_frozen(tx.execute, epoch)
+            self._database.prepare_sweep()
             epochs.sweeping(tx.execute, on=True)
             groups: list[Any] = decode(dead)
             count = sum(self._kind(type).remove(tx, type, namespace, keys) for type, namespace, keys in groups)
@@ -159,6 +160,7 @@ class Collection(Collectable):
         await self._database.collect(lambda tx: epochs.thaw(tx.execute, epoch))
 
     async def end(self, epoch: str) -> None:
+        await self._database.checkpoint()
         await self._database.collect(lambda tx: epochs.end(tx.execute, epoch))
 
     async def reap(self) -> None:

@@ -204,6 +204,12 @@ class Endpoint:
     def _opaque(self) -> bool:
         return self._hints["return"] is bytes
 
+    def build(self) -> None:
+        """Build the codecs now, and not at the first call."""
+        for adapter in (self._request, self.reply):
+            assert adapter.validator and adapter.serializer  # noqa: S101 - looking at them builds them
+        assert self._names is not None and self._opaque is not None  # noqa: S101
+
     # The codecs below use the adapters' validator and serializer without the layers above them: half of their time.
 
     @cached_property

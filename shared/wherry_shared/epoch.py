@@ -7,6 +7,7 @@ moves them. docs/decisions/0010 says what it is for.
 
 from __future__ import annotations
 
+import enum
 import sqlite3
 import time
 from collections.abc import Callable
@@ -81,16 +82,22 @@ def takes_part(execute: Execute) -> bool:
     return execute("SELECT 1 FROM sqlite_master WHERE name = 'gc_epoch'").fetchone() is not None
 
 
-def holds(execute: Execute) -> bool:
-    """Whether a freeze holds mutations now. To be asked within a write transaction; it ends a lapsed epoch."""
+class State(enum.Enum):
+    """Of a database: no epoch, one that notes what changes, one whose freeze holds mutations."""
+
+    NONE, ON, FROZEN = range(3)
+
+
+def state(execute: Execute) -> State:
+    """How it is now. To be asked within a write transaction; it ends a lapsed epoch."""
     row = execute("SELECT boot, until, frozen FROM gc_epoch").fetchone()
     if row is None:
-        return False
+        return State.NONE
     boot, until, frozen = row
     if boot != boot_id() or until <= clock():
         clear(execute)
-        return False
-    return bool(frozen > clock())
+        return State.NONE
+    return State.FROZEN if frozen > clock() else State.ON
 
 
 def clear(execute: Execute) -> None:

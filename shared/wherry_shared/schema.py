@@ -17,6 +17,9 @@ CHECKED_BYTES_MAX = 32 << 20
 # How long another process may hold the database.
 BUSY_SECONDS = 10.0
 
+# The log goes to its place in the database when it has so many pages.
+CHECKPOINT_PAGES = 512
+
 _BASE = """
 CREATE TABLE IF NOT EXISTS outbox (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, namespace TEXT NOT NULL, topic TEXT NOT NULL,
@@ -25,7 +28,7 @@ CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, reply BLOB NOT NULL, a
 CREATE INDEX IF NOT EXISTS answers_at ON answers (at);
 """
 _PRAGMAS = (
-    "journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=512", "journal_size_limit=2097152", "foreign_keys=ON",
+    "journal_mode=WAL", "synchronous=FULL", f"wal_autocheckpoint={CHECKPOINT_PAGES}", "journal_size_limit=2097152", "foreign_keys=ON",
 )  # fmt: skip
 _RESTORE = "restore it from a backup, or move it away with its -wal and its .ballast to start empty"
 

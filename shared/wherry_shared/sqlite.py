@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from . import context, epoch
 from .errors import Internal, InvalidArgument, ResourceExhausted, Unavailable, WherryError
-from .schema import Ballast, connect, is_broken, is_full, open_database, translate
+from .schema import CHECKPOINT_PAGES, Ballast, connect, is_broken, is_full, open_database, translate
 from .values import check_identifier, now
 
 T = TypeVar("T")
@@ -33,6 +33,9 @@ GROUP_MAX = 64
 # While a collection's freeze holds writes, this often is looked whether it is over.
 HELD_SECONDS = 0.001
 REMEMBER_SECONDS = 600
+# A sweep touches pages all over: without room for them, SQLite writes and reads each many times.
+SWEEP_PRAGMAS = ("cache_size=-65536", "mmap_size=268435456", "wal_autocheckpoint=0")
+REST_PRAGMAS = ("cache_size=-2000", f"wal_autocheckpoint={CHECKPOINT_PAGES}", "shrink_memory")
 # An event must fit into a message of 1 MiB, with its envelope and its headers.
 EVENT_BYTES_MAX = 960 << 10
 
@@ -104,6 +107,7 @@ class Database:
         self._thread = threading.Thread(target=self._work, name=f"sqlite:{path.name}", daemon=True)
         self._closed = False
         self._epochs = epoch.takes_part(writer.execute)
+        self._sweeping = False
         self._aside: sqlite3.Connection | None = None
         self._aside_lock = threading.Lock()
         self._ballast = Ballast(path)
@@ -153,6 +157,20 @@ class Database:
     async def collect(self, function: Callable[[Transaction], T]) -> T:
         """A write of the garbage collector's: no freeze holds it."""
         return await self._enqueue(function, frees=True, remember=False, passes=True)
+
+    def prepare_sweep(self) -> None:
+        """Within a write of `collect`, until its epoch ends: many pages change, and go to their places later."""
+        if not self._sweeping:
+            self._spread(sweeping=True)
+
+    def _spread(self, *, sweeping: bool) -> None:
+        for pragma in SWEEP_PRAGMAS if sweeping else REST_PRAGMAS:
+            self._writer.execute(f"PRAGMA {pragma}").fetchall()
+        self._sweeping = sweeping
+
+    async def checkpoint(self) -> None:
+        """Bring what is in the log to its place, as far as nobody is in the way: no write waits for it."""
+        await self.aside(lambda connection: connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall())
 
     async def aside(self, function: Callable[[sqlite3.Connection], T]) -> T:
         """Read much in a thread, on a connection of its own: neither the event loop nor a write waits for it."""
@@ -289,8 +307,12 @@ class Database:
         connection = self._writer
         connection.execute("BEGIN IMMEDIATE")
         try:
-            if self._epochs and epoch.holds(connection.execute) and not all(w.passes for w in group):
-                raise _Frozen
+            if self._epochs:
+                state = epoch.state(connection.execute)
+                if state is epoch.State.FROZEN and not all(w.passes for w in group):
+                    raise _Frozen
+                if state is epoch.State.NONE and self._sweeping:
+                    self._spread(sweeping=False)
             transaction = Transaction(connection)
             for write in group:
                 if not write.future.cancelled():  # its caller has given up before it began

@@ -1,4 +1,8 @@
-"""A service in a process of its own, to be killed: `counting.py URL CREDENTIALS DATABASE` counts what it is asked to.
+"""A service in a process of its own, to be killed, which counts what it is asked to:
+
+    counting.py URL CREDENTIALS DATABASE [STATE]
+
+STATE is a node's state directory, for the direct path.
 
 It prints `ready` when it serves and `began` when a call is in hand. `hold` keeps each call for that many seconds,
 once per name.
@@ -51,11 +55,11 @@ class CountingService(Counting):
         return int(self.database.one("SELECT count(*) FROM calls WHERE name = ?", (name,))[0])
 
 
-async def main(url: str, creds: str, path: str) -> None:
+async def main(url: str, creds: str, path: str, state: str = "") -> None:
     own = credentials.find(Path(creds), "image")
     bus = await connect(
         [url], node="n1", name="image", seed=own.seed, inbox_prefix=own.inbox_prefix,
-        identity_of=credentials.Identities(Path(creds)),
+        identity_of=credentials.Identities(Path(creds)), direct=Path(state) if state else None,
     )  # fmt: skip
     await bus.serve(CountingService(await Database.open(Path(path), SCHEMA)))
     print("ready", flush=True)

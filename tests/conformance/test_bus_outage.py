@@ -29,8 +29,16 @@ SERVICE = Path(__file__).with_name("counting.py")
 class Process:
     """The counting service in its own process."""
 
-    def __init__(self, server: HouseServer, database: Path) -> None:
-        self._arguments = [sys.executable, str(SERVICE), server.nats.url, str(server.creds), str(database)]
+    def __init__(self, server: HouseServer, database: Path, *state: Path) -> None:
+        """state: the node's state directory, for the direct path."""
+        self._arguments = [
+            sys.executable,
+            str(SERVICE),
+            server.nats.url,
+            str(server.creds),
+            str(database),
+            *map(str, state),
+        ]
         self._process: asyncio.subprocess.Process | None = None
 
     @property

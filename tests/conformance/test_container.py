@@ -14,9 +14,9 @@ from wherry_container.service import ContainerService
 from wherry_shared import context
 from wherry_shared.api.container import Container, Containers, Runtime
 from wherry_shared.bus import Bus, Subscriber
-from wherry_shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from wherry_shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from wherry_shared.outbox import Outbox
-from wherry_shared.sqlite import Database
+from wherry_shared.sqlite import Database, Transaction
 
 SPEC = {"ociVersion": "1.1.0", "process": {"args": ["redis-server"], "cwd": "/"}, "root": {"path": "rootfs"}}
 RUNTIME = Runtime(name="io.containerd.runc.v2", options={"SystemdCgroup": True})
@@ -254,6 +254,58 @@ async def test_a_walk_filters(containers: Containers) -> None:
     assert await ids("labels.tier==web,id==two") == []
     with pytest.raises(InvalidArgument, match="position"):
         await ids("id==")
+
+
+async def test_ten_thousand_are_walked_while_others_are_served(house: House, containers: Containers) -> None:
+    """Each once and in order, though some come and go meanwhile; and whoever asks for one is answered in between."""
+    ids = [f"c{n:05}" for n in range(10_000)]
+    table = metadata.table(house.database)
+
+    def fill(tx: Transaction) -> None:
+        for id in ids:
+            table.insert(tx, "default", container(id, spec={"ociVersion": "1.0.2", "annotations": {"x": "y" * 100}}))
+
+    await house.database.mutate(fill)
+    seen: list[str] = []
+    served = 0
+    done = asyncio.Event()
+
+    async def others() -> None:
+        nonlocal served
+        while not done.is_set():
+            await containers.get("c05000")
+            served += 1
+
+    asking = asyncio.create_task(others())
+    after, between = "", []
+    while True:
+        before = served
+        page = await containers.walk(after=after)
+        between.append(served - before)
+        await containers.create(container("zz"))
+        await containers.delete("zz")
+        seen += [c.id for c in page.items if c.id != "zz"]
+        after = page.next
+        if not after:
+            break
+    done.set()
+    await asking
+    assert seen == ids
+    assert sum(1 for count in between if count) > len(between) // 2, between
+    assert len((await containers.walk(["id==c09999"])).items) == 1
+
+
+async def test_a_record_that_cannot_travel_is_refused(containers: Containers) -> None:
+    with pytest.raises(ResourceExhausted, match="'redis' takes"):
+        await containers.create(container(extensions={"big": "x" * (800 << 10)}))
+    made = await containers.create(container())
+    with pytest.raises(ResourceExhausted):
+        await containers.update(container(spec={"big": "x" * (800 << 10)}), ["spec"])
+    assert await containers.get("redis") == made
+
+
+async def test_a_snapshot_key_needs_a_snapshotter_but_not_the_other_way_round(containers: Containers) -> None:
+    assert (await containers.create(container(snapshot_key=""))).snapshotter == "overlay"
 
 
 async def test_the_events_come_in_order_and_in_their_namespace(house: House, containers: Containers) -> None:

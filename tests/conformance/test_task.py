@@ -5,21 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
-import shutil
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from wherry.spec import Options, User, make, process
-from wherry_container import metadata as container_metadata
-from wherry_container.catalog import Catalog
-from wherry_container.service import ContainerService
+from task_house import RUNTIMES, SH, House, exec_of, house_of, parent_of
 from wherry_shared import context
-from wherry_shared.api.container import Container, Containers, Runtime
-from wherry_shared.api.snapshot import Snapshots
 from wherry_shared.api.task import Stdio, Tasks
 from wherry_shared.bus import Bus
 from wherry_shared.errors import (
@@ -31,97 +24,14 @@ from wherry_shared.errors import (
     Unknown,
     WherryError,
 )
-from wherry_shared.outbox import Outbox
 from wherry_shared.sqlite import Database
-from wherry_shared.values import Mount
-from wherry_task import metadata, runtimes
-from wherry_task.backends.oci import OciLauncher
-from wherry_task.bundles import Bundles
-from wherry_task.service import TaskService
-from wherry_task.supervisor import Supervisor
-
-BUSYBOX = Path("/bin/busybox")
-SH = ["/bin/sh", "-c"]
+from wherry_task import metadata
 
 
-class House:
-    """A container and a task service on one bus; the task service can be stopped and built again."""
-
-    def __init__(self, bus: Bus, root: Path, runtime: str) -> None:
-        self.bus, self.root, self.runtime = bus, root, runtime
-        self.state = root / "state"
-        self.tasks = bus.proxy(Tasks, namespace="default")
-        self.containers = bus.proxy(Containers, namespace="default")
-        self.rootfs = root / "rootfs"
-
-    async def start(self) -> None:
-        for path in (self.state, self.rootfs / "bin", self.rootfs / "proc", self.rootfs / "dev", self.rootfs / "sys"):
-            path.mkdir(parents=True, mode=0o755)
-        self.state.chmod(0o700)
-        shutil.copy(BUSYBOX, self.rootfs / "bin/busybox")
-        for name in ("sh", "sleep", "true", "cat", "echo"):
-            (self.rootfs / "bin" / name).symlink_to("busybox")
-        log = self.bus.transport.event_log(f"WHERRY-EV-{self.bus.node}", f"wherry.ev.v1.{self.bus.node}.>")
-        await log.ensure(max_age=3600, max_bytes=1 << 20)
-        self.catalog_db = await Database.open(self.root / "container.db", container_metadata.MIGRATIONS)
-        await self.bus.serve(ContainerService(Catalog(container_metadata.table(self.catalog_db))))
-        await self.start_tasks()
-
-    async def start_tasks(self) -> None:
-        self.database = await Database.open(self.root / "task.db", metadata.MIGRATIONS)
-        self.outbox = Outbox(self.database, self.bus)
-        self.outbox.start()
-        self.supervisor = Supervisor(self.database, OciLauncher(self.state), Bundles(self.state))
-        await self.supervisor.recover()
-        service = TaskService(
-            self.supervisor, self.bus.proxy(Containers), self.bus.proxy(Snapshots), self.state, ()
-        )  # fmt: skip
-        self.server = await self.bus.serve(service)
-
-    async def stop_tasks(self, *, everything: bool = False) -> None:
-        await self.server.drain(2.0)
-        await self.supervisor.stop(everything=everything)
-        await self.outbox.stop()
-        await self.database.close()
-
-    async def stop(self) -> None:
-        await self.stop_tasks(everything=True)
-        await self.catalog_db.close()
-
-    async def container(self, *args: str, **options: Any) -> str:
-        id = f"c-{secrets.token_hex(4)}"
-        spec = make(id, None, Options(args=args), User()) | options
-        record = Container(id=id, runtime=Runtime(name=self.runtime), spec=spec)
-        await self.containers.create(record)
-        return id
-
-    @property
-    def mounts(self) -> list[Mount]:
-        return [Mount(type="bind", source=str(self.rootfs), options=["rbind", "ro"])]
-
-    async def created(self, *args: str, stdio: Stdio | None = None) -> str:
-        id = await self.container(*args)
-        await self.tasks.create(id, self.mounts, stdio or Stdio())
-        return id
-
-    async def running(self, *args: str, stdio: Stdio | None = None) -> str:
-        id = await self.created(*args, stdio=stdio)
-        await self.tasks.start(id)
-        return id
-
-    async def exit(self, id: str, exec_id: str = "") -> int:
-        while (found := await self.tasks.wait(id, exec_id)) is None:
-            pass
-        return found.exit_status
-
-
-@pytest.fixture(params=[name for name in ("crun", "runc") if shutil.which(name, path=runtimes.PATH)])
+@pytest.fixture(params=RUNTIMES)
 async def house(request: pytest.FixtureRequest, bus: Bus, tmp_path: Path) -> AsyncIterator[House]:
-    made = House(bus, tmp_path, request.param)
-    await made.start()
-    yield made
-    await made.stop()
-    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+    async with house_of(bus, tmp_path, request.param) as made:
+        yield made
 
 
 async def test_a_whole_life(house: House) -> None:
@@ -202,10 +112,6 @@ async def test_runtimes_by_name(house: House) -> None:
         await house.tasks.create(id, house.mounts, runtime="/bin/sh")
     await house.tasks.create(id, house.mounts, runtime="default")
     await house.tasks.delete(id)
-
-
-def exec_of(*args: str, terminal: bool = False) -> dict[str, Any]:
-    return process(["/bin/" + args[0], *args[1:]], env=["PATH=/bin"], cwd="/", user=User(), terminal=terminal)
 
 
 async def test_exec(house: House) -> None:
@@ -326,7 +232,8 @@ async def test_a_lost_connection_is_made_again(house: House) -> None:
     id = await house.running("/bin/sleep", "1000")
     pid = (await house.tasks.get(id)).pid
     shim = house.supervisor.task("default", id).shim
-    shim.channel._writer.transport.abort()  # type: ignore[attr-defined]
+    line: Any = getattr(shim, "channel", None) or shim._client  # type: ignore[attr-defined]
+    line._writer.transport.abort()
     while house.supervisor.task("default", id).shim is shim:
         await asyncio.sleep(0.01)
     assert os.path.exists(f"/proc/{pid}")
@@ -334,11 +241,6 @@ async def test_a_lost_connection_is_made_again(house: House) -> None:
     await house.tasks.kill(id, signal.SIGKILL)
     assert await house.exit(id) == 137
     await house.tasks.delete(id)
-
-
-def parent_of(pid: int) -> int:
-    """The monitor: a container's init is its child."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 async def test_a_killed_monitor(house: House) -> None:

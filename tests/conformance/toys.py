@@ -185,7 +185,7 @@ async def tapped(bus: Bus) -> AsyncIterator[Tap]:
     await transport.subscribe("wherry.>", tap)
     request = Door.request
 
-    def noted(door: Door, guest: Guest, message: Message) -> None:
+    def noted(door: Door, guest: Guest, message: Any) -> None:
         tap(message)
         request(door, guest, message)
 

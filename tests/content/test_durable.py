@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from wherry_content.backends import durable
 from wherry_content.backends.local_ingest import SAVE_BYTES
 from wherry_shared.api.content import CHUNK, Content
 from wherry_shared.bus.proxy import at_instance
-from wherry_shared.errors import Aborted, Unavailable
+from wherry_shared.errors import Aborted, DataLoss, Unavailable
 from wherry_shared.streams import BlobWriter
 
 DATA = os.urandom(1 << 20) * (SAVE_BYTES >> 20) + os.urandom(5 * CHUNK)
@@ -135,3 +136,28 @@ async def test_a_writer_whose_ingest_is_gone_begins_again(start: Start) -> None:
             await replica.content.abort("r")
             await writer.write(DATA[4 * CHUNK :])
             await writer.commit()
+
+
+async def test_an_fsync_that_fails_on_the_way_fails_the_commit(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells a failed write-back once; the fsync after that one succeeds, and the bytes are not there."""
+    replica = await start()
+
+    def broken(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("wherry_content.backends.local_ingest.os.fdatasync", broken)
+    opened = await replica.content.open("r")
+    writer = at_instance(replica.content, opened.instance)
+    for at in range(0, len(DATA), CHUNK):
+        await writer.write("r", at, DATA[at : at + CHUNK])
+    async with asyncio.timeout(10):
+        while replica.store._writers["default", "r"].held._unsaved is None:  # type: ignore[attr-defined]
+            await asyncio.sleep(0.01)
+    with pytest.raises(DataLoss, match="'r'"):
+        await writer.commit("r", len(DATA), DIGEST)
+    status = await replica.content.status("r")
+    assert (status.offset, status.durable) == (len(DATA), 0)
+    assert not replica.backend.has(DIGEST, len(DATA))
+    monkeypatch.undo()
+    await writer.close("r")
+    assert (await replica.content.open("r")).offset == 0  # what is in memory may be all there is of it

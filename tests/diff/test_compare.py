@@ -18,7 +18,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wherry_diff.apply import apply
+from wherry_diff.apply import Application, apply, run
 from wherry_diff.compare import Comparison, Redo, compare, upper_alone
 from wherry_diff.extract import Target
 from wherry_diff.limits import Limits
@@ -26,13 +26,14 @@ from wherry_shared.errors import (
     Aborted,
     DeadlineExceeded,
     FailedPrecondition,
+    InvalidArgument,
     NotFound,
     ResourceExhausted,
     Unimplemented,
 )
 from wherry_shared.values import Mount
 
-from .layers import TAR, entry, look, put
+from .layers import FILE, LINK, TAR, archive, entry, look, put
 from .test_roundtrip import rich_tree
 from .trees import OPS, Ground, Op, bind, listed, made, play, seen
 
@@ -386,3 +387,57 @@ def test_owners_of_a_mapped_container_are_its_own(tmp_path: Path) -> None:
             assert {m.name: (m.uid, m.gid) for m in tar} == {".wh.a": (0, 0), "in": (0, 5), "out": (65534, 0)}
         with pytest.raises(Unimplemented, match="id mappings"):
             made(Comparison((), (mapped,), TAR, str(tmp_path)))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> tuple[list[Mount], list[Path]]:
+    """Two layers as EROFS images, the upper one first, and the trees that they hold."""
+    trees = [tmp_path / "two", tmp_path / "one"]
+    for tree in trees:
+        tree.mkdir()
+    play(trees[1], [("write", b"a", b"1"), ("write", b"d/x", b"x" * 5000), ("write", b"gone", b"g"), ("mkdir", b"e")])
+    play(trees[0], [("write", b"b", b"2"), ("link", b"c", b"b"), ("write", b"d/y", b"y")])
+    os.mknod(trees[0] / "gone", 0o020000, 0)
+    mounts = []
+    for tree in trees:
+        done = subprocess.run(["mkfs.erofs", "--quiet", f"{tree}.erofs", tree], capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        mounts.append(Mount(type="erofs", source=f"{tree}.erofs", options=["ro"]))
+    return mounts, trees
+
+
+def test_layers_that_are_images(images: tuple[list[Mount], list[Path]], tmp_path: Path) -> None:
+    """As the erofs snapshotter gives them: images, and an overlay that names them by their numbers."""
+    below, trees = images
+    lower = "lowerdir={{ overlay 0 1 }}"
+    view = (*below, Mount(type="format/overlay", source="overlay", options=[lower, "index=off"]))
+    at = str(tmp_path / "at")  # apart from the images: a tmpfs covers it for the time of the mount
+    for path in ("upper", "work", "at"):
+        (tmp_path / path).mkdir()
+    own = [f"workdir={tmp_path}/work", f"upperdir={tmp_path}/upper"]
+    active = (*below, Mount(type="format/overlay", source="overlay", options=[*own, lower, "index=off"]))
+    first = archive(entry(b"d/z", FILE, b"z"), entry(b".wh.a"), entry(b"h", LINK, link=b"b"))
+    blob = tmp_path / "blob"
+    blob.write_bytes(first)
+    run(Application(str(blob), TAR, active, at))
+    assert (tmp_path / "upper/d").stat().st_mtime_ns == (trees[0] / "d").stat().st_mtime_ns  # it is as in the image
+    expected = [("D", b"a"), ("C", b"b"), ("C", b"d"), ("A", b"d/z"), ("A", b"h")]
+    alone = upper_alone(view, active)
+    assert alone is not None and alone[0] == f"{tmp_path}/upper" and alone[1] == below
+    assert listed(Comparison(view, active, TAR, at)) == expected
+    before = Path("/proc/self/mountinfo").read_text()
+    whole = [made(Comparison(view, active, TAR, at), whole=each)[1] for each in (False, True)]
+    for layer in whole:
+        with tarfile.open(fileobj=io.BytesIO(layer)) as tar:
+            assert {m.name for m in tar} >= {".wh.a", "d", "d/z", "h"}
+    assert listed(Comparison((below[1],), view, TAR, at)) == [
+        ("A", b"b"), ("A", b"c"), ("C", b"d"), ("A", b"d/y"), ("D", b"gone")
+    ]  # fmt: skip
+    assert listed(Comparison((), (below[1],), TAR, at))[0] == ("A", b"a")
+    assert Path("/proc/self/mountinfo").read_text() == before
+    for bad in ("lowerdir={{ overlay 0 2 }}", "lowerdir={{ mount 0 }}"):
+        with pytest.raises(InvalidArgument):
+            over = Mount(type="format/overlay", source="overlay", options=[bad])
+            listed(Comparison((), (*below, over), TAR, at))
+    with pytest.raises(Unimplemented, match="read-only"):
+        run(Application(str(blob), TAR, (below[0],), at))

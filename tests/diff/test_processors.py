@@ -96,7 +96,7 @@ def test_what_a_processor_finds(tmp_path: Path) -> None:
         ("kill -9 $$", Unknown, "signal 9"),
         ("yes oops | head -c 10000000 >&2; exit 1", Unknown, "oops"),
         ("head -c 1000", DataLoss, "ends too early"),
-        ("head -c 1000000 /dev/urandom", InvalidArgument, "header 1"),
+        ("head -c 1000000 /dev/urandom", InvalidArgument, "checksum"),
     ],
 )
 def test_failures_are_named(tmp_path: Path, script: str, expected: type[WherryError], says: str) -> None:

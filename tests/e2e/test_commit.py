@@ -30,7 +30,7 @@ def ns(namespace: str) -> list[str]:
     return ["-n", namespace]
 
 
-@pytest.fixture(params=["overlay", "native"])
+@pytest.fixture(params=["overlay", "native", "erofs"])
 def changed(
     request: pytest.FixtureRequest, node: Node, ns: list[str], busybox_ref: str
 ) -> Iterator[tuple[str, list[str]]]:

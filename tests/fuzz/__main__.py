@@ -22,6 +22,8 @@ from . import ROOMS, TARGETS
 
 GRACE = 90.0
 """Seconds that a process may take beside its fuzzing: to import, to run its seeds, to end."""
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""Where the processes have their files: a process that ends as fuzzers do cleans nothing up, and some write a lot."""
 TESTS = Path(__file__).parent.parent
 
 
@@ -41,9 +43,11 @@ def engine() -> str:
     return "atheris" if importlib.util.find_spec("atheris") else "hypothesis"
 
 
-def run(target: str, seconds: float, found: Path, *, using: str = "", seed: int = 0, inputs: tuple[str, ...] = ()) -> Ran:
+def run(
+    target: str, seconds: float, found: Path, *, using: str = "", seed: int = 0, inputs: tuple[str, ...] = ()
+) -> Ran:
     """Fuzz one target in a process of its own; what it finds is copied to `found`."""
-    with tempfile.TemporaryDirectory(prefix="wherry-fuzz-") as name:
+    with tempfile.TemporaryDirectory(prefix="wherry-fuzz-", dir=MEMORY) as name:
         folder = Path(name)
         apart = ["unshare", "--mount", "--propagation", "private"] if target in ROOMS else []
         command = [*apart, sys.executable, "-m", "fuzz.child", target, using or engine(), str(seconds), str(seed), name]
@@ -95,7 +99,9 @@ def main() -> None:
 
     with ThreadPoolExecutor(options.jobs) as pool:
         failed = [ran.target for ran in pool.map(one, wanted) if ran.failed]
-    print(f"{len(wanted)} targets by {options.engine}: " + (f"{', '.join(failed)} failed" if failed else "nothing found"))
+    print(
+        f"{len(wanted)} targets by {options.engine}: " + (f"{', '.join(failed)} failed" if failed else "nothing found")
+    )
     raise SystemExit(bool(failed))
 
 

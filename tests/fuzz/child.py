@@ -58,7 +58,8 @@ def _atheris(name: str, seconds: float, seed: int, folder: Path) -> NoReturn:
     for number, data in enumerate(target.seeds()):
         (corpus / f"seed-{number:03}").write_bytes(data)
     words = folder / "words"
-    words.write_text('"\\x00"\n' + "".join(f'"{"".join(f"{chr(92)}x{b:02x}" for b in token)}"\n' for token in _tokens(target)))
+    quoted = ["".join(f"\\x{byte:02x}" for byte in token) for token in (b"\0", *_tokens(target))]
+    words.write_text("".join(f'"{token}"\n' for token in quoted))
     atheris.Setup(
         [
             name, str(corpus), f"-max_total_time={max(1, round(seconds))}", f"-seed={seed}", f"-dict={words}",

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-ROOM = Path("/mnt")
+ROOM = Path("/media")
 TREE = ROOM / "tree"
 CANARY = ROOM / "outside"
 SIZE = "256m"
@@ -24,7 +24,7 @@ def enter(keep: Path) -> None:
     ):
         subprocess.run(command, check=True, capture_output=True)
     for path in ("/tmp", "/run", "/var/tmp", "/dev/shm"):
-        if os.path.ismount(path) and not keep.is_relative_to(path):
+        if os.path.ismount(path):
             subprocess.run(["mount", "-o", "remount,bind,ro", path], check=True, capture_output=True)
     furnish()
 

@@ -24,8 +24,9 @@ def ls(
     """List leases."""
 
     async def work(client: Client) -> None:
-        from wherry.client import walk
         from wherry_shared.api.lease import EXPIRE_LABEL
+
+        from wherry.client import walk
 
         rows = [
             {**i.model_dump(), "age": age(i.created_at), "expires": i.labels.get(EXPIRE_LABEL, "")}

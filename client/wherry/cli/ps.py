@@ -2,53 +2,157 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Format, FormatOption, NamespaceOption, age, show, with_client
+from .common import Format, NamespaceOption, age, clean, show, with_client
 
 if TYPE_CHECKING:
     from wherry import Client
 
+COLUMNS = ["id", "image", "status", "pid", "age", "runtime"]
+
 
 def command(
     all: Annotated[bool, typer.Option("--all", "-a", help="Also those that do not run.")] = False,
-    filters: Annotated[list[str], typer.Option("--filter", help="containerd filters: id==web")] = [],  # noqa: B006
+    filters: Annotated[
+        list[str],
+        typer.Option("--filter", "-f", help="status=, name=, label=, ancestor=, exited=; or containerd's: id==web."),
+    ] = [],  # noqa: B006
     namespace: NamespaceOption = "default",
-    format: FormatOption = Format.table,
+    format: Annotated[str, typer.Option("--format", help="table, json or a template: {{.ID}} {{.Status}}.")] = "table",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Ids only.")] = False,
 ) -> None:
     async def work(client: Client) -> None:
-        from wherry.client import walk
-
-        tasks = {t.container_id: t for t in await walk(client.tasks.walk)}
-        rows = []
-        for container in await walk(client.containers.walk, filters):
-            task = tasks.get(container.id)
-            if task is None and not all:
-                continue
-            if task is not None and task.status == "stopped" and not all:
-                continue
-            rows.append(
-                {
-                    "id": container.id,
-                    "image": container.image,
-                    "status": _status(task.status, task.exit_status) if task else "no task",
-                    "pid": task.pid if task and task.status != "stopped" else "",
-                    "age": age(container.created_at),
-                    "runtime": container.runtime.name,
-                    "labels": container.labels,
-                }
-            )
+        rows = await rows_of(client, filters, all=all)
         if quiet:
             for row in rows:
                 print(row["id"])
-        else:
-            show(rows, ["id", "image", "status", "pid", "age", "runtime"], format)
+            return
+        named = any(row["name"] != row["id"] for row in rows)
+        render(rows, ["name", *COLUMNS] if named else COLUMNS, format)
 
     with_client(namespace, work)
 
 
+async def rows_of(client: Client, filters: Sequence[str], *, all: bool) -> list[dict[str, Any]]:
+    """A row for each container that is wanted. InvalidArgument: a filter."""
+    from wherry.client import walk
+    from wherry.container import NAME_LABEL
+
+    plain, wanted = split(filters)
+    tasks = {t.container_id: t for t in await walk(client.tasks.walk)}
+    rows = []
+    for container in await walk(client.containers.walk, plain):
+        task = tasks.get(container.id)
+        alive = task is not None and task.status != "stopped"
+        row = {
+            "id": container.id,
+            "name": container.labels.get(NAME_LABEL) or container.id,
+            "image": container.image,
+            "status": _status(task.status, task.exit_status) if task else "no task",
+            "state": task.status if task else "none",
+            "exit_status": task.exit_status if task else None,
+            "pid": task.pid if task and alive else "",
+            "age": age(container.created_at),
+            "created_at": container.created_at,
+            "runtime": container.runtime.name,
+            "labels": container.labels,
+        }
+        if (alive or all or wanted.get("status") or wanted.get("exited")) and _fits(row, wanted):
+            rows.append(row)
+    return rows
+
+
+def split(filters: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """containerd's filters, which the service applies, and Docker's `key=value`, by their keys."""
+    plain: list[str] = []
+    wanted: dict[str, list[str]] = {}
+    for text in filters:
+        match = re.match(r"(id|name|status|label|ancestor|exited)=(?!=)(.*)\Z", text)
+        if match:
+            wanted.setdefault(match[1], []).append(match[2])
+        else:
+            plain.append(text)
+    return plain, wanted
+
+
+# Docker's words for the states of a container.
+_STATES = {"exited": "stopped", "dead": "stopped"}
+
+
+def _fits(row: dict[str, Any], wanted: dict[str, list[str]]) -> bool:
+    """Whether a row is wanted: of several values of a key one is enough, of labels all are needed."""
+    checks: dict[str, Callable[[str], bool]] = {
+        "id": lambda v: str(row["id"]).startswith(v),
+        "name": lambda v: v in row["name"] or v in row["id"],
+        "status": lambda v: row["state"] == _STATES.get(v, v),
+        "ancestor": lambda v: row["image"] == v or str(row["image"]).partition("@")[0].rpartition(":")[0].endswith(v),
+        "exited": lambda v: str(row["exit_status"]) == v,
+    }
+    if not all(any(checks[key](value) for value in values) for key, values in wanted.items() if key != "label"):
+        return False
+    return all(_has_label(row["labels"], text) for text in wanted.get("label", ()))
+
+
+def _has_label(labels: dict[str, str], text: str) -> bool:
+    key, separator, value = text.partition("=")
+    return labels.get(key) == value if separator else key in labels
+
+
 def _status(status: str, code: int | None) -> str:
     return f"{status} ({code})" if code is not None else status
+
+
+# ---- printing: a table, JSON, or Docker's templates as far as they name fields
+
+_FIELD = re.compile(r"\{\{ *(json +)?(\.[A-Za-z0-9_.]*) *\}\}")
+_ALIASES = {"names": "name", "containerid": "id", "container": "id", "createdat": "created_at", "runningfor": "age"}
+
+
+def render(rows: Sequence[dict[str, Any]], columns: Sequence[str], format: str) -> None:
+    """Print rows as `table`, `json`, or by a template of `{{.Field}}` and `{{json .Field}}`. InvalidArgument."""
+    if format in ("table", "json"):
+        show(rows, columns, Format(format))
+        return
+    template = format.removeprefix("table ").replace("\\t", "\t").replace("\\n", "\n")
+    if format.startswith("table "):
+        print(_FIELD.sub(lambda match: match[2].strip(".").upper(), template))
+    for row in rows:
+        print(fill(template, row))
+
+
+def fill(template: str, row: dict[str, Any]) -> str:
+    """A template with a row's fields. InvalidArgument: it asks for more than fields, or for one that is not there."""
+    import json
+
+    from wherry_shared.errors import InvalidArgument
+
+    def one(match: re.Match[str]) -> str:
+        found = field_of(row, match[2])
+        return json.dumps(found, default=str) if match[1] or isinstance(found, dict | list) else clean(str(found))
+
+    if "{{" in _FIELD.sub("", template):
+        raise InvalidArgument(
+            f"template {template[:80]!r}: only fields like {{{{.ID}}}} and {{{{json .labels}}}} are known"
+        )
+    return _FIELD.sub(one, template)
+
+
+def field_of(row: Any, path: str) -> Any:
+    """What `.a.b` names in nested objects, in any case and with or without `_`. InvalidArgument: nothing."""
+    from wherry_shared.errors import InvalidArgument
+
+    found = row
+    for step in [part for part in path.split(".") if part]:
+        plain = step.lower().replace("_", "")
+        names = {key.lower().replace("_", ""): key for key in found} if isinstance(found, dict) else {}
+        alias = _ALIASES.get(plain, plain).replace("_", "")
+        key = names.get(plain) or names.get(alias)
+        if key is None:
+            raise InvalidArgument(f"no field {path!r}: there are {', '.join(sorted(map(str, names.values())))[:400]}")
+        found = found[key]
+    return found

@@ -10,7 +10,7 @@ import typer
 from .common import NamespaceOption, with_client
 
 if TYPE_CHECKING:
-    from wherry import Client
+    from wherry import Client, Container
 
 
 def command(
@@ -21,14 +21,18 @@ def command(
     async def work(client: Client) -> None:
         from wherry_shared.errors import FailedPrecondition, NotFound
 
-        for id in ids:
-            container = await client.container(id)
+        from .kill import on_each
+
+        async def remove(container: Container) -> None:
             with contextlib.suppress(NotFound):
-                state = await client.tasks.get(id)
-                if state.status != "stopped" and not force:
-                    raise FailedPrecondition(f"container {id} is {state.status}: kill it first, or use --force")
-                await client.tasks.delete(id, "", force)
+                state = await client.tasks.get(container.id)
+                if state.status not in ("stopped", "created") and not force:
+                    raise FailedPrecondition(
+                        f"container {container.id} is {state.status}: kill it first, or use --force"
+                    )
+                await client.tasks.delete(container.id, "", force)
             await container.delete(snapshot=True)
-            print(id)
+
+        await on_each(client, ids, remove)
 
     with_client(namespace, work)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from wherry_shared import api
 from wherry_shared.bus import credentials, load_connection
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
 from wherry_shared.runtime import NODE_FILE
@@ -194,6 +195,7 @@ class Supervisor:
         load_connection()
         for entry in services.values():
             importlib.import_module(entry.partition(":")[0])
+        api.build()
         gc.collect()
         gc.freeze()
 

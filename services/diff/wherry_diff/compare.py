@@ -80,7 +80,7 @@ def compare(job: Comparison, write: Callable[[bytes], None], *, whole: bool = Fa
             write(data)
 
     with ExitStack() as stack:
-        archive = Archive(_walk(job, stack, whole=whole), job.limits, job.epoch, ids.of(options(job.right[0])))
+        archive = Archive(_walk(job, stack, whole=whole), job.limits, job.epoch, ids.of(options(job.right[-1])))
         try:
             for piece in stack.enter_context(Ahead(archive, _AHEAD)):
                 job.check()
@@ -119,10 +119,10 @@ def _walk(job: Comparison, stack: ExitStack, after: bytes = b"", *, whole: bool)
     walk: Walk
     if not whole and (found := upper_alone(left, right)) is not None:
         upper, lower = found
-        parents = Parents(tuple(lower))
+        parents = Parents(stack.enter_context(looking.directories(lower, job.at)))
         stack.callback(parents.close)
-        bind = Mount(type="bind", source=upper)
-        walk = Layer(stack.enter_context(looking.opened([bind], job.at)), parents, job.limits, job.check, after)
+        top = Mount(type="bind", source=upper) if isinstance(upper, str) else upper
+        walk = Layer(stack.enter_context(looking.opened([top], job.at)), parents, job.limits, job.check, after)
     else:
         if any(ids.OPTIONS & options(mount).keys() for mount in (*left, *right)):
             raise Unimplemented("trees with id mappings are compared by the right one's upper directory alone")
@@ -133,17 +133,19 @@ def _walk(job: Comparison, stack: ExitStack, after: bytes = b"", *, whole: bool)
     return walk
 
 
-def upper_alone(left: Sequence[Mount], right: Sequence[Mount]) -> tuple[str, list[str]] | None:
+def upper_alone(
+    left: Sequence[Mount], right: Sequence[Mount]
+) -> tuple[looking.Layer, list[looking.Layer]] | None:  # fmt: skip
     """The upper directory of the right and its parents, if these are the left tree: all changes are in that one.
 
     Either is an active overlay, or both are views of committed snapshots, one the parent of the other. None where
     more than the directories themselves has a say: overlay's index, its xattrs in the user's name.
     """
     above, below = layers(right), layers(left)
-    if above is None or below is None or right[0].type != "overlay" or above[1:] != below:
+    if above is None or below is None or looking.kind_of(right[-1]) != "overlay" or above[1:] != below:
         return None
-    given = options(right[0])
-    if "userxattr" in given or "userxattr" in options(left[0]):
+    given = options(right[-1])
+    if "userxattr" in given or "userxattr" in options(left[-1]):
         return None
     if "upperdir" in given and os.path.exists(f"{given.get('workdir', '')}/index"):
         return None

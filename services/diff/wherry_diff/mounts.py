@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from wherry_shared.errors import (
     FailedPrecondition,
@@ -35,6 +35,11 @@ _FLAGS = {
 _PAGE = 4096
 _MAX_MOUNTS = 256
 READ_ONLY_TYPES = frozenset({"erofs", "squashfs", "iso9660"})
+_FORMAT = "format/"
+_OVERLAY = re.compile(r"\{\{ overlay ([0-9]{1,4}) ([0-9]{1,4}) \}\}")
+
+Layer = str | Mount
+"""A directory, or the mount of an image that holds one."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -50,18 +55,39 @@ def options(mount: Mount) -> dict[str, str]:
     return dict(option.partition("=")[::2] for option in mount.options)
 
 
-def layers(mounts: Sequence[Mount]) -> list[str] | None:
-    """The directories that one overlay or bind mount lays over each other, topmost first; none for other mounts."""
-    if len(mounts) != 1:
+def layers(mounts: Sequence[Mount]) -> list[Layer] | None:
+    """What the mounts lay over each other, topmost first: directories, and images that have to be mounted for it.
+
+    One overlay or bind mount, one image, or images and a `format/overlay` on them. None for other mounts.
+    """
+    if not mounts:
         return None
-    mount = mounts[0]
-    if mount.type == "bind":
-        return [mount.source]
-    if mount.type != "overlay":
+    last, below = mounts[-1], mounts[:-1]
+    if last.type == "bind" and not below:
+        return [last.source]
+    if last.type in READ_ONLY_TYPES and not below:
+        return [last]
+    if kind_of(last) != "overlay" or any(mount.type not in READ_ONLY_TYPES for mount in below):
         return None
-    given = options(mount)
-    upper = [given["upperdir"]] if "upperdir" in given else []
-    return upper + [d for d in given.get("lowerdir", "").split(":") if d]
+    given = options(last)
+    found: list[Layer] = [given["upperdir"]] if "upperdir" in given else []
+    match = _OVERLAY.fullmatch(given.get("lowerdir", ""))
+    if match is None:
+        return None if below else found + [d for d in given.get("lowerdir", "").split(":") if d]
+    return [*found, *(mounts[index] for index in _range(match, len(below)))]
+
+
+def kind_of(mount: Mount) -> str:
+    """The file system of a mount: a type `format/x` is an `x` whose options name mounts before it."""
+    return mount.type.removeprefix(_FORMAT)
+
+
+def _range(match: re.Match[str], count: int) -> range:
+    """The mounts that `{{ overlay first last }}` names, in that order. InvalidArgument: there are not so many."""
+    first, last = int(match[1]), int(match[2])
+    if max(first, last) >= count:
+        raise InvalidArgument(f"{match[0]!r} names a mount that is not there")
+    return range(first, last + 1) if first <= last else range(first, last - 1, -1)
 
 
 def read_only(mount: Mount) -> Mount:
@@ -70,11 +96,21 @@ def read_only(mount: Mount) -> Mount:
     A second overlay with an upper directory that is in use would be undefined behaviour.
     """
     given = options(mount)
-    if mount.type.removeprefix("format/") != "overlay" or "upperdir" not in given:
+    if kind_of(mount) != "overlay" or "upperdir" not in given:
         return mount
     kept = [o for o in mount.options if o.partition("=")[0] not in ("upperdir", "workdir", "lowerdir", "index")]
     lower = f"lowerdir={given['upperdir']}:{given.get('lowerdir', '')}"
     return mount.model_copy(update={"options": [*kept, lower]})
+
+
+@contextmanager
+def directories(layers: Sequence[Layer], at: str) -> Iterator[tuple[str, ...]]:
+    """A path for each layer: the directory itself, or the root of the image, mounted for the time of the block."""
+    with ExitStack() as stack:
+        yield tuple(
+            layer if isinstance(layer, str) else f"/proc/self/fd/{stack.enter_context(opened([layer], at))}"
+            for layer in layers
+        )
 
 
 @contextmanager
@@ -143,26 +179,29 @@ def _places(mounts: Sequence[Mount], at: str) -> list[tuple[Mount, str]]:
     mounts (containerd's form). They lie in a small tmpfs that the last mount covers.
     """
     *first, last = mounts
-    if not last.type.startswith("format/"):
+    if not last.type.startswith(_FORMAT):
         return [(mount, _below(at, mount)) for mount in mounts]
-
-    def joined(match: re.Match[str]) -> str:
-        return ":".join(f"{at}/{number}" for number in range(int(match[1]), int(match[2]) + 1))
-
-    made = [re.sub(r"{{ overlay (\d+) (\d+) }}", joined, option) for option in last.options]
     ground = Mount(type="tmpfs", source="tmpfs", options=["nosuid", "nodev", "noexec", "mode=0700", "size=64k"])
-    below = [(mount, f"{at}/{number}") for number, mount in enumerate(first)]
-    return [
-        (ground, at),
-        *below,
-        (last.model_copy(update={"type": last.type.removeprefix("format/"), "options": made}), at),
-    ]
+    places = [f"{at}/{number}" for number in range(len(first))]
+    return [(ground, at), *zip(first, places, strict=True), (_formatted(last, places), at)]
 
 
 def _below(at: str, mount: Mount) -> str:
     if ".." in mount.target.split("/"):
         raise InvalidArgument(f"the mount's target {mount.target!r} leads out of the root")
     return f"{at}/{mount.target.strip('/')}".rstrip("/")
+
+
+def _formatted(mount: Mount, places: Sequence[str]) -> Mount:
+    """The mount with those before it in its options, by their places. InvalidArgument: it names them in another way."""
+
+    def named(match: re.Match[str]) -> str:
+        return ":".join(places[index] for index in _range(match, len(places)))
+
+    made = [_OVERLAY.sub(named, option) for option in mount.options]
+    if any("{{" in option for option in made):
+        raise InvalidArgument(f"the options of the {mount.type} mount have a form that is not known")
+    return mount.model_copy(update={"type": kind_of(mount), "options": made})
 
 
 def _mount(mount: Mount, target: str) -> None:

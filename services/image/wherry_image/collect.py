@@ -14,7 +14,7 @@ from wherry_shared.values import now
 
 
 class ImageCollector(Collection, ImageCollection):
-    """An image keeps its target. One that carries `gc.expire` lives by itself up to then, later if it is referred to."""
+    """An image keeps its target. One with `gc.expire` lives by itself up to then, and later if it is named."""
 
     def __init__(self, database: Database, clock: Callable[[], datetime] = now) -> None:
         self._clock = clock

@@ -10,9 +10,12 @@ from wherry_shared.api.task import Tasks
 from wherry_shared.runtime import Host, run
 
 from . import metadata, runtimes
+from .backends import Launchers
 from .backends.oci import OciLauncher
+from .backends.shim import ShimLauncher
 from .bundles import Bundles
 from .service import TaskService
+from .stdio.streams import Streams
 from .supervisor import Supervisor
 
 
@@ -21,7 +24,8 @@ async def build(host: Host) -> Tasks:
     state = host.settings.own_state
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     database = await host.database(metadata.MIGRATIONS)
-    supervisor = Supervisor(database, OciLauncher(state), Bundles(state))
+    launcher = Launchers(OciLauncher(state), ShimLauncher(state))
+    supervisor = Supervisor(database, launcher, Bundles(state), Streams(host.settings.own_root / "logs"))
     await supervisor.recover()
 
     async def stop() -> None:

@@ -3,7 +3,7 @@ for admins; a tenant's specification and mounts are held against this."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from wherry_shared.api.task import Stdio
 from wherry_shared.context import Identity
 from wherry_shared.errors import InvalidArgument, PermissionDenied, Unimplemented
 from wherry_shared.values import Mount
+
+from .runtimes import PREFERRED
 
 NAMESPACES = frozenset({"pid", "ipc", "uts", "mount", "network"})
 FILESYSTEMS = frozenset({"proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup"})
@@ -67,6 +69,16 @@ def check_process(identity: Identity, process: dict[str, Any]) -> None:
     extra = asked - CAPABILITIES
     _refuse(identity, f"capabilities {', '.join(sorted(extra))}", bool(extra))
     _refuse(identity, "new privileges", not process.get("noNewPrivileges"))
+
+
+def check_options(identity: Identity, options: dict[str, Any], allowed: Collection[str]) -> None:
+    """PermissionDenied: options of a runtime, which name programs and directories of the node, unless an admin runs
+    the container; a program must be one that the node allows."""
+    if options:
+        _refuse(identity, "options of the runtime", not identity.is_admin)
+    binary = options.get("BinaryName") or ""
+    if binary and binary not in (*PREFERRED, *allowed):
+        raise PermissionDenied(f"runtime {binary!r} is not among those that this node allows")
 
 
 def check_resources(identity: Identity, resources: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,10 @@ from typing import Any
 
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 
+log = logging.getLogger("wherry.task")
+
 SPEC = "config.json"
+BINARY = "shim-binary-path"  # containerd's name for it
 
 
 class Bundles:
@@ -41,6 +45,7 @@ class Bundles:
             path.mkdir(mode=0o700)
             (path / "rootfs").mkdir(mode=0o755)
             (path / SPEC).write_text(json.dumps(self._complete(spec, namespace, container)))
+            (path / BINARY).write_text(binary)
         except FileExistsError:
             raise FailedPrecondition(f"{path} is left from another task") from None
         except OSError as e:
@@ -59,8 +64,19 @@ class Bundles:
         full.setdefault("root", {"path": "rootfs"})
         return full
 
+    def binary_of(self, path: Path) -> str:
+        """What a bundle was made for. Raises OSError where that was never written down."""
+        return (path / BINARY).read_text()
+
     def remove(self, path: Path) -> None:
-        """Remove a bundle that nothing uses any more."""
+        """Remove a bundle that nothing uses any more; one whose root is still mounted stays, or the root would go."""
+        try:
+            os.rmdir(path / "rootfs")
+        except FileNotFoundError:
+            pass
+        except OSError as e:
+            log.error("%s stays: its rootfs: %s", path, e.strerror)
+            return
         shutil.rmtree(path, ignore_errors=True)
 
     def all(self) -> list[tuple[str, str, Path]]:

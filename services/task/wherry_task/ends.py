@@ -15,6 +15,7 @@ from wherry_shared.sqlite import Database, Transaction
 from . import metadata
 from .backends import Ended, Launcher, Notice
 from .metadata import ProcessRow
+from .stdio.streams import Streams
 from .tasks import Task, time_of
 
 log = logging.getLogger("wherry.task")
@@ -25,8 +26,9 @@ SIGKILL = 9
 class Ends:
     """Follows the shims of tasks, and cleans up after those that die."""
 
-    def __init__(self, database: Database, launcher: Launcher) -> None:
+    def __init__(self, database: Database, launcher: Launcher, streams: Streams) -> None:
         self._database = database
+        self._streams = streams
         self._launcher = launcher
 
     async def follow(self, task: Task) -> None:
@@ -35,7 +37,8 @@ class Ends:
         await self._watch(task)
 
     async def _watch(self, task: Task) -> None:
-        await task.shim.watch(task.notices.put_nowait, lambda: task.notices.put_nowait(None))
+        running = [p.row.exec for p in task.processes.values() if p.row.exec and p.row.pid and not p.ended.is_set()]
+        await task.shim.watch(task.notices.put_nowait, lambda: task.notices.put_nowait(None), running)
 
     async def unfollow(self, task: Task) -> None:
         """Let go of a shim; its container goes on."""
@@ -91,6 +94,7 @@ class Ends:
         await self._database.write(record, frees=True)
         process.row = row
         process.ended.set()
+        self._streams.of((namespace, container, notice.exec_id)).ended()
 
     async def _disconnected(self, task: Task) -> None:
         """The connection to a monitor ended: follow it again if it lives, else clean up and report the ends."""
@@ -139,7 +143,7 @@ class Ends:
     async def reconcile(self, task: Task) -> None:
         """A start that took effect, but whose record was lost with its service, is recorded now."""
         namespace, container = task.key
-        seen = await task.shim.state()
+        seen = await task.shim.state([p.row.exec for p in task.processes.values() if p.row.exec and not p.row.pid])
         init = task.process("")
         if init.row.status == "created" and seen.running:
             init.row = replace(init.row, pid=seen.pid or init.row.pid, status="running")

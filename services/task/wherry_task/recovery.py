@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -90,9 +89,9 @@ class Recovery:
         """A bundle without a record was never answered to anybody: its container goes."""
         try:
             check_identifier(container)
-            config = json.loads((path / "monitor.json").read_text())
-            bundle = Bundle(path, container, str(config["runtime"]), Path(str(config["root"])), namespace)
-        except (OSError, ValueError, KeyError, WherryError):
+            binary = self._bundles.binary_of(path)
+            bundle = Bundle(path, container, binary, self._bundles.runtime_root(namespace, binary), namespace)
+        except (OSError, WherryError):
             self._bundles.remove(path)
             return
         log.warning("removing task %s of namespace %s: its creation was never completed", container, namespace)

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from wherry_shared import context
 from wherry_shared.api.container import Containers
 from wherry_shared.api.snapshot import Snapshots
-from wherry_shared.api.task import CheckpointOptions, Exit, Process, ProcessInfo, Stats, Stdio, Tasks
+from wherry_shared.api.task import (
+    CheckpointOptions,
+    Exit,
+    LogWindow,
+    Output,
+    Process,
+    ProcessInfo,
+    Stats,
+    Stdio,
+    Taken,
+    Tasks,
+)
 from wherry_shared.contract import immediate
 from wherry_shared.errors import InvalidArgument, Unimplemented
 from wherry_shared.values import Descriptor, Mount, Page
@@ -47,6 +59,7 @@ class TaskService(Tasks):
             own = await self._snapshots.mounts(container.snapshotter, container.snapshot_key)
             admission.check_mounts(identity, mounts, own)
         binary = runtimes.find(runtime or container.runtime.name, self._allowed if identity.is_admin else ())
+        admission.check_options(identity, container.runtime.options, self._allowed)
         creation = Creation(mounts, stdio, restore=checkpoint, options=container.runtime.options)
         return await self._supervisor.create(namespace, container_id, container.spec, binary, creation)
 
@@ -107,3 +120,26 @@ class TaskService(Tasks):
 
     async def wait(self, container_id: str, exec_id: str = "", patience: float = 5.0) -> Exit | None:
         return await self._supervisor.wait(context.namespace(), container_id, exec_id, patience)
+
+    async def output(
+        self, container_id: str, exec_id: str = "", after: str = "", patience: float = 5.0
+    ) -> Output:  # fmt: skip
+        return await self._supervisor.streams.output((context.namespace(), container_id, exec_id), after, patience)
+
+    async def input(
+        self, container_id: str, writer: str, offset: int, data: bytes = b"", exec_id: str = "",
+        eof: bool = False, patience: float = 5.0,
+    ) -> Taken:  # fmt: skip
+        return await self._supervisor.input(
+            context.namespace(), container_id, writer, offset, data, exec_id, eof=eof, patience=patience
+        )
+
+    async def logs(
+        self, container_id: str, after: str = "", since: datetime | None = None, until: datetime | None = None,
+        tail: int = -1, patience: float = 0.0,
+    ) -> LogWindow:  # fmt: skip
+        # A log is its container's, and not that of an earlier one of the same name.
+        container = await self._containers.get(container_id)
+        return await self._supervisor.streams.logs(
+            context.namespace(), container_id, container.created_at, after, since, until, tail, patience
+        )

@@ -9,10 +9,11 @@ import secrets
 import time
 from collections.abc import Collection
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from wherry_shared import context
-from wherry_shared.api.task import CheckpointOptions, Exit, MetricsV1, Process, ProcessInfo, Stats, Stdio
+from wherry_shared.api.task import CheckpointOptions, Exit, MetricsV1, Process, ProcessInfo, Stats, Stdio, Taken
 from wherry_shared.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -31,6 +32,7 @@ from .bundles import Bundles
 from .ends import SIGKILL, Ends
 from .metadata import ProcessRow, TaskRow
 from .recovery import Recovery, boot_id
+from .stdio.streams import Streams
 from .tasks import Key, Running, Task, describe, time_of
 
 log = logging.getLogger("wherry.task")
@@ -47,22 +49,24 @@ STATS_MAX = 200
 class Supervisor:
     """Every task of the node."""
 
-    def __init__(self, database: Database, launcher: Launcher, bundles: Bundles) -> None:
+    def __init__(self, database: Database, launcher: Launcher, bundles: Bundles, streams: Streams) -> None:
         self._database = database
         self._launcher = launcher
         self._bundles = bundles
         self._tasks: dict[Key, Task] = {}
         self._creating: set[Key] = set()
         self._boot = boot_id()
-        self._ends = Ends(database, launcher)
+        self._ends = Ends(database, launcher, streams)
+        self.streams = streams
         self._recovery = Recovery(database, launcher, bundles, self._ends)
 
     # ---- life
 
     async def create(
-        self, namespace: str, container: str, spec: dict[str, Any], binary: str, creation: Creation
-    ) -> int:
-        """Make the container; it is there and answered only when it is on record."""
+        self, namespace: str, container: str, spec: dict[str, Any], binary: str, creation: Creation,
+        born: datetime | None = None,
+    ) -> int:  # fmt: skip
+        """Make the container; it is there and answered only when it is on record. born: when its record was made."""
         key = (namespace, container)
         if key in self._tasks or key in self._creating:
             raise AlreadyExists(f"task {container} exists")
@@ -71,8 +75,10 @@ class Supervisor:
             path = self._bundles.make(namespace, container, spec, binary)
             bundle = Bundle(path, container, binary, self._bundles.runtime_root(namespace, binary), namespace)
             try:
+                self.streams.make((*key, ""), path, creation.stdio, born)
                 return await self._create(key, bundle, _of_spec(creation, spec))
             except BaseException:
+                self.streams.retire((*key, ""))
                 await asyncio.shield(self._recovery.abandon(bundle))
                 raise
         finally:
@@ -80,7 +86,8 @@ class Supervisor:
 
     async def _create(self, key: Key, bundle: Bundle, creation: Creation) -> int:
         namespace, container = key
-        shim, pid = await self._launcher.launch(bundle, creation)
+        real = self.streams.real((*key, ""), creation.stdio)
+        shim, pid = await self._launcher.launch(bundle, replace(creation, stdio=real))
         try:
             row = TaskRow(namespace, container, str(bundle.path), bundle.binary, self._boot)
             task = Task(row, bundle, shim)
@@ -115,8 +122,11 @@ class Supervisor:
             if exec_id:
                 if task.process("").row.status == "stopped":
                     raise FailedPrecondition(f"container {container} init process is not running: it has stopped")
-                pid = await task.shim.exec(exec_id, process.row.spec, process.row.stdio)
+                stdio = self.streams.real((namespace, container, exec_id), process.row.stdio)
+                self.streams.of((namespace, container, exec_id)).started()
+                pid = await task.shim.exec(exec_id, process.row.spec, stdio)
             else:
+                self.streams.of((namespace, container, "")).started()
                 pid = await task.shim.start()
             process.row = replace(process.row, pid=pid, status="running")
 
@@ -146,13 +156,18 @@ class Supervisor:
                 (task.bundle.path / name).write_text(json.dumps({**spec, "terminal": stdio.terminal}))
             except OSError as e:
                 raise ResourceExhausted(f"process {exec_id}: {e.strerror}") from None
+            self.streams.make((namespace, container, exec_id), task.bundle.path, stdio)
             row = ProcessRow(exec_id, 0, "created", name, stdio)
 
             def record(tx: Transaction) -> None:
                 metadata.put_process(tx, namespace, container, row)
                 tx.publish("/tasks/exec-added", {"container_id": container, "exec_id": exec_id})
 
-            await self._database.mutate(record)
+            try:
+                await self._database.mutate(record)
+            except BaseException:
+                self.streams.retire((namespace, container, exec_id))
+                raise
             task.processes[exec_id] = Running(row)
 
     async def kill(self, namespace: str, container: str, signal: int, exec_id: str, *, all: bool) -> None:
@@ -269,6 +284,7 @@ class Supervisor:
 
         answer = await self._database.mutate(record, frees=True)
         task.processes.pop(process.row.exec, None)
+        self.streams.retire((*task.key, process.row.exec))
         return answer
 
     async def _delete_exec(self, task: Task, process: Running) -> Exit:
@@ -286,6 +302,7 @@ class Supervisor:
 
         answer = await self._database.mutate(record, frees=True)
         task.processes.pop(process.row.exec, None)
+        self.streams.retire((*task.key, process.row.exec))
         (task.bundle.path / process.row.spec).unlink(missing_ok=True)
         return answer
 
@@ -307,6 +324,8 @@ class Supervisor:
                 tx.publish("/tasks/delete", _delete_event(container, exit, container))
                 return exit
 
+            for exec_id in task.processes:
+                self.streams.retire((*task.key, exec_id))
             # A bundle without a record, or the other way round, is what the next start of this service cleans.
             answer, _, _ = await asyncio.gather(
                 self._database.mutate(record, frees=True), self._ends.unfollow(task),
@@ -400,13 +419,31 @@ class Supervisor:
         """Close the writer that keeps stdin open."""
         task = self.task(namespace, container)
         if task.process(exec_id).row.exit_status is None:
+            self.streams.end_input((namespace, container, exec_id))
             await task.shim.close_stdin(exec_id)
+
+    async def input(
+        self, namespace: str, container: str, writer: str, offset: int, data: bytes, exec_id: str, *, eof: bool,
+        patience: float,
+    ) -> Taken:  # fmt: skip
+        """Take bytes for a running process's stdin."""
+        row = self.task(namespace, container).process(exec_id).row
+        if row.exit_status is not None or not row.pid:
+            raise FailedPrecondition(f"process {exec_id or 'init'} of task {container} is {row.status}, not running")
+        taken = await self.streams.input((namespace, container, exec_id), writer, offset, data, patience)
+        if eof and taken.total >= offset + len(data):
+            await self.close_stdin(namespace, container, exec_id)
+        return taken
 
     # ---- from one process of this service to the next
 
     async def recover(self) -> None:
         """Find again what runs; report what ended meanwhile; remove what nobody was ever told of."""
         self._tasks = await self._recovery.run()
+        for task in self._tasks.values():
+            for row in [process.row for process in task.processes.values()]:
+                started, over = bool(row.pid), row.exit_status is not None
+                self.streams.find((*task.key, row.exec), task.bundle.path, row.stdio, started=started, over=over)
 
     async def stop(self, *, everything: bool) -> None:
         """At the service's end: let go of the shims, or with `everything` end every task first."""
@@ -427,6 +464,7 @@ class Supervisor:
             await asyncio.gather(*[within(task) for task in list(self._tasks.values())])
         for task in list(self._tasks.values()):
             await self._ends.unfollow(task)
+        self.streams.close()
         if not self._tasks:
             self._bundles.remove_empty()
         await self._launcher.close(idle=not self._tasks)

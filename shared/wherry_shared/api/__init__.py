@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..values import Model
+
 
 def contracts() -> list[Any]:
     """Every contract of the house, in alphabetical order of their services."""
@@ -22,6 +24,21 @@ def contracts() -> list[Any]:
         Containers, Content, Diff, Events, Images, Introspection, Leases, Namespaces, Snapshots, Tasks,
     ]  # fmt: skip
     return found
+
+
+def build() -> None:
+    """Build the codecs of every contract and model now, and not at the first call: for a process that forks services.
+
+    It takes some 50 ms, which each service would otherwise spend on its first calls, in memory of its own.
+    """
+    for contract in (*contracts(), *second_contracts()):
+        for endpoint in contract.endpoints.values():
+            endpoint.build()
+    todo: list[type[Model]] = [Model]
+    while todo:
+        model = todo.pop()
+        todo += model.__subclasses__()
+        model.model_rebuild()
 
 
 def second_contracts() -> list[Any]:

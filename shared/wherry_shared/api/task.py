@@ -6,14 +6,27 @@ from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from ..contract import Contract, endpoint
-from ..errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied, Unimplemented, Unknown
+from ..errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unimplemented,
+    Unknown,
+)
 from ..values import Descriptor, Identifier, Model, Mount, Page
 
 Status = Literal["created", "running", "stopped", "paused", "pausing"]
 
 
 class Stdio(Model):
-    """Where a process reads and writes: paths of FIFOs, or `file:///path` to append to; "" is /dev/null."""
+    """Where a process reads and writes; "" is /dev/null.
+
+    A path is a FIFO of the caller's, on the node. `bus://` is carried by `output` and `input`. Outputs alone may be
+    `log://?max_size=BYTES&max_files=N` (kept for `logs`, and for `output`), `file:///path` to append to, and for
+    admins `log:///path?...` and `binary:///program?key=value`, a logger that the node allows, for both at once.
+    """
 
     stdin: str = ""
     stdout: str = ""
@@ -46,6 +59,40 @@ class Exit(Model):
     exit_status: int
     exited_at: datetime
     pid: int = 0
+
+
+class Output(Model):
+    """What a process wrote behind a place, up to 512 KiB; `next` is the place behind it.
+
+    lost_stdout, lost_stderr: bytes of each that came before these and that nobody has any more; -1: how many is not
+    known. ended: nothing will come behind these.
+    """
+
+    stdout: bytes = b""
+    stderr: bytes = b""
+    lost_stdout: int = 0
+    lost_stderr: int = 0
+    next: str
+    ended: bool = False
+
+
+class Taken(Model):
+    """How many bytes of a writer were taken. unsure: of so many before `total` nobody knows, for the service died."""
+
+    total: int
+    unsure: int = 0
+
+
+class LogWindow(Model):
+    """A piece of a log: whole lines of `TIME STREAM P|F TEXT`, P for a part that the next line of its stream continues.
+
+    next: the place behind it. gap: lines between `after` and these were rotated away. ended: no more will come.
+    """
+
+    lines: bytes = b""
+    next: str
+    gap: bool = False
+    ended: bool = False
 
 
 # ---- what cgroups count: io.containerd.cgroups.v1.Metrics and v2.Metrics, each field in the place of its number
@@ -390,6 +437,43 @@ class Tasks(Contract, Protocol, service="task", version="1.0.0", events=EVENTS):
     @endpoint(NotFound, mutates=True)
     async def close_stdin(self, container_id: Identifier, exec_id: str = "") -> None:
         """Close the writer that keeps the process's stdin open; closing it twice is closing it once."""
+        ...
+
+    @endpoint(NotFound, FailedPrecondition, ResourceExhausted, waits=True, timeout=30.0)
+    async def output(
+        self, container_id: Identifier, exec_id: str = "", after: str = "", patience: float = 5.0
+    ) -> Output:  # fmt: skip
+        """What a process writes to `bus://` or `log://` behind a place, as soon as there is something.
+
+        after: "" attaches from now on, "start" from its first byte, else the `next` of the answer before. Who asks
+        again within 10 seconds holds the process back rather than lose a byte. Nothing within `patience` (at most 20)
+        seconds: an empty answer. FailedPrecondition: its output goes elsewhere.
+        """
+        ...
+
+    @endpoint(NotFound, FailedPrecondition, ResourceExhausted, mutates=True, waits=True, timeout=30.0)
+    async def input(
+        self, container_id: Identifier, writer: Identifier, offset: int, data: bytes = b"", exec_id: str = "",
+        eof: bool = False, patience: float = 5.0,
+    ) -> Taken:  # fmt: skip
+        """Give bytes to a `bus://` stdin; answers how many of this writer's were taken in all.
+
+        writer: a name of the caller's own; offset: how many bytes came before `data`. What was taken before is not
+        taken again; what does not fit within `patience` (at most 20) seconds is left for the next call. eof: behind
+        `data` comes the end, for every writer. FailedPrecondition: the process is not running, or has no such stdin.
+        """
+        ...
+
+    @endpoint(NotFound, FailedPrecondition, waits=True, timeout=30.0)
+    async def logs(
+        self, container_id: Identifier, after: str = "", since: datetime | None = None,
+        until: datetime | None = None, tail: int = -1, patience: float = 0.0,
+    ) -> LogWindow:  # fmt: skip
+        """A window of what a container's `log://` has kept: from the oldest, since a time, or of the last `tail` lines.
+
+        after: the `next` of the window before (`since` and `tail` then do not matter); with `patience` (at most 20
+        seconds) it waits there for more. Kept as long as the container is. FailedPrecondition: it keeps no log.
+        """
         ...
 
     @endpoint(NotFound, waits=True, timeout=30.0)

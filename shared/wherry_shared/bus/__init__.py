@@ -113,15 +113,15 @@ def load_connection() -> ModuleType:
 
 async def connect(
     servers: list[str], *, node: str, name: str, seed: bytes, inbox_prefix: str, identity_of: IdentityOf = _admin_only,
-    direct: Path | None = None,
+    direct: Path | None = None, awake: bool = False,
 ) -> Bus:  # fmt: skip
     """Connect to NATS with an nkey seed. Unavailable, Unauthenticated or FailedPrecondition (server too old).
 
     direct: the node's state directory, where it is on this host: requests to its services, and what is served here,
-    then take the direct path. `WHERRY_DIRECT=0` says never.
+    then take the direct path. `WHERRY_DIRECT=0` says never. awake: as of Shortcut; for callers that serve nobody.
     """
     Connection = load_connection().Connection  # noqa: N806 - a class
     transport: Transport = await Connection.connect(servers, name=name, seed=seed, inbox_prefix=inbox_prefix)
     if direct is None or os.environ.get(DIRECT) == "0":
         return Bus(transport, node=node, identity_of=identity_of)
-    return Bus(Shortcut(transport, direct), node=node, identity_of=identity_of, direct=direct)
+    return Bus(Shortcut(transport, direct, awake=awake), node=node, identity_of=identity_of, direct=direct)

@@ -1,7 +1,7 @@
 """The direct path, the service's side: a unix socket of its own in the node's state directory.
 
 A caller on the same host sends there what it would send to nats-server, and is answered on the same connection: the
-same request with two hops less (docs/decisions/0008). Who asks is known from the reply subject as ever. What
+same request with two hops less (docs/decisions/0013). Who asks is known from the reply subject as ever. What
 nats-server's allow-lists would say of it is checked here: only the admin and the node's own services are served, and
 everybody else is sent to the bus.
 """
@@ -22,7 +22,7 @@ from ..context import Identity
 from ..errors import ResourceExhausted, Unavailable
 from . import sockets
 from .credentials import ADMIN, CALLS
-from .pipe import MAX_PAYLOAD, Pipe
+from .pipe import LEAVING, MAX_PAYLOAD, Pipe
 from .protocol import Message, encode_headers
 from .serve import IdentityOf, Server
 
@@ -112,6 +112,8 @@ class Door:
 
     async def leave(self) -> None:
         self.shut()
+        for guest in self._guests:
+            guest.say(LEAVING)
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_SECONDS):
                 await asyncio.gather(*(guest.sent() for guest in self._guests))
@@ -163,8 +165,7 @@ class Door:
     @staticmethod
     def _send_away(guest: Guest, message: Message) -> None:
         with suppress(Unavailable):
-            guest.send(message.reply, "", _TO_THE_BUS, b"")
-            guest.flush()
+            guest.send(message.reply, "", _TO_THE_BUS, b"", alone=True)
         guest.end()
 
 

@@ -25,6 +25,7 @@ BATCH: Final = 4  # messages that are sent together while more are being made
 LARGE: Final = 64 << 10  # a write of more bytes is handed over piece by piece instead of being copied together
 _PIECES_MAX: Final = 64  # of one sendmsg
 _CRLF: Final = b"\r\n"
+LEAVING: Final = b'INFO {"ldm":true}\r\n'  # the last line: what is not answered now was not begun
 
 
 class Pipe:
@@ -42,14 +43,18 @@ class Pipe:
         self._unsent_size = 0
         self._sent: asyncio.Future[None] | None = None
         self._pressed = False
+        self._reading = True
         self.ended = False
         self._loop.add_reader(sock, self._readable)
 
     # ---- writing
 
-    def send(self, subject: str, reply: str, block: bytes, data: bytes) -> None:
-        """Write one message; block: its encoded headers, or b"". Unavailable when the pipe has ended, InvalidArgument
-        when the message is too large, ResourceExhausted when the other end has not read for too long."""
+    def send(self, subject: str, reply: str, block: bytes, data: bytes, *, alone: bool = False) -> None:
+        """Write one message; block: its encoded headers, or b""; alone: it leaves now, no other is expected.
+
+        Unavailable when the pipe has ended, InvalidArgument when the message is too large, ResourceExhausted when the
+        other end has not read for too long.
+        """
         if self.ended:
             raise Unavailable("the direct connection has ended")
         if self._unsent_size > UNSENT_MAX:
@@ -66,11 +71,18 @@ class Pipe:
         self._pieces += (line, data, _CRLF)
         self._size += len(line) + len(data) + 2
         self._messages += 1
-        if self._messages >= BATCH:
+        if alone or self._messages >= BATCH:
             self.flush()
         elif not self._planned:
             self._planned = True
             self._loop.call_soon(self._flush_planned)
+
+    def say(self, line: bytes) -> None:
+        """Write one operation that is no message."""
+        self._pieces.append(line)
+        self._size += len(line)
+        self._messages += 1
+        self.flush()
 
     def flush(self) -> None:
         """Hand over what was written; what the socket does not take now leaves when it does."""
@@ -93,14 +105,25 @@ class Pipe:
         self.flush()
 
     def _try(self, data: bytes) -> int:
-        """How many of the bytes the socket takes now; all of them when it is broken, since nobody wants them."""
+        """How many of the bytes the socket takes now; all of them when the other end is closed: nobody wants them."""
         try:
             return self._socket.send(data)
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
-            self.end(error)
+            self._unsendable(error)
             return len(data)
+
+    def _unsendable(self, error: OSError) -> None:
+        """The other end is closed: what it said before that is still to be read, and then its end."""
+        if not self._reading:
+            self.end(error)
+            return
+        if self._unsent:
+            self._loop.remove_writer(self._socket)
+            self._unsent.clear()
+            self._unsent_size = 0
+        self._tell_sent()
 
     def _keep(self, pieces: list[bytes] | list[memoryview]) -> None:
         """Send these after what is unsent already, as the socket takes them."""
@@ -120,7 +143,7 @@ class Pipe:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self.end(error)
+            self._unsendable(error)
             return
         self._unsent_size -= sent
         while unsent and sent >= len(unsent[0]):
@@ -165,11 +188,13 @@ class Pipe:
 
     def pause(self) -> None:
         """Read no more for now: the other end has to wait."""
+        self._reading = False
         if not self.ended:
             self._loop.remove_reader(self._socket)
 
     def resume(self) -> None:
         """Read again."""
+        self._reading = True
         if not self.ended:
             self._loop.add_reader(self._socket, self._readable)
 
@@ -185,7 +210,7 @@ class Pipe:
         """See on_ping."""
 
     def on_info(self, info: bytes) -> None:
-        """There is nothing to be told of."""
+        """The other end is LEAVING: there is nothing else to be told of."""
 
     def on_error(self, text: str) -> None:
         log.warning("on the direct path: %s", text[:200])

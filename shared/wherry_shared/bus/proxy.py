@@ -14,7 +14,7 @@ from ..contract import Endpoint
 from ..errors import DeadlineExceeded, Unavailable, WherryError, from_code
 from ..values import Page
 from . import subjects
-from .transport import Message, NoResponders, Transport
+from .transport import Lost, Message, NoResponders, Transport
 
 if TYPE_CHECKING:
     from . import Bus
@@ -112,6 +112,11 @@ class Caller:
             except DeadlineExceeded:
                 unanswered = True
                 attempt = min(attempt * 2, LAST_ATTEMPT)
+                continue
+            except Lost:  # with its process; the bus may take a moment to know that too
+                unanswered = True
+                await asyncio.sleep(min(pause, left))
+                pause = min(pause * 2, 0.25)
                 continue
             else:
                 if not (answer := message.headers) or not (reason := raise_error(answer, message.data)):

@@ -1,7 +1,8 @@
 """The direct path, the caller's side: requests to the services of this node's host go to their own sockets.
 
-Everything else goes by the bus, and so does every request that finds no socket there, or is sent away from it, or
-gets lost with it: at once, and with the same key, so that it takes effect once (docs/decisions/0008).
+Everything else goes by the bus, and so does every request that finds no socket there or is sent away from it. One that
+gets lost with its process is sent again by its Caller, with the same key, so that it takes effect once
+(docs/decisions/0013).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 import random
 import socket
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
@@ -21,7 +23,7 @@ from . import sockets, subjects
 from .pipe import MAX_PAYLOAD, Pipe
 from .protocol import Message, encode_headers
 from .proxy import RETRY
-from .transport import Callback, EventLog, Subscription, Transport
+from .transport import Callback, EventLog, Lost, Subscription, Transport
 from .transport import Message as AnyMessage
 from .waiting import Waiting
 
@@ -29,24 +31,47 @@ log = logging.getLogger("wherry.direct")
 
 LOOK_SECONDS: Final = 2.0  # between two looks for replicas that are new
 REST_SECONDS: Final = 2.0  # a process that answers nothing at all until a request's time is over is left alone for
+AWAKE_SECONDS: Final = 150e-6
+SLEEPS_AFTER: Final = 15  # requests that are not waited for awake, after one that took longer
 _PREFIX: Final = subjects.RPC + "."
 _ROUTES_MAX: Final = 1024
 _RETRY: Final = RETRY.encode()
 
 
-class Lost(Unavailable):
-    """The direct connection has ended, or is of no use: ask by the bus."""
+class _Refused(Unavailable):
+    """Not done here: the process is stopping, or sends this caller to the bus."""
 
 
 class Lane(Pipe):
-    """The connection to one process."""
+    """The connection to one process.
+
+    A caller whose only request is under way may stay awake for its answer: to wake a processor that has gone to sleep
+    costs more than the answer takes, on both sides.
+    """
 
     def __init__(self, sock: socket.socket, waiting: Waiting) -> None:
         super().__init__(sock)
         self.waiting = waiting
         self.answers = 0  # so many came
         self.resting = 0.0  # until then (the loop's time) it is not used: it is silent
+        self.leaving = False  # its process has said goodbye
         self.now = self._loop.time
+        self._sleeps = 0  # for so many requests nobody stays awake: one took too long
+
+    def stay_awake(self) -> None:
+        """Have the loop turn until the answer is here, for AWAKE_SECONDS at most. Whatever else is due runs as ever."""
+        if self._sleeps:
+            self._sleeps -= 1
+        else:
+            self._loop.call_soon(self._turn, time.perf_counter() + AWAKE_SECONDS)
+
+    def _turn(self, until: float) -> None:
+        if len(self.waiting) != 1:
+            return
+        if time.perf_counter() < until:
+            self._loop.call_soon(self._turn, until)
+        else:
+            self._sleeps = SLEEPS_AFTER
 
     def on_message(self, sid: str, subject: str, reply: str, block: bytes | None, data: bytes) -> None:
         self.answers += 1
@@ -55,12 +80,16 @@ class Lane(Pipe):
             return
         message = Message(subject, data, reply, block)
         if block is not None and (message.no_responders or _RETRY in block):
-            asked[0].set_exception(Lost(f"{asked[1]} is to be asked on the bus"))
+            asked[0].set_exception(_Refused(f"{asked[1]} is to be asked on the bus"))
         else:
             asked[0].set_result(message)
 
+    def on_info(self, info: bytes) -> None:
+        self.leaving = True
+
     def on_lost(self, error: Exception | None) -> None:
-        self.waiting.fail(lambda subject: Lost(f"the direct connection ended before {subject} was answered"))
+        ended = _Refused if self.leaving else Lost
+        self.waiting.fail(lambda subject: ended(f"the direct connection ended before {subject} was answered"))
 
 
 class Lanes:
@@ -123,17 +152,22 @@ class Lanes:
 class Shortcut:
     """A transport whose requests take the direct path where there is one. Everything else is that of the bus."""
 
-    def __init__(self, bus: Transport, state: Path) -> None:
-        """state: the node's state directory on this host."""
+    def __init__(self, bus: Transport, state: Path, *, awake: bool = False) -> None:
+        """state: the node's state directory on this host. awake: stay awake for the answer to a single request."""
+        self._awake = awake and len(os.sched_getaffinity(0)) > 1
         self._bus = bus
         self._state = state
         self._services: dict[tuple[str, str], Lanes] = {}
         self._routes: dict[str, tuple[Lanes, str]] = {}
+        self._closed = False
 
     async def request(
         self, subject: str, data: bytes, *, headers: Mapping[str, str] | None = None, timeout: float
     ) -> AnyMessage:
-        """Ask, by the direct path or else by the bus; errors as of Transport.request."""
+        """Ask, by the direct path or else by the bus; errors as of Transport.request.
+
+        Lost: the process is gone; sent again, it goes by the bus.
+        """
         route = self._routes.get(subject) or self._route(subject)
         lane = route[0].choose(route[1]) if route is not None else None
         block = encode_headers(headers) if headers else b""
@@ -143,11 +177,12 @@ class Shortcut:
         until = lane.now() + timeout
         reply, answer = waiting.ask(subject, timeout)
         try:
-            lane.send(subject, reply, block, data)
-            if len(waiting) == 1:
-                lane.flush()
+            alone = len(waiting) == 1
+            lane.send(subject, reply, block, data, alone=alone)
+            if alone and self._awake:
+                lane.stay_awake()
             return await answer
-        except Lost:
+        except _Refused:
             return await self._bus.request(subject, data, headers=headers, timeout=until - lane.now())
         except DeadlineExceeded:
             if lane.answers == answers:
@@ -159,7 +194,7 @@ class Shortcut:
     def _route(self, subject: str) -> tuple[Lanes, str] | None:
         """The processes that a subject is for, and the instance of them or ""."""
         parts = subject.split(".")
-        if not subject.startswith(_PREFIX) or len(parts) not in (7, 8):
+        if self._closed or not subject.startswith(_PREFIX) or len(parts) not in (7, 8):
             return None
         key = parts[3], parts[5]
         lanes = self._services.get(key)
@@ -172,6 +207,7 @@ class Shortcut:
         return found
 
     async def close(self) -> None:
+        self._closed = True
         for lanes in self._services.values():
             lanes.close()
         self._services, self._routes = {}, {}

@@ -14,6 +14,10 @@ class NoResponders(Unavailable):
     """Nobody serves that subject right now: the service is down or starting."""
 
 
+class Lost(Unavailable):
+    """The way that a request went has ended before its answer: nobody knows whether it took effect."""
+
+
 class Message(Protocol):
     """One received message; `reply` is "" when none is wanted."""
 
@@ -76,8 +80,9 @@ class Transport(Publisher, Protocol):
     ) -> Message:
         """Ask, and wait up to `timeout` seconds for one answer.
 
-        NoResponders at once when nobody listens, Unavailable when the connection is or gets lost, PermissionDenied
-        when the bus refuses the subject, DeadlineExceeded at the timeout.
+        NoResponders at once when nobody listens, Unavailable when the connection is or gets lost, Lost when the
+        request may be sent again at once, PermissionDenied when the bus refuses the subject, DeadlineExceeded at the
+        timeout.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The parser of NATS's frames: however they are cut, it says the same; what is none of them ends it, without a raise."""
+"""The parser of NATS's frames: it says the same however they are cut; what is none of them ends it, without a raise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..given import Given
 
 LIMIT = 1 << 16
 TOKENS = (b"MSG ", b"HMSG ", b"PING\r\n", b"PONG\r\n", b"INFO {}\r\n", b"-ERR ''\r\n", b"+OK\r\n", b"\r\n", b" 1 ",
-          b"NATS/1.0", b"NATS/1.0 503\r\n\r\n", b"99999999999999999999", b"-1", b"1_0", b"Nats-Service-Error: x\r\n")  # fmt: skip
+          b"NATS/1.0", b"NATS/1.0 503\r\n\r\n", b"99999999999999999999", b"-1", b"1_0", b"Status: x\r\n")  # fmt: skip
 
 
 def seeds() -> Iterator[bytes]:

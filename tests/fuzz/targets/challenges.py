@@ -23,7 +23,7 @@ def seeds() -> Iterator[bytes]:
     yield b'Bearer realm="https://a/t?x=1",service="s",scope="repository:a/b:pull"\xffhttps://a:1/b?c#d'
     yield b'Basic realm="x", Bearer realm=y, error="a\\"b"\xffhttp://[::1%eth0]:80/'
     yield b"120\xffhttp://user:pw@169.254.169.254/"
-    yield b"Wed, 21 Oct 2099 07:28:00 GMT\xffhttp://127.1/\xffhttps://[::ffff:10.0.0.1]/"
+    yield b"Wed, 21 Oct 2099 07:28:00 GMT\xffhttp://0x7f000001/\xffhttps://[::ffff:10.0.0.1]/"
 
 
 def one(data: bytes) -> None:

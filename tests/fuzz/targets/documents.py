@@ -1,4 +1,4 @@
-"""Manifests, indexes, configs and docker's manifest.json. No bytes are both a manifest and an index (CVE-2021-41190)."""
+"""Manifests, indexes, configs, docker's manifest.json. No bytes are a manifest and an index too (CVE-2021-41190)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from ..given import Given
 DIGEST = "sha256:" + "a" * 64
 TYPES = ("", "application/json", documents.OCI_INDEX, documents.OCI_MANIFEST, documents.DOCKER_LIST, "text/html; q=1")
 ALLOWED = (InvalidArgument, ResourceExhausted, Unimplemented)
-TOKENS = tuple(
-    json.dumps(word).encode()
-    for word in (
-        "schemaVersion", "mediaType", "manifests", "layers", "config", "digest", "size", "annotations", "urls",
-        "platform", "os", "architecture", "os.version", "os.features", "variant", "rootfs", "diff_ids", "Env", "Labels",
-        "Volumes", "RepoTags", "Layers", "Config", "fsLayers", documents.OCI_INDEX, documents.OCI_MANIFEST, DIGEST,
-        "\ud800", "io.containerd.image.name", "org.opencontainers.image.ref.name",
-    )
-) + (b"2", b"null", b"1e999", b"-0", b"NaN", b"[[[[[[[[", b'{"":{"":{"":', b"\\ud800", b":", b",", b"[]", b"{}")  # fmt: skip
+WORDS = (
+    "schemaVersion", "mediaType", "manifests", "layers", "config", "digest", "size", "annotations", "urls",
+    "platform", "os", "architecture", "os.version", "os.features", "variant", "rootfs", "diff_ids", "Env", "Labels",
+    "Volumes", "RepoTags", "Layers", "Config", "fsLayers", documents.OCI_INDEX, documents.OCI_MANIFEST, DIGEST,
+    "\ud800", "io.containerd.image.name", "org.opencontainers.image.ref.name",
+)  # fmt: skip
+VALUES = (b"2", b"null", b"1e999", b"-0", b"NaN", b"[[[[[[[[", b'{"":{"":{"":', b"\\ud800", b":", b",", b"[]", b"{}")
+TOKENS = (*(json.dumps(word).encode() for word in WORDS), *VALUES)
 
 
 def seeds() -> Iterator[bytes]:

@@ -24,7 +24,7 @@ def seeds() -> Iterator[bytes]:
     yield b"containerd.io/gc.ref.snapshot.overlay/x\xffk\xffcontainerd.io/gc.bref.container.c\xffid"
     yield b"containerd.io/gc.cond.snapshot.overlay\xffusedat>=1h,usedat<2m|key\xff2006-01-02T15:04:05Z\xff1.5h"
     yield b"containerd.io/gc.expire\xff9999-12-31T23:59:59-23:59\xff0001-01-01T00:00:00+23:59\xff-0"
-    yield b"1" * 4000 + b"\xff" + b"1h" * 2000 + b"\xff" + b"." * 900
+    yield b"1" * 90 + b"\xff" + b"1h" * 40 + b"\xff" + b"." * 90
 
 
 def one(data: bytes) -> None:

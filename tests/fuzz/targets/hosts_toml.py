@@ -25,7 +25,8 @@ TOKENS = (
 
 def seeds() -> Iterator[bytes]:
     yield b'server = "https://r.example"\n[host."https://m.example/v2/x"]\ncapabilities = ["pull", "resolve"]\n'
-    yield b'[host."http://m:5000"]\nskip_verify = true\nca = "a.crt"\nclient = [["a.cert", "a.key"]]\noverride_path=true\n'
+    yield b'[host."http://m:5000"]\nskip_verify = true\nca = "a.crt"\nclient = [["a.cert", "a.key"]]\n'
+    yield b'[host."https://m/v2/deep"]\noverride_path = true\n'
     yield b'[host."m"]\n[host."m".header]\nA = ["b", "c"]\nB = "d"\n'
     yield b"a = " + b"[" * 900 + b"]" * 900
 

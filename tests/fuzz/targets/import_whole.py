@@ -7,22 +7,19 @@ import atexit
 import io
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+from client.image_house import house, small
 from wherry_shared.errors import Internal, Unavailable, Unknown, WherryError
 
 from .. import archives
 from ..archives import member, summed
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "client"))
-from image_house import house, small
-
-FOLDER = Path(tempfile.mkdtemp(prefix="wherry-fuzz-", dir="/dev/shm"))
+FOLDER = Path(tempfile.mkdtemp(prefix="wherry-fuzz-"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 LOOP = asyncio.new_event_loop()
 STACK = AsyncExitStack()

@@ -20,7 +20,7 @@ def seeds() -> Iterator[bytes]:
 
 
 def one(data: bytes) -> None:
-    text = data.decode("utf-8", "surrogatepass" if data[:1] == b"\xed" else "replace")
+    text = data.decode("utf-8", "surrogateescape" if len(data) % 2 else "replace")
     try:
         found = Reference.parse(text)
     except InvalidArgument:

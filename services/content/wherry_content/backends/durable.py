@@ -7,6 +7,7 @@ are there count; after another boot only as many as the note says, since the res
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -58,10 +59,15 @@ class Note:
         finally:
             os.close(parent)
 
-    def _write(self, *, durably: bool) -> None:
+    def distrust(self) -> None:
+        """From the next opening on no byte counts but those that are noted: the disk has lost some."""
+        with suppress(OSError):
+            self._write(durably=True, boot="-")
+
+    def _write(self, *, durably: bool, boot: str = "") -> None:
         fd = os.open(NOTE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self._directory)
         try:
-            os.pwrite(fd, f"{self.count:<19} {boot_id()}\n".encode(), 0)
+            os.pwrite(fd, f"{self.count:<19} {boot or boot_id()}\n".encode(), 0)
             if durably:
                 os.fsync(fd)
         finally:

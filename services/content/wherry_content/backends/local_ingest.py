@@ -242,6 +242,7 @@ class LocalIngest:
             sync(self._data)
         except OSError as e:
             self._unsaved = e
+            self._note.distrust()
             raise
 
     # ---- the end

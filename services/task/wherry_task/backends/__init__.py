@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,12 +93,13 @@ class Shim(Protocol):
         """What its cgroups count; None without a cgroup of its own."""
         ...
 
-    async def state(self) -> Seen:
-        """What runs."""
+    async def state(self, execs: Sequence[str] = ()) -> Seen:
+        """What runs; of these execs, at least."""
         ...
 
-    async def watch(self, on_notice: OnNotice, on_gone: Callable[[], None]) -> None:
-        """Tell every end, also those from before; `on_gone` once when the shim has died."""
+    async def watch(self, on_notice: OnNotice, on_gone: Callable[[], None], execs: Sequence[str] = ()) -> None:
+        """Tell every end, also those from before, of the init and of these execs that run, and of every exec to come;
+        `on_gone` once when the shim has died."""
         ...
 
     async def close(self) -> None:

@@ -8,7 +8,8 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ SOCKET = "monitor.sock"
 ZYGOTE_SECONDS = 10.0
 # What a monitor knows by heart it answers at once, or it hangs.
 STATE_SECONDS = 2.0
+# cgroups.quicken: for how long after a creation or an exec, and how often. A grace period takes some 10 ms.
+QUICK_SECONDS, QUICK_PAUSE = 0.3, 0.006
 
 
 class MonitorShim:
@@ -99,19 +102,19 @@ class MonitorShim:
     async def stats(self) -> Metrics | None:
         return await asyncio.to_thread(metrics.read, self._cgroups)
 
-    async def state(self) -> Seen:
+    async def state(self, execs: Sequence[str] = ()) -> Seen:
         told = await self.channel.ask("state", patience=STATE_SECONDS)
-        execs = {exec_id: int(each["pid"]) for exec_id, each in told.get("execs", {}).items()}
+        pids = {exec_id: int(each["pid"]) for exec_id, each in told.get("execs", {}).items()}
         if told["state"] == "running":
             self.channel.tell("started")
-        return Seen(told["state"] not in ("created", "empty"), int(told["pid"]), execs)
+        return Seen(told["state"] not in ("created", "empty"), int(told["pid"]), pids)
 
     async def delete(self, exec_id: str, *, force: bool) -> None:
         if not exec_id:
             self.channel.forget_end()  # its container deleted, a monitor ends by itself
         await self.channel.ask("delete", patience=LONG_PATIENCE, exec_id=exec_id, force=force)
 
-    async def watch(self, on_notice: OnNotice, on_gone: Callable[[], None]) -> None:
+    async def watch(self, on_notice: OnNotice, on_gone: Callable[[], None], execs: Sequence[str] = ()) -> None:
         def tell(message: dict[str, Any]) -> None:
             on_notice(ended(message) if message["notice"] == "exit" else OutOfMemory())
 
@@ -141,6 +144,7 @@ class OciLauncher:
         # A monitor forked ahead: it waits for its first word, so that a creation need not wait for the fork.
         self._spare: Channel | None = None
         self._sparing: asyncio.Task[None] | None = None
+        self._quick_until = 0.0
         self._quickening: asyncio.Future[None] | None = None
 
     async def launch(self, bundle: Bundle, creation: Creation) -> tuple[MonitorShim, int]:
@@ -183,9 +187,15 @@ class OciLauncher:
         return [ended(record) for record in answer.get("exits", [])]
 
     def quicken(self) -> None:
-        """A migration between cgroups is to come: let the kernel's lock for that wake up meanwhile."""
+        """A migration between cgroups is to come: wake the kernel's lock for that, and keep it so for a burst."""
+        self._quick_until = time.monotonic() + QUICK_SECONDS
         if self._quickening is None or self._quickening.done():
-            self._quickening = asyncio.get_running_loop().run_in_executor(None, cgroups.quicken)
+            self._quickening = asyncio.get_running_loop().run_in_executor(None, self._keep_quick)
+
+    def _keep_quick(self) -> None:
+        while time.monotonic() < self._quick_until:
+            cgroups.quicken()
+            time.sleep(QUICK_PAUSE)
 
     async def close(self, *, idle: bool) -> None:
         if self._sparing is not None:

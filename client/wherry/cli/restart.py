@@ -1,0 +1,32 @@
+"""`wherry restart`: stop containers and start them again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .common import NamespaceOption, with_client
+
+if TYPE_CHECKING:
+    from wherry import Client, Container
+
+
+def command(
+    ids: Annotated[list[str], typer.Argument(help="The containers.")],
+    seconds: Annotated[int, typer.Option("--time", "-t", help="How long to wait before it is killed; -1: ever.")] = 10,
+    signal: Annotated[str, typer.Option("--signal", "-s", help="Instead of the container's own.")] = "",
+    namespace: NamespaceOption = "default",
+) -> None:
+    async def work(client: Client) -> None:
+        from .kill import on_each
+        from .start import start
+        from .stop import stop
+
+        async def one(container: Container) -> None:
+            await stop(container, seconds, signal)
+            await start(container)
+
+        await on_each(client, ids, one)
+
+    with_client(namespace, work)

@@ -1,0 +1,269 @@
+"""The rest of what can be done to a task, over each real runtime: limits, statistics, checkpoints, execs, memory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from task_house import RUNTIMES, SH, SHIM, House, exec_of, house_of
+from wherry_shared.api.task import CheckpointOptions, Stats, Stdio
+from wherry_shared.bus import Bus
+from wherry_shared.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    Unimplemented,
+    WherryError,
+)
+
+MIB = 1 << 20
+
+
+@pytest.fixture(params=RUNTIMES)
+async def house(request: pytest.FixtureRequest, bus: Bus, tmp_path: Path) -> AsyncIterator[House]:
+    async with house_of(bus, tmp_path, request.param) as made:
+        yield made
+
+
+async def stats_of(house: House, id: str) -> Stats:
+    (one,) = (await house.tasks.stats([id])).items
+    return one
+
+
+def limit_of(stats: Stats) -> int:
+    return stats.v1.memory.usage.limit if stats.v1 else stats.v2.memory.usage_limit if stats.v2 else -1
+
+
+async def test_limits_can_be_changed_until_it_ends(house: House) -> None:
+    id = await house.running("/bin/sleep", "1000")
+    assert limit_of(await stats_of(house, id)) != 64 * MIB
+    await house.tasks.update(id, {"memory": {"limit": 64 * MIB}})
+    assert limit_of(await stats_of(house, id)) == 64 * MIB
+    await house.tasks.kill(id, signal.SIGKILL)
+    await house.exit(id)
+    with pytest.raises(FailedPrecondition, match="cannot update a stopped container"):
+        await house.tasks.update(id, {"memory": {"limit": 32 * MIB}})
+    with pytest.raises(NotFound):
+        await house.tasks.update("nobody", {})
+
+
+async def test_what_tasks_use(house: House) -> None:
+    busy = await house.running(*SH, "while true; do echo; done", stdio=Stdio())
+    ended = await house.running("/bin/true")
+    await house.exit(ended)
+    made = await house.created("/bin/sleep", "1000")
+    before = await stats_of(house, busy)
+    await asyncio.sleep(0.2)
+    after = await stats_of(house, busy)
+    assert after.timestamp > before.timestamp
+    if before.v1 and after.v1:
+        assert after.v1.cpu.usage.total > before.v1.cpu.usage.total > 0
+        assert after.v1.memory.usage.usage > 0 and after.v1.pids.current >= 1
+    elif before.v2 and after.v2:
+        assert after.v2.cpu.usage_usec > before.v2.cpu.usage_usec > 0
+        assert after.v2.memory.usage > 0 and after.v2.pids.current >= 1
+    else:
+        raise AssertionError("no metrics")
+    # One that has ended is missing, and so is one that never was.
+    page = await house.tasks.stats()
+    assert [s.container_id for s in page.items] == sorted([busy, made])
+    assert [s.container_id for s in (await house.tasks.stats([busy, ended, "nobody"])).items] == [busy]
+    first = await house.tasks.stats(limit=1)
+    assert len(first.items) == 1 and first.next == first.items[0].container_id
+    rest = await house.tasks.stats(after=first.next)
+    assert [s.container_id for s in first.items + rest.items] == sorted([busy, made])
+
+
+async def test_a_checkpoint_or_why_there_is_none(house: House, tmp_path: Path) -> None:
+    """Where CRIU works the task goes on from its image; where it does not, that is said and nothing has changed."""
+    id = await house.created("/bin/sleep", "1000")
+    image = CheckpointOptions(image=str(tmp_path / "image"), exit=True)
+    with pytest.raises(FailedPrecondition, match="cannot checkpoint a created container"):
+        await house.tasks.checkpoint(id, image)
+    await house.tasks.start(id)
+    with pytest.raises(InvalidArgument, match="absolute"):
+        await house.tasks.checkpoint(id, CheckpointOptions(image="somewhere"))
+    with pytest.raises(NotFound):
+        await house.tasks.checkpoint("nobody", image)
+    try:
+        await house.tasks.checkpoint(id, image)
+    except Unimplemented as e:
+        assert "CRIU does not work on this node: " in e.message or "has no checkpoints" in e.message
+        assert (await house.tasks.get(id)).status == "running"
+        await house.tasks.delete(id, force=True)
+        with pytest.raises(WherryError):
+            await house.tasks.create(id, house.mounts, checkpoint=str(tmp_path / "image"))
+            await house.tasks.start(id)
+        return
+    assert await house.exit(id) >= 0
+    await house.tasks.delete(id)
+    assert await house.tasks.create(id, house.mounts, checkpoint=str(tmp_path / "image")) == 0
+    assert await house.tasks.start(id) > 0
+    assert (await house.tasks.get(id)).status == "running"
+
+
+async def test_a_created_task_can_be_killed(house: House) -> None:
+    id = await house.created("/bin/sleep", "1000")
+    await house.tasks.kill(id, signal.SIGKILL)
+    assert await house.exit(id) == 137
+    with pytest.raises(FailedPrecondition, match="cannot start a stopped process"):
+        await house.tasks.start(id)
+    assert (await house.tasks.delete(id)).exit_status == 137
+
+
+async def test_what_is_out_of_place_is_refused_in_these_words(house: House) -> None:
+    id = await house.created("/bin/sleep", "1000")
+    for call, words in (
+        (house.tasks.pause(id), "cannot pause a created container"),
+        (house.tasks.resume(id), "cannot resume a created container"),
+    ):
+        with pytest.raises(FailedPrecondition, match=words):
+            await call
+    await house.tasks.start(id)
+    for call, words in (
+        (house.tasks.start(id), "cannot start a running process"),
+        (house.tasks.resume(id), "cannot resume a running container"),
+        (house.tasks.delete(id), "cannot delete a running process"),
+    ):
+        with pytest.raises(FailedPrecondition, match=words):
+            await call
+    await house.tasks.pause(id)
+    for call, words in (
+        (house.tasks.pause(id), "cannot pause a paused container"),
+        (house.tasks.start(id), "cannot start a paused process"),
+        (house.tasks.delete(id), "cannot delete a paused process"),
+        (house.tasks.exec(id, "x", exec_of("true")), "cannot exec in a paused state"),
+    ):
+        with pytest.raises(FailedPrecondition, match=words):
+            await call
+    await house.tasks.resume(id)
+    await house.tasks.kill(id, signal.SIGKILL, all=True)
+    assert await house.exit(id) == 137
+    for call, words in (
+        (house.tasks.pause(id), "cannot pause a stopped container"),
+        (house.tasks.resume(id), "cannot resume a stopped container"),
+        (house.tasks.exec(id, "x", exec_of("true")), "cannot exec in a stopped state"),
+    ):
+        with pytest.raises(FailedPrecondition, match=words):
+            await call
+    for everyone in (False, True):
+        with pytest.raises(NotFound, match="process already finished"):
+            await house.tasks.kill(id, signal.SIGKILL, all=everyone)
+
+
+async def test_an_exec_waits_for_its_start_and_ends_with_the_init(house: House) -> None:
+    id = await house.created("/bin/sleep", "1000")
+    await house.tasks.exec(id, "early", exec_of("sleep", "1000"))
+    with pytest.raises(InvalidArgument):
+        await house.tasks.exec(id, "", exec_of("true"))
+    await house.tasks.start(id)
+    await house.tasks.start(id, "early")
+    await house.tasks.exec(id, "late", exec_of("true"))
+    async with await house.bus.subscribe(namespace="default", topic="/tasks/exit") as exits:
+        await house.tasks.kill(id, signal.SIGKILL)
+        assert await house.exit(id) == 137 and await house.exit(id, "early") == 137
+        async with asyncio.timeout(10):
+            assert [(await anext(exits)).event["id"] for _ in range(2)] == ["early", id]
+    with pytest.raises(FailedPrecondition, match="init process is not running"):
+        await house.tasks.start(id, "late")
+
+
+async def test_many_execs_at_once(house: House) -> None:
+    id = await house.running("/bin/sleep", "1000")
+
+    async def one(number: int) -> int:
+        exec_id = f"e{number}"
+        await house.tasks.exec(id, exec_id, exec_of("sh", "-c", f"exit {number}"))
+        await house.tasks.start(id, exec_id)
+        code = await house.exit(id, exec_id)
+        assert (await house.tasks.delete(id, exec_id)).exit_status == code
+        return code
+
+    assert await asyncio.gather(*(one(number) for number in range(16))) == list(range(16))
+    assert [p.exec_id for p in await house.tasks.pids(id)] == [""]
+
+
+async def test_an_exec_with_the_longest_arguments(house: House, tmp_path: Path) -> None:
+    """A single one may have 128 KiB less its end; together they are bound by the bus's message of 1 MiB."""
+    id = await house.running("/bin/sleep", "1000")
+    out = tmp_path / "lengths"
+    words = ["x" * ((128 << 10) - 1)] * 6
+    await house.tasks.exec(
+        id, "long", exec_of("sh", "-c", "echo $# ${#1} ${#6}", "sh", *words), Stdio(stdout=f"file://{out}")
+    )
+    await house.tasks.start(id, "long")
+    assert await house.exit(id, "long") == 0
+    await house.tasks.delete(id, "long")
+    assert out.read_text().split() == ["6", "131071", "131071"]
+    await house.tasks.exec(id, "longer", exec_of("echo", "x" * (128 << 10)))
+    with pytest.raises(WherryError):
+        await house.tasks.start(id, "longer")
+        assert await house.exit(id, "longer") == 0
+
+
+async def test_a_terminals_size(house: House, tmp_path: Path) -> None:
+    (house.rootfs / "bin/stty").symlink_to("busybox")
+    id = await house.running("/bin/sleep", "1000")
+    await house.tasks.resize(id, 80, 24)  # it has none: nothing happens
+    out = tmp_path / "out"
+    out.touch()
+    terminal = Stdio(stdout=str(out), terminal=True)
+    await house.tasks.exec(id, "t", exec_of("sh", "-c", "sleep 0.3; stty size", terminal=True), terminal)
+    await house.tasks.start(id, "t")
+    await house.tasks.resize(id, 132, 43, "t")
+    assert await house.exit(id, "t") == 0
+    with pytest.raises(FailedPrecondition, match="cannot resize a stopped container"):
+        await house.tasks.resize(id, 80, 24, "t")
+    with pytest.raises(InvalidArgument):
+        await house.tasks.resize(id, -1, 24)
+    await house.tasks.delete(id, "t")
+    assert out.read_text().split() == ["43", "132"]
+
+
+async def test_want_of_memory_is_told_and_marked(house: House) -> None:
+    """threats 38: the kernel kills the hog; the event comes before the exit, which says what it was."""
+    limits = {"memory": {"limit": 32 * MIB, "swap": 32 * MIB}}
+    spec_linux = {"resources": {**limits, "devices": [{"allow": True, "access": "rwm"}]}}
+    hog = "a=x; while true; do a=$a$a; done"
+    id = await house.container(*SH, hog)
+    record = await house.containers.get(id)
+    assert record.spec is not None
+    spec = {**record.spec, "linux": {**record.spec["linux"], **spec_linux}}
+    await house.containers.update(record.model_copy(update={"spec": spec}), mask=["spec"])
+    rss = _rss()
+    async with await house.bus.subscribe(namespace="default", topic="") as events:
+        await house.tasks.create(id, house.mounts)
+        await house.tasks.start(id)
+        assert await house.exit(id) == 137
+        seen = []
+        async with asyncio.timeout(10):
+            async for event in events:
+                if event.topic in ("/tasks/oom", "/tasks/exit"):
+                    seen.append((event.topic, event.event.get("oom")))
+                if {topic for topic, _ in seen} == {"/tasks/oom", "/tasks/exit"}:
+                    break
+    assert ("/tasks/exit", True) in seen
+    if house.runtime != SHIM:  # a shim's own event travels apart from what it answers
+        assert [topic for topic, _ in seen] == ["/tasks/oom", "/tasks/exit"]
+    assert _rss() - rss < 16 * MIB
+    await house.tasks.delete(id)
+
+
+def _rss() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+async def test_runtime_options_name_programs_that_are_allowed(house: House) -> None:
+    id = await house.container("/bin/true")
+    record = await house.containers.get(id)
+    other = record.model_copy(
+        update={"id": f"{id}-o", "runtime": record.runtime.model_copy(update={"options": {"BinaryName": "/bin/sh"}})}
+    )
+    await house.containers.create(other)
+    with pytest.raises(PermissionDenied, match="/bin/sh"):
+        await house.tasks.create(other.id, house.mounts)
