@@ -27,7 +27,7 @@ Ref = tuple[str, str]
 """Type and key."""
 
 _RFC_3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d([.,]\d+)?(Z|[+-]\d\d:\d\d)", re.ASCII)
-_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+_DURATION = re.compile(r"(\d++(?:\.\d*+)?|\.\d++)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _CONDITION = re.compile(r"usedat(<=|>=|<|>)(.*)", re.DOTALL)
 _NAMED = {"content": CONTENT, "image": IMAGES, "container": CONTAINERS}
@@ -115,10 +115,11 @@ def parse_duration(text: str) -> float | None:
     sign, body = (-1.0, text[1:]) if text.startswith("-") else (1.0, text.removeprefix("+"))
     if body == "0":
         return 0.0
-    parts = _DURATION.findall(body)
-    if not parts or "".join(number + unit for number, unit in parts) != body:
-        return None
-    return sign * sum(float(number) * _UNITS[unit] for number, unit in parts)
+    seconds, at = 0.0, 0
+    while part := _DURATION.match(body, at):  # never a search: that takes the square of the length
+        seconds += float(part[1]) * _UNITS[part[2]]
+        at = part.end()
+    return sign * seconds if at and at == len(body) else None
 
 
 def some_fields(document: bytes, names: Container[str]) -> dict[str, Any]:

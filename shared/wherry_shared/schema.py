@@ -28,7 +28,8 @@ CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, reply BLOB NOT NULL, a
 CREATE INDEX IF NOT EXISTS answers_at ON answers (at);
 """
 _PRAGMAS = (
-    "journal_mode=WAL", "synchronous=FULL", f"wal_autocheckpoint={CHECKPOINT_PAGES}", "journal_size_limit=2097152", "foreign_keys=ON",
+    "journal_mode=WAL", "synchronous=FULL", f"wal_autocheckpoint={CHECKPOINT_PAGES}", "journal_size_limit=2097152",
+    "foreign_keys=ON",
 )  # fmt: skip
 _RESTORE = "restore it from a backup, or move it away with its -wal and its .ballast to start empty"
 

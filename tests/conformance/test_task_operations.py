@@ -97,7 +97,7 @@ async def test_a_checkpoint_or_why_there_is_none(house: House, tmp_path: Path) -
         assert (await house.tasks.get(id)).status == "running"
         await house.tasks.delete(id, force=True)
         with pytest.raises(WherryError):
-            await house.tasks.create(id, house.mounts, checkpoint=str(tmp_path / "image"))
+            assert await house.tasks.create(id, house.mounts, checkpoint=str(tmp_path / "image")) == 0
             await house.tasks.start(id)
         return
     assert await house.exit(id) >= 0
@@ -201,9 +201,9 @@ async def test_an_exec_with_the_longest_arguments(house: House, tmp_path: Path) 
     await house.tasks.delete(id, "long")
     assert out.read_text().split() == ["6", "131071", "131071"]
     await house.tasks.exec(id, "longer", exec_of("echo", "x" * (128 << 10)))
-    with pytest.raises(WherryError):
-        await house.tasks.start(id, "longer")
-        assert await house.exit(id, "longer") == 0
+    # The kernel refuses it when the runtime has answered already.
+    await house.tasks.start(id, "longer")
+    assert await house.exit(id, "longer") != 0
 
 
 async def test_a_terminals_size(house: House, tmp_path: Path) -> None:

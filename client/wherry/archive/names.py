@@ -31,8 +31,20 @@ def familiar(name: str) -> str:
         return ""
     if not reference.tag:
         return ""
-    short = f"{reference.name}:{reference.tag}".removeprefix(f"{DEFAULT_REGISTRY}/")
-    return short.removeprefix("library/")
+    full = f"{reference.name}:{reference.tag}"
+    short = full.removeprefix(f"{DEFAULT_REGISTRY}/")
+    for given in (short.removeprefix("library/"), short):
+        if _is(given, full):  # a repository may be called `library/a/b`, or like a registry
+            return given
+    return full
+
+
+def _is(given: str, full: str) -> bool:
+    """Whether `given` means `full`."""
+    try:
+        return str(Reference.parse(given)) == full
+    except InvalidArgument:
+        return False
 
 
 @dataclass

@@ -133,6 +133,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _object(raw: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(raw)
+        json.dumps(value, ensure_ascii=False).encode()  # JSON can spell a lone surrogate, which nobody can be sent
     except (ValueError, RecursionError):
         raise FailedPrecondition(f"{what} is not valid JSON") from None
     if not isinstance(value, dict):

@@ -69,6 +69,8 @@ def version(records: pax.Records) -> bytes | None:
 
 def from_records(records: pax.Records) -> Segments:
     """The map of the formats 0.0 and 0.1, which stands in the extended header."""
+    if b"GNU.sparse.map" not in records:
+        raise InvalidArgument("a sparse file without a map")
     numbers = [pax.decimal(field, "sparse map") for field in records[b"GNU.sparse.map"].split(b",") if field]
     return _paired(numbers)
 

@@ -16,6 +16,14 @@ from .runtimes import PREFERRED
 
 NAMESPACES = frozenset({"pid", "ipc", "uts", "mount", "network"})
 FILESYSTEMS = frozenset({"proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup"})
+# What a specification has to hide and to protect at least: the client's defaults.
+MASKED = frozenset({
+    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
+    "/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware",
+})  # fmt: skip
+READ_ONLY = frozenset({"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"})
+# Annotations by which a runtime is told to do more than the specification says.
+STEERING = ("run.oci.", "org.systemd.property.", "module.wasm.")
 # The client's usual set; more than that is a privilege.
 CAPABILITIES = frozenset(
     f"CAP_{name}"
@@ -48,15 +56,26 @@ def check_spec(identity: Identity, spec: dict[str, Any]) -> None:
     linux = spec.get("linux") or {}
     _refuse(identity, "hooks", bool(spec.get("hooks")))
     _refuse(identity, "a root of its own", (spec.get("root") or {}).get("path", "rootfs") != "rootfs")
-    for field in ("devices", "sysctl", "cgroupsPath", "rootfsPropagation", "intelRdt", "mountLabel"):
+    for field in (
+        "devices", "sysctl", "cgroupsPath", "rootfsPropagation", "intelRdt", "mountLabel", "uidMappings", "gidMappings",
+        "timeOffsets", "personality",
+    ):  # fmt: skip
         _refuse(identity, f"linux.{field}", bool(linux.get(field)))
     _refuse(identity, "devices", any(rule.get("allow") for rule in (linux.get("resources") or {}).get("devices", ())))
-    _refuse(identity, "unmasked kernel files", not linux.get("maskedPaths") or not linux.get("readonlyPaths"))
-    given = {n.get("type") for n in linux.get("namespaces", ()) if not n.get("path")}
+    hidden = set(linux.get("maskedPaths") or ()) >= MASKED and set(linux.get("readonlyPaths") or ()) >= READ_ONLY
+    _refuse(identity, "unmasked kernel files", not hidden)
+    steering = [name for name in spec.get("annotations") or {} if name.startswith(STEERING)]
+    _refuse(identity, f"the annotations {', '.join(steering)}", bool(steering))
+    namespaces = linux.get("namespaces") or []
+    _refuse(identity, "a namespace of somebody else's", any(n.get("path") for n in namespaces))
+    given = {n.get("type") for n in namespaces}
+    _refuse(identity, "a namespace twice", len(given) != len(namespaces))
     _refuse(identity, f"the host's namespaces ({', '.join(sorted(NAMESPACES - given))})", not given >= NAMESPACES)
     for mount in spec.get("mounts", ()):
         options = set(mount.get("options", ()))
-        bad = mount.get("type") not in FILESYSTEMS or bool(options & {"bind", "rbind", "shared", "rshared"})
+        bad = mount.get("type") not in FILESYSTEMS or bool(
+            options & {"bind", "rbind", "shared", "rshared", "suid", "dev"}
+        )
         _refuse(identity, f"a mount of {mount.get('source')!r}", bad)
     check_process(identity, spec.get("process") or {})
 
@@ -68,6 +87,8 @@ def check_process(identity: Identity, process: dict[str, Any]) -> None:
     asked = {name for names in (process.get("capabilities") or {}).values() for name in names}
     extra = asked - CAPABILITIES
     _refuse(identity, f"capabilities {', '.join(sorted(extra))}", bool(extra))
+    kept = [kind for kind in ("inheritable", "ambient") if (process.get("capabilities") or {}).get(kind)]
+    _refuse(identity, f"{' and '.join(kept)} capabilities", bool(kept))
     _refuse(identity, "new privileges", not process.get("noNewPrivileges"))
 
 

@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -258,16 +259,16 @@ class Supervisor:
                 )
             if exec_id and not process.row.pid:
                 return await self._forget_unstarted(task, process)
-            await self._end(task, process)
+            if process.row.pid:
+                await self._end(task, process)
         return await (self._delete_exec(task, process) if exec_id else self._delete_task(task, process))
 
     async def _end(self, task: Task, process: Running) -> None:
         try:
-            await task.shim.kill(SIGKILL, process.row.exec, all=False)
+            with suppress(NotFound):  # it has ended, and that is about to be told
+                await task.shim.kill(SIGKILL, process.row.exec, all=False)
             async with asyncio.timeout(KILL_SECONDS):
                 await process.ended.wait()
-        except NotFound:
-            await process.ended.wait()  # it has ended, and that is about to be told
         except (Unavailable, TimeoutError) as e:
             # What stands by it hangs or is gone. It may cost its own container, and nothing else.
             log.warning("task %s does not let itself be killed: %s", task.row.container, e)
@@ -312,7 +313,8 @@ class Supervisor:
             if self._tasks.get(task.key) is not task:
                 raise NotFound(f"no task {container}")
             task.deleting = True
-            exit = process.exit()
+            # What was to be restored and never was has not ended either.
+            exit = process.exit() if process.row.pid else Exit(exit_status=0, exited_at=time_of(time.time_ns()))
             try:
                 await task.shim.delete("", force=True)
             except (NotFound, Unavailable):

@@ -165,6 +165,8 @@ class Receiver(asyncio.BufferedProtocol):
             at += len(part)
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        if self._need > BUFFER_BYTES:  # what would be read of the message behind a large one would only be moved
+            return self._view[self._end : self._need + 2 + BUFFER_BYTES]
         return self._view[self._end :]
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -208,6 +210,8 @@ class Receiver(asyncio.BufferedProtocol):
 
     def _announce(self, fields: list[str], with_block: bool) -> int:
         """Note `subject sid [reply] [block size] size` and return the size. Raises ValueError if it is not that."""
+        if len(fields) < 3:
+            raise ValueError(f"a message is announced by {fields!r}"[:80])
         size = int(fields.pop())
         block = int(fields.pop()) if with_block else 0
         if len(fields) == 2:

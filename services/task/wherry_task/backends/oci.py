@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from wherry_shared.api.task import CheckpointOptions, Stdio
-from wherry_shared.errors import FailedPrecondition, Unavailable
+from wherry_shared.errors import FailedPrecondition, Unavailable, Unknown
 
 from wherry_task.monitor import cgroups, runtime
 from wherry_task.monitor import zygote as zygote_program
@@ -56,7 +56,12 @@ class MonitorShim:
             # Whether it hears that before or after we are killed: its `state` looks at what the runtime left.
             self.channel.tell("started")
             return self._pid
-        made = await self.channel.ask("start", patience=LONG_PATIENCE)
+        try:
+            made = await self.channel.ask("start", patience=LONG_PATIENCE)
+        except Unknown as e:
+            if not self._pid:  # it was to be restored
+                await criu.explain(e, self._bundle)
+            raise
         self._cgroups = made.get("cgroups") or self._cgroups
         self._pid = int(made["pid"])
         return self._pid
@@ -152,10 +157,8 @@ class OciLauncher:
         channel = await self._take_spare()
         try:
             made = await channel.ask("launch", patience=LONG_PATIENCE, **_about(bundle), **_creation(creation))
-        except BaseException as e:
+        except BaseException:
             await channel.close()
-            if creation.restore:
-                await criu.explain(e, bundle)
             raise
         finally:
             self._make_spare()

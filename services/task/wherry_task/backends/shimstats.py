@@ -50,7 +50,5 @@ def _value(kind: Any, message: Message, number: int) -> Any:
     inner = typing.get_args(kind)
     if inner == (int,):
         return [n for each in message[number] for n in ([each] if isinstance(each, int) else numbers(each))]
-    found = [
-        (model := inner[0] if inner else kind)(**_fields(model, decode(each))) for each in nested(message, number)
-    ]
+    found = [(model := inner[0] if inner else kind)(**_fields(model, decode(each))) for each in nested(message, number)]
     return found if inner else found[-1]

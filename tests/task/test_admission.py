@@ -1,0 +1,46 @@
+"""What a tenant's specification may not say: each refused by name, and the client's own default admitted."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from wherry import spec
+from wherry_shared.context import Identity
+from wherry_shared.errors import PermissionDenied
+from wherry_task import admission
+
+TENANT = Identity("tenant-a", "tenant", "a")
+ADMIN = Identity("admin", "admin")
+
+
+def default() -> dict[str, Any]:
+    return copy.deepcopy(spec.make("c", None, spec.Options(args=["true"]), spec.User()))
+
+
+def test_the_default_is_admitted() -> None:
+    admission.check_spec(TENANT, default())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"linux": {"maskedPaths": ["/x"]}}, "unmasked kernel files"),
+        ({"linux": {"readonlyPaths": ["/x"]}}, "unmasked kernel files"),
+        ({"linux": {"namespaces": [{"type": "pid", "path": "/proc/1/ns/pid"}]}}, "somebody else"),
+        ({"linux": {"namespaces": [{"type": t} for t in (*sorted(admission.NAMESPACES), "pid")]}}, "twice"),
+        ({"linux": {"uidMappings": [{"containerID": 0, "hostID": 0, "size": 1}]}}, "uidMappings"),
+        ({"annotations": {"run.oci.handler": "x"}}, "run.oci.handler"),
+        ({"process": {"capabilities": {"ambient": ["CAP_CHOWN"]}}}, "ambient"),
+        ({"process": {"capabilities": {"inheritable": ["CAP_CHOWN"]}}}, "inheritable"),
+        ({"mounts": [{"destination": "/x", "type": "tmpfs", "options": ["dev"]}]}, "a mount of"),
+    ],
+)
+def test_what_is_refused_is_named(change: dict[str, Any], reason: str) -> None:
+    asked = default()
+    for key, value in change.items():
+        asked[key] = {**asked[key], **value} if isinstance(value, dict) and isinstance(asked.get(key), dict) else value
+    with pytest.raises(PermissionDenied, match=reason):
+        admission.check_spec(TENANT, asked)
+    admission.check_spec(ADMIN, asked)
