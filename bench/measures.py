@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from . import collection
+from .driver import MeasureError
 from .lab import Lab, settle
 from .node import Node
 
@@ -17,6 +21,7 @@ GIB = 1 << 30
 CALLERS, MANY, SUBSCRIBERS = 16, 50, 10
 START_CALLERS = 10
 LISTED = 10_000
+ENDING = 10
 READERS, REPLICAS, SHARED = 4, (1, 2, 4), 256 * MIB
 LATER = 100  # what is ingested a second time must not be there already
 
@@ -121,6 +126,43 @@ def fifty(lab: Lab) -> None:
     lab.alternate(rows, lab.runs, measure)
 
 
+def recovery(lab: Lab) -> None:
+    """The task service dies, and some of many containers end before it is there again."""
+
+    def measure(side: str) -> Mapping[str, float]:
+        if side != "wherry":
+            raise MeasureError("a shim of its own keeps each end: there is nothing to kill")
+        with lab.fresh(side) as node:
+            image = lab.with_image(node, "busybox")
+            ending = node.driver.call(
+                "start_gated", image=image.reference, top=image.top, count=MANY, ending=ENDING, callers=START_CALLERS
+            )
+            service = next(pid for pid in node.pids() if _name(pid) == "wherry-task")
+            os.kill(service, signal.SIGSTOP)  # from here on nothing is told to it
+            for pid in ending:
+                Path(f"/proc/{pid}/root/gate").touch()
+            while any(_runs(pid) for pid in ending):
+                time.sleep(0.02)
+            os.kill(service, signal.SIGKILL)
+            return {"recovery": node.driver.call("told_right")}
+
+    lab.alternate_sides(["recovery"], 1, measure)
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def listing(lab: Lab) -> None:
     """A list of many. Nothing that is measured after it shares its node's metadata but content."""
     filled: set[Node] = set()
@@ -132,6 +174,21 @@ def listing(lab: Lab) -> None:
         return {"list_10k": node.driver.call("list_time", at_least=LISTED) * 1e3}
 
     lab.alternate(["list_10k"], lab.runs, measure, warm_up=1)
+
+
+def collecting(lab: Lab) -> None:
+    """A garbage collection, on a node of its own, with something changed in each service all the time."""
+
+    def measure(side: str) -> Mapping[str, float]:
+        if side != "wherry":
+            raise MeasureError("its store is one file under one lock: there is no like measure")
+        objects = lab.seldom(collection.OBJECTS, collection.OBJECTS // 10)
+        dead = objects * collection.DEAD // collection.OBJECTS
+        with lab.fresh(side) as node:
+            took = node.driver.call("collection_pause", timeout=900.0, objects=objects, dead=dead)
+            return {"gc_pause": took * 1e3}
+
+    lab.alternate_sides(["gc_pause"], 1, measure)
 
 
 def _source(path: Path, number: int, size: int = GIB) -> str:
@@ -239,7 +296,9 @@ ALL: tuple[Callable[[Lab], None], ...] = (
     events,
     lives,
     fifty,
+    recovery,
     listing,
+    collecting,
     content,
     content_by_bus,
     replicas,

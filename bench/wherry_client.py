@@ -16,9 +16,10 @@ from wherry_shared.api.container import Container as Record
 from wherry_shared.api.container import Runtime
 from wherry_shared.api.events import Envelope
 from wherry_shared.api.image import Image
+from wherry_shared.errors import DeadlineExceeded, Unavailable
 from wherry_shared.values import Descriptor
 
-from . import spec
+from . import collection, spec
 from .containerd_client import EVENT_LABELS, KEEP
 from .driver import MeasureError
 
@@ -79,6 +80,7 @@ class WherryClient:
         self._settings = settings
         self._busy: Container | None = None
         self._many: list[Container] = []
+        self._ending: dict[str, int] = {}
         self._serial = 0
 
     @classmethod
@@ -143,6 +145,11 @@ class WherryClient:
         names = [f"list/image-{number:05}" for number in range(count)]
         await _side_by_side(self.create_image, names, callers)
 
+    async def collection_pause(self, objects: int, dead: int) -> float:
+        """Seconds that a mutation waited at most while so many dead were collected."""
+        await collection.fill(self._client, objects, dead)
+        return (await collection.measure(self._client))["gc_pause"]
+
     async def list_time(self, at_least: int) -> float:
         """All images, their names taken out of the answers."""
         began = time.perf_counter()
@@ -170,6 +177,41 @@ class WherryClient:
         if status:
             raise MeasureError(f"`true` ended with status {status}")
         return took
+
+    async def start_gated(self, image: str, top: str, count: int, ending: int, callers: int) -> list[int]:
+        """Start `count` containers; each of the first `ending` ends when a file /gate is there, with a status of its
+        own. Answers their pids."""
+        self._many = [await self._container(image, top, DEFAULT_RUNTIME) for _ in range(count)]
+        self._ending = {c.id: 20 + number for number, c in enumerate(self._many[:ending])}
+
+        async def run(container: Container) -> None:
+            status = self._ending.get(container.id)
+            wait = "while [ ! -e /gate ]; do sleep 0.02; done"
+            await container.create(["sleep", "1000000"] if status is None else ["sh", "-c", f"{wait}; exit {status}"])
+            await container.start()
+
+        await _side_by_side(run, self._many, callers)
+        return [(await self._client.tasks.get(id)).pid for id in self._ending]
+
+    async def told_right(self) -> int:
+        """Of how many that have ended the status is right, and was told in one event; the others must run on."""
+        asking = {c.id: asyncio.ensure_future(self._patiently(c)) for c in self._many if c.id in self._ending}
+        codes = {id: await answer for id, answer in asking.items()}
+        await asyncio.sleep(1.0)  # for one that is told too often
+        window = await self._client.events.replay(filters=['topic=="/tasks/exit"'])
+        told = [(str(e.event["container_id"]), int(e.event["exit_status"])) for e in window.events]
+        for container in self._many:
+            if container.id not in self._ending and (await self._client.tasks.get(container.id)).status != "running":
+                raise MeasureError(f"{container.id} runs no longer")
+        return sum(codes[id] == code and told.count((id, code)) == 1 for id, code in self._ending.items())
+
+    async def _patiently(self, container: Container) -> int:
+        """Its exit status, from the next task service if the one that was asked is gone."""
+        while True:
+            try:
+                return await container.wait()
+            except (Unavailable, DeadlineExceeded):
+                await asyncio.sleep(0.1)
 
     async def run_busy(self, image: str, top: str, runtime: str) -> None:
         """A container that execs go into."""

@@ -34,7 +34,7 @@ GROUP_MAX = 64
 HELD_SECONDS = 0.001
 REMEMBER_SECONDS = 600
 # A sweep touches pages all over: without room for them, SQLite writes and reads each many times.
-SWEEP_PRAGMAS = ("cache_size=-65536", "mmap_size=268435456", "wal_autocheckpoint=0")
+SWEEP_PRAGMAS = ("cache_size=-65536", "wal_autocheckpoint=0")
 REST_PRAGMAS = ("cache_size=-2000", f"wal_autocheckpoint={CHECKPOINT_PAGES}", "shrink_memory")
 # An event must fit into a message of 1 MiB, with its envelope and its headers.
 EVENT_BYTES_MAX = 960 << 10

@@ -63,10 +63,10 @@ class House:
         launcher = Launchers(OciLauncher(self.state), ShimLauncher(self.state))
         self.supervisor = Supervisor(self.database, launcher, Bundles(self.state), Streams(self.root / "logs"))
         await self.supervisor.recover()
-        service = TaskService(
+        self.service = TaskService(
             self.supervisor, self.bus.proxy(Containers), self.bus.proxy(Snapshots), self.state, ()
         )  # fmt: skip
-        self.server = await self.bus.serve(service)
+        self.server = await self.bus.serve(self.service)
 
     async def stop_tasks(self, *, everything: bool = False) -> None:
         await self.server.drain(2.0)

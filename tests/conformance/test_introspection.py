@@ -23,7 +23,7 @@ from wherry_introspection.service import IntrospectionService
 from wherry_lease import metadata as lease_metadata
 from wherry_lease.leases import Registry
 from wherry_lease.service import LeaseService
-from wherry_shared.api import contracts
+from wherry_shared.api import contracts, second_contracts
 from wherry_shared.api.gc import Collections
 from wherry_shared.api.introspection import Introspection
 from wherry_shared.api.lease import Leases
@@ -150,7 +150,8 @@ async def test_every_process_is_listed_with_its_statistics(house: House, introsp
     assert [s.name for s in found] == sorted([*NAMES, "image"])
     assert [s.id for s in found if s.name == "image"] == ["m1", "m2"]
     assert {s.pid for s in found} == {os.getpid()}
-    assert {s.version for s in found} == {"1.0.0"}
+    versions = {contract.service: contract.version for contract in (*contracts(), *second_contracts())}
+    assert {s.name: s.version for s in found} == {s.name: versions[s.name] for s in found}
     lease = next(s for s in found if s.name == "lease")
     assert (lease.id, lease.requests, lease.errors) == ("l1", 2, 1)
     assert lease.average_ns > 0

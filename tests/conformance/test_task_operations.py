@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 
 import pytest
@@ -116,41 +116,39 @@ async def test_a_created_task_can_be_killed(house: House) -> None:
     assert (await house.tasks.delete(id)).exit_status == 137
 
 
-async def test_what_is_out_of_place_is_refused_in_these_words(house: House) -> None:
-    id = await house.created("/bin/sleep", "1000")
-    for call, words in (
-        (house.tasks.pause(id), "cannot pause a created container"),
-        (house.tasks.resume(id), "cannot resume a created container"),
-    ):
+async def refused(*calls: tuple[Awaitable[object], str]) -> None:
+    for call, words in calls:
         with pytest.raises(FailedPrecondition, match=words):
             await call
+
+
+async def test_what_is_out_of_place_is_refused_in_these_words(house: House) -> None:
+    id = await house.created("/bin/sleep", "1000")
+    await refused(
+        (house.tasks.pause(id), "cannot pause a created container"),
+        (house.tasks.resume(id), "cannot resume a created container"),
+    )
     await house.tasks.start(id)
-    for call, words in (
+    await refused(
         (house.tasks.start(id), "cannot start a running process"),
         (house.tasks.resume(id), "cannot resume a running container"),
         (house.tasks.delete(id), "cannot delete a running process"),
-    ):
-        with pytest.raises(FailedPrecondition, match=words):
-            await call
+    )
     await house.tasks.pause(id)
-    for call, words in (
+    await refused(
         (house.tasks.pause(id), "cannot pause a paused container"),
         (house.tasks.start(id), "cannot start a paused process"),
         (house.tasks.delete(id), "cannot delete a paused process"),
         (house.tasks.exec(id, "x", exec_of("true")), "cannot exec in a paused state"),
-    ):
-        with pytest.raises(FailedPrecondition, match=words):
-            await call
+    )
     await house.tasks.resume(id)
     await house.tasks.kill(id, signal.SIGKILL, all=True)
     assert await house.exit(id) == 137
-    for call, words in (
+    await refused(
         (house.tasks.pause(id), "cannot pause a stopped container"),
         (house.tasks.resume(id), "cannot resume a stopped container"),
         (house.tasks.exec(id, "x", exec_of("true")), "cannot exec in a stopped state"),
-    ):
-        with pytest.raises(FailedPrecondition, match=words):
-            await call
+    )
     for everyone in (False, True):
         with pytest.raises(NotFound, match="process already finished"):
             await house.tasks.kill(id, signal.SIGKILL, all=everyone)

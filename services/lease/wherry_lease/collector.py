@@ -31,7 +31,7 @@ PATIENCE = 5.0
 """Seconds within which a service has to answer, but for what `reap` removes."""
 FREEZE_PATIENCE = 1.5
 # How long one sweep may take, while mutations wait; the number of records in it follows from what the last ones took.
-SWEEP_SECONDS = 0.04
+SWEEP_SECONDS = 0.03
 BATCH_FIRST, BATCH_MIN, BATCH_MAX = 250, 100, 20000
 # So much of keys fits into one message.
 SWEEP_BYTES = 512 << 10

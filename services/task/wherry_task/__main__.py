@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Sequence
 
 from wherry_shared.api.container import Containers
 from wherry_shared.api.snapshot import Snapshots
 from wherry_shared.api.task import Tasks
+from wherry_shared.errors import WherryError
 from wherry_shared.runtime import Host, run
 
 from . import metadata, runtimes
@@ -15,12 +18,16 @@ from .backends.oci import OciLauncher
 from .backends.shim import ShimLauncher
 from .bundles import Bundles
 from .service import TaskService
+from .stdio.shelf import SWEEP_SECONDS
 from .stdio.streams import Streams
 from .supervisor import Supervisor
 
+log = logging.getLogger("wherry.task")
+
 
 async def build(host: Host) -> Tasks:
-    """Settings: runtimes (paths of OCI runtimes that containers may name, colon-separated)."""
+    """Settings: runtimes (paths of OCI runtimes that containers may name), loggers (directories of programs that
+    `binary://` may name); both colon-separated."""
     state = host.settings.own_state
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     database = await host.database(metadata.MIGRATIONS)
@@ -34,8 +41,28 @@ async def build(host: Host) -> Tasks:
     host.on_stop(stop)
     for name in runtimes.installed():
         host.plugin(type="io.containerd.runtime.v2", id=name, exports={"path": runtimes.find(name)})
-    allowed = [path for path in host.settings.options.get("runtimes", "").split(":") if path]
-    return TaskService(supervisor, host.bus.proxy(Containers), host.bus.proxy(Snapshots), host.settings.state, allowed)
+    allowed, loggers = (
+        [path for path in host.settings.options.get(name, "").split(":") if path] for name in ("runtimes", "loggers")
+    )
+    service = TaskService(
+        supervisor, host.bus.proxy(Containers), host.bus.proxy(Snapshots), host.settings.state, allowed, loggers
+    )  # fmt: skip
+    sweeping = asyncio.get_running_loop().create_task(_sweep(service))
+
+    async def stop_sweeping() -> None:
+        sweeping.cancel()
+
+    host.on_stop(stop_sweeping)
+    return service
+
+
+async def _sweep(service: TaskService) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_SECONDS)
+        try:
+            await service.sweep_logs()
+        except (WherryError, OSError) as e:
+            log.error("sweeping logs: %s", e)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

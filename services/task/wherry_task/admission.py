@@ -7,9 +7,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from wherry_shared.api.task import Stdio
 from wherry_shared.context import Identity
-from wherry_shared.errors import InvalidArgument, PermissionDenied, Unimplemented
+from wherry_shared.errors import InvalidArgument, PermissionDenied
 from wherry_shared.values import Mount
 
 from .runtimes import PREFERRED
@@ -32,21 +31,6 @@ CAPABILITIES = frozenset(
         "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE",
     )
 )  # fmt: skip
-
-
-def check_stdio(identity: Identity, stdio: Stdio, state: Path) -> None:
-    """PermissionDenied: a tenant's path outside the node's own FIFO directory. Unimplemented: an unknown scheme."""
-    for path in (stdio.stdin, stdio.stdout, stdio.stderr):
-        if not path:
-            continue
-        scheme, separator, rest = path.partition("://")
-        if separator and scheme != "file":
-            raise Unimplemented(f"stdio {scheme}:// is not served")
-        plain = Path(rest if separator else path)
-        if not plain.is_absolute() or ".." in plain.parts:
-            raise PermissionDenied(f"stdio {path!r} is not an absolute path")
-        if not identity.is_admin and not plain.is_relative_to(state / "fifo"):
-            raise PermissionDenied(f"{identity.name} may not use stdio {path!r}: only what lies in {state / 'fifo'}")
 
 
 def check_spec(identity: Identity, spec: dict[str, Any]) -> None:

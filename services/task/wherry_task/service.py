@@ -28,6 +28,7 @@ from wherry_shared.values import Descriptor, Mount, Page
 
 from . import admission, runtimes
 from .backends import Creation
+from .stdio import rights
 from .supervisor import Supervisor
 
 
@@ -36,20 +37,21 @@ class TaskService(Tasks):
 
     def __init__(
         self, supervisor: Supervisor, containers: Containers, snapshots: Snapshots, state: Path,
-        allowed: Collection[str],
+        allowed: Collection[str], loggers: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._supervisor = supervisor
         self._containers = containers
         self._snapshots = snapshots
         self._state = state
         self._allowed = allowed
+        self._loggers = loggers
 
     async def create(
         self, container_id: str, mounts: list[Mount] = [], stdio: Stdio = Stdio(), runtime: str = "",
         checkpoint: str = "",
     ) -> int:  # fmt: skip
         namespace, identity = context.namespace(), context.current().identity
-        admission.check_stdio(identity, stdio, self._state)
+        rights.check(identity, stdio, self._state, self._loggers)
         admission.check_checkpoint(identity, checkpoint)
         container = await self._containers.get(container_id)
         if container.spec is None:
@@ -61,7 +63,9 @@ class TaskService(Tasks):
         binary = runtimes.find(runtime or container.runtime.name, self._allowed if identity.is_admin else ())
         admission.check_options(identity, container.runtime.options, self._allowed)
         creation = Creation(mounts, stdio, restore=checkpoint, options=container.runtime.options)
-        return await self._supervisor.create(namespace, container_id, container.spec, binary, creation)
+        return await self._supervisor.create(
+            namespace, container_id, container.spec, binary, creation, container.created_at
+        )
 
     async def start(self, container_id: str, exec_id: str = "") -> int:
         return await self._supervisor.start(context.namespace(), container_id, exec_id)
@@ -99,7 +103,7 @@ class TaskService(Tasks):
 
     async def exec(self, container_id: str, exec_id: str, process: dict[str, Any], stdio: Stdio = Stdio()) -> None:
         identity = context.current().identity
-        admission.check_stdio(identity, stdio, self._state)
+        rights.check(identity, stdio, self._state, self._loggers)
         admission.check_process(identity, process)
         await self._supervisor.exec(context.namespace(), container_id, exec_id, process, stdio)
 
@@ -143,3 +147,12 @@ class TaskService(Tasks):
         return await self._supervisor.streams.logs(
             context.namespace(), container_id, container.created_at, after, since, until, tail, patience
         )
+
+    async def sweep_logs(self) -> int:
+        """Remove the logs of containers that are gone; answers how many went."""
+
+        async def born(namespace: str, container: str) -> datetime | None:
+            with context.use(namespace=namespace):
+                return (await self._containers.get(container)).created_at
+
+        return await self._supervisor.streams.shelf.sweep(self._supervisor.has, born)

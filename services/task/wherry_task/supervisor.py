@@ -345,6 +345,10 @@ class Supervisor:
             raise NotFound(f"no task {container} in namespace {namespace}")
         return found
 
+    def has(self, namespace: str, container: str) -> bool:
+        """Whether the container has a task, or is about to get one."""
+        return (namespace, container) in self._tasks or (namespace, container) in self._creating
+
     def get(self, namespace: str, container: str, exec_id: str) -> Process:
         """The state of a process."""
         return describe(container, self.task(namespace, container).process(exec_id).row)
@@ -381,8 +385,11 @@ class Supervisor:
         limit = max(1, min(limit, STATS_MAX))
         chosen = set(wanted)
         names = sorted(
-            c for ns, c in self._tasks if ns == namespace and c > after and (not chosen or c in chosen)
-        )  # fmt: skip
+            c
+            for (ns, c), task in self._tasks.items()
+            if ns == namespace and c > after and (not chosen or c in chosen)
+            if task.process("").row.exit_status is None
+        )
         found = await asyncio.gather(*(self._stats_of(namespace, name) for name in names[:limit]))
         return Page[Stats](
             items=[each for each in found if each is not None], next=names[limit - 1] if len(names) > limit else ""

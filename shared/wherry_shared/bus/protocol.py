@@ -165,8 +165,6 @@ class Receiver(asyncio.BufferedProtocol):
             at += len(part)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        if self._need > BUFFER_BYTES:  # what would be read of the message behind a large one would only be moved
-            return self._view[self._end : self._need + 2 + BUFFER_BYTES]
         return self._view[self._end :]
 
     def buffer_updated(self, nbytes: int) -> None:

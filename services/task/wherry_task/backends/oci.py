@@ -29,7 +29,7 @@ ZYGOTE_SECONDS = 10.0
 # What a monitor knows by heart it answers at once, or it hangs.
 STATE_SECONDS = 2.0
 # cgroups.quicken: for how long after a creation or an exec, and how often. A grace period takes some 10 ms.
-QUICK_SECONDS, QUICK_PAUSE = 0.3, 0.006
+QUICK_SECONDS, QUICK_PAUSE = 0.2, 0.008
 
 
 class MonitorShim:
@@ -193,14 +193,14 @@ class OciLauncher:
         """A migration between cgroups is to come: wake the kernel's lock for that, and keep it so for a burst."""
         self._quick_until = time.monotonic() + QUICK_SECONDS
         if self._quickening is None or self._quickening.done():
-            self._quickening = asyncio.get_running_loop().run_in_executor(None, self._keep_quick)
+            self._quickening = asyncio.get_running_loop().run_in_executor(None, cgroups.quicken, self._quick_still)
 
-    def _keep_quick(self) -> None:
-        while time.monotonic() < self._quick_until:
-            cgroups.quicken()
-            time.sleep(QUICK_PAUSE)
+    def _quick_still(self) -> bool:
+        time.sleep(QUICK_PAUSE)
+        return time.monotonic() < self._quick_until
 
     async def close(self, *, idle: bool) -> None:
+        self._quick_until = 0.0
         if self._sparing is not None:
             self._sparing.cancel()
             await asyncio.wait([self._sparing])

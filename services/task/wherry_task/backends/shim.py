@@ -391,8 +391,12 @@ def _bootstrap(told: bytes) -> dict[str, Any]:
     """What `start` printed: a BootstrapResult, JSON, or only an address. Unknown where it is none of them."""
     words = told.decode(errors="replace").strip()
     if words.startswith("{"):
-        found = json.loads(words)
-        version, address, protocol = int(found.get("version", 2)), str(found["address"]), found.get("protocol", "ttrpc")
+        try:
+            found = json.loads(words)
+            version, address = int(found.get("version", 2)), str(found.get("address") or "")
+            protocol = found.get("protocol", "ttrpc")
+        except (ValueError, TypeError, AttributeError):
+            raise Unknown(f"the shim started with {words[:200]!r}, which is no answer") from None
     elif words.startswith(("unix://", "/")):
         version, address, protocol = 2, words, "ttrpc"
     else:

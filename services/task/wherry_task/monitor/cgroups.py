@@ -6,6 +6,10 @@ import os
 
 from wherry_task.monitor import libc
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 ROOT = "/sys/fs/cgroup"
 
 
@@ -91,11 +95,12 @@ def remove(folder: str) -> None:
         os.rmdir(folder)
 
 
-def quicken() -> None:
+def quicken(again: Callable[[], bool] | None = None) -> None:
     """Go from our cgroup to our cgroup: it changes nothing, and wakes the lock that every migration takes.
 
     The first migration after a while waits for an RCU grace period, some ten milliseconds, and those soon after it do
     not. Made while the runtime is still on its way to its own, that wait is over, or half over, when it comes there.
+    It is repeated as long as `again` says so.
     """
     try:
         fd = os.open(_mine(), os.O_WRONLY)
@@ -103,6 +108,8 @@ def quicken() -> None:
         return
     try:
         os.write(fd, b"0")
+        while again is not None and again():
+            os.write(fd, b"0")
     except OSError:
         return
     finally:

@@ -40,7 +40,7 @@ _WORKER_DIED = b'{"code":13,"message":"the worker died; monitor.log in the bundl
 class Process:
     """The init (named "") or an exec. `pid` is 0 until it runs; `exit` is its record's JSON once that is on disk."""
 
-    __slots__ = ("ended", "exit", "held", "master", "name", "pid", "pumps", "stdin", "told", "waiters")
+    __slots__ = ("ended", "exit", "held", "logger", "master", "name", "pid", "pumps", "stdin", "told", "waiters")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -50,6 +50,7 @@ class Process:
         self.told = False
         self.stdin = -1
         self.master = -1
+        self.logger = 0
         self.held: list[int] = []
         self.pumps: list[pump.Pump] = []
         self.waiters: list[Callable[[], None]] = []
@@ -301,6 +302,9 @@ class Monitor(Clients):
                 self.watch(fds.pop(0), select.POLLIN, self._oom_event)
             elif role == b"shared":
                 self.shared_pids = True
+            elif role.startswith(b"logger:"):
+                pid = int(role[7:])
+                process.logger = 0 if self._early.pop(pid, None) is not None else pid
             elif role.startswith(b"counter:"):
                 self.oom_file = role[8:].decode()
             else:
@@ -331,6 +335,9 @@ class Monitor(Clients):
 
     def _reaped(self, pid: int, status: int) -> None:
         for process in self.processes.values():
+            if process.logger == pid:
+                process.logger = 0
+                return
             if process.pid == pid and not process.ended:
                 self._ended(process, status)
                 return
@@ -432,19 +439,24 @@ class Monitor(Clients):
     def _delete_told(self, process: Process, args: Args, client: Client) -> None:
         for each in process.pumps:
             each.release()
-        if all([each.drained() for each in process.pumps]):
+        if self._drained(process):
             self._delete_drained(process, args, client)
             return
         ticks = iter(range(_DRAIN_TICKS))
 
         def again() -> bool:
-            if not all([each.drained() for each in process.pumps]) and next(ticks, None) is not None:
+            if not self._drained(process) and next(ticks, None) is not None:
                 return False
             self._delete_drained(process, args, client)
             return True
 
         self._busy = True
         self.pending.append(again)
+
+    @staticmethod
+    def _drained(process: Process) -> bool:
+        """Whether all that it wrote has come to where it belongs; its logger then ends by itself."""
+        return all([each.drained() for each in process.pumps]) and not process.logger
 
     def _delete_drained(self, process: Process, args: Args, client: Client) -> None:
         self._busy = False
@@ -474,6 +486,8 @@ class Monitor(Clients):
             os.close(fd)
         if process.master >= 0:
             os.close(process.master)
+        if process.logger:
+            libc.kill(process.logger, libc.SIGKILL)
         process.pumps, process.held, process.master = [], [], -1
 
     def _terminate(self) -> None:

@@ -215,6 +215,7 @@ def _launch(runtime: Runtime, verb: str, name: str, flags: list[str], args: Args
         if console:
             stdio.attach(console.master())
     except BaseException:
+        stdio.abandon()
         if pid:
             libc.kill(pid, libc.SIGKILL)
             if verb != "exec":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import time
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 _CHUNK = 32768
 _LINE = 16384
+_SECOND = 10**9
+_PARTIAL_TICKS = 2  # the first comes at once, the others 20 ms apart
 
 
 class Pump:
@@ -136,7 +139,10 @@ class FileSink:
 
 
 class LogFile:
-    """A file of `TIME STREAM P|F LINE` lines (the CRI log format) that is rotated by size; shared by both streams."""
+    """A file of `TIME STREAM P|F LINE` lines (the CRI log format) that is rotated by size; shared by both streams.
+
+    It is locked as long as somebody writes: so whoever reads it knows that more may come.
+    """
 
     def __init__(self, fd: int, path: str, max_size: int, max_files: int) -> None:
         self.fd = fd
@@ -144,6 +150,9 @@ class LogFile:
         self._max_size = max_size
         self._max_files = max_files
         self._users = 0
+        self._last = self._second = 0
+        self._prefix = ""
+        fcntl.flock(fd, fcntl.LOCK_SH)
         self._size = os.fstat(fd).st_size
 
     def append(self, lines: list[bytes]) -> None:
@@ -176,13 +185,25 @@ class LogFile:
             os.unlink(self.path)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         fresh, old = os.open(self.path, flags, 0o600), self.fd
+        fcntl.flock(fresh, fcntl.LOCK_SH)
         self.fd, self._size = fresh, 0
         os.close(old)
 
-    def sink(self, stream: str) -> LogSink:
+    def stamp(self) -> str:
+        """The time, later than that of every line before: files of a log are known by the time of their first line."""
+        now = time.time_ns()
+        if 0 <= self._last - now < _SECOND:  # more than that, and somebody has set the clock back
+            now = self._last + 1
+        self._last = now
+        second, rest = divmod(now, _SECOND)
+        if second != self._second:
+            self._second, self._prefix = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._prefix}.{rest:09d}Z"
+
+    def sink(self, monitor: Monitor, stream: str) -> LogSink:
         """One stream's way into the file; the file is closed with the last of them."""
         self._users += 1
-        return LogSink(self, stream)
+        return LogSink(monitor, self, stream)
 
     def release(self) -> None:
         self._users -= 1
@@ -196,9 +217,14 @@ class LogFile:
 
 
 class LogSink:
-    """Cuts one stream into lines; a line longer than 16 KiB, or unfinished at the end, is marked P (partial)."""
+    """Cuts one stream into lines; what is longer than 16 KiB, or unfinished a moment later, is marked P (partial).
 
-    def __init__(self, file: LogFile, stream: str) -> None:
+    So the log has everything that the container wrote: a prompt, and a last line without an end.
+    """
+
+    def __init__(self, monitor: Monitor, file: LogFile, stream: str) -> None:
+        self._monitor = monitor
+        self._ticks = 0
         self._file = file
         self._stream = stream
         self._rest = b""
@@ -206,22 +232,34 @@ class LogSink:
 
     def write(self, data: bytes) -> bytes:
         *lines, self._rest = (self._rest + data).split(b"\n")
-        now = _timestamp()
-        out = [self._format(now, line, b"F") for line in lines]
+        out = [self._format(line, b"F") for line in lines]
         while len(self._rest) >= _LINE:
-            out.append(self._format(now, self._rest[:_LINE], b"P"))
+            out.append(self._format(self._rest[:_LINE], b"P"))
             self._rest = self._rest[_LINE:]
         if out:
             self._file.append(out)
+        if self._rest and not self._ticks:
+            self._ticks = _PARTIAL_TICKS
+            self._monitor.pending.append(self._waited)
         return b""
 
-    def _format(self, now: str, line: bytes, tag: bytes) -> bytes:
-        return f"{now} {self._stream} ".encode() + tag + b" " + line + b"\n"
+    def _waited(self) -> bool:
+        """One tick later: what is still unfinished after a few of them is written as it is."""
+        self._ticks -= 1
+        if not self._ticks:
+            self._put_rest()
+        return not self._ticks
+
+    def _put_rest(self) -> None:
+        if self._rest:
+            self._file.append([self._format(self._rest, b"P")])
+            self._rest = b""
+
+    def _format(self, line: bytes, tag: bytes) -> bytes:
+        return f"{self._file.stamp()} {self._stream} ".encode() + tag + b" " + line + b"\n"
 
     def close(self) -> None:
-        if self._rest:
-            self._file.append([self._format(_timestamp(), self._rest, b"P")])
-            self._rest = b""
+        self._put_rest()
         self._file.release()
 
 
@@ -244,9 +282,4 @@ def make(monitor: Monitor, role: bytes, fds: list[int]) -> Pump:
         file = monitor.logs[path] = LogFile(out, path, int(size), int(files))
     else:
         os.close(out)  # both streams of a process, and those of its execs, share one file and one rotation
-    return Pump(monitor, source, file.sink(stream))
-
-
-def _timestamp() -> str:
-    now = time.time_ns()
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now // 10**9)) + f".{now % 10**9:09d}Z"
+    return Pump(monitor, source, file.sink(monitor, stream))

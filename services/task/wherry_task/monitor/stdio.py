@@ -20,6 +20,7 @@ import os
 import stat
 
 from wherry_task.monitor import wire
+from wherry_task.monitor.logger import Logger
 
 _LOG_SIZE, _LOG_FILES, _MAX_LOG_FILES = 16 << 20, 5, 1000
 
@@ -36,6 +37,7 @@ class Stdio:
         self._copy = copy
         self._terminal_in = -1
         self._terminal_out: tuple[str, list[int]] | None = None
+        self._logger: Logger | None = None
 
     def open(self, stdin: str, stdout: str, stderr: str, terminal: bool) -> None:
         """Open the client's ends; "" is /dev/null. With a terminal, `attach` follows. Raises Failure; never blocks."""
@@ -44,6 +46,9 @@ class Stdio:
                 self._open_for_terminal(stdin, stdout)
                 return
             self.child.append(self._open_stdin(stdin))
+            if stdout.startswith("binary://"):
+                self._open_logger(stdout)
+                return
             for stream, uri in (("stdout", stdout), ("stderr", stderr)):
                 self.child.append(self._open_output(stream, uri))
         except OSError as error:
@@ -58,10 +63,28 @@ class Stdio:
             role, fds = self._terminal_out
             self.kept.append((role, [os.dup(master), *fds]))
 
+    def abandon(self) -> None:
+        """The process could not be made: what was started for it goes."""
+        if self._logger is not None:
+            self._logger.kill()
+
+    def _open_logger(self, uri: str) -> None:
+        """The container writes into the logger's pipes itself; as with FIFOs, only reading ends are held."""
+        self._logger = logger = Logger(uri)
+        self.child += [logger.stdout, logger.stderr]
+        self.kept += [("hold", [logger.stdout_end]), ("hold", [logger.stderr_end]), (f"logger:{logger.pid}", [])]
+
     def _open_for_terminal(self, stdin: str, stdout: str) -> None:
         if stdin:
             self._terminal_in = _fifo(stdin)
             self.kept.append(("stdin", [_reopen(self._terminal_in, os.O_WRONLY)]))
+        if stdout.startswith("binary://"):
+            self._logger = logger = Logger(stdout)
+            self.kept.append((f"logger:{logger.pid}", []))
+            self._terminal_out = "fifo", [logger.stdout, logger.stdout_end]
+            os.close(logger.stderr)
+            os.close(logger.stderr_end)
+            return
         # With no stdout the output is still read, or the container would stop at a full terminal.
         self._terminal_out = self._sink("stdout", stdout)
 

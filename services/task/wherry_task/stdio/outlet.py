@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ log = logging.getLogger("wherry.task")
 STDOUT, STDERR = "stdout", "stderr"
 READER_SECONDS = 10.0
 READERS_MAX = 64
+NOBODY = "-"
 WINDOW, KEEP = 1 << 20, 64 << 10
 ANSWER_MAX = 256 << 10  # of each stream
 # Kept of all streams together before each gets but its least.
@@ -76,7 +78,9 @@ class Outlet:
             self.close()
             raise
         # Whoever made the process, or read it before this service began, has time to come for what is here.
-        self._expect("")
+        self._list = directory / "readers"
+        for name in self._noted():
+            self._expect(name)
 
     # ---- for readers
 
@@ -116,6 +120,7 @@ class Outlet:
             if len(self.readers) >= READERS_MAX:
                 raise ResourceExhausted(f"{READERS_MAX} readers are attached already")
             reader = self.readers[name] = Reader(places, self._loop.time())
+            self._note()
         reader.places = places
         return name, reader
 
@@ -254,10 +259,27 @@ class Outlet:
         for name in gone:
             del self.readers[name]
         if gone:
+            self._note()
             self.flow()
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for something to read."""
+        return len(self._waiting)
 
     def _expect(self, name: str) -> None:
         self.readers[name] = Reader({s: spool.low for s, spool in self._spools.items()}, self._loop.time())
+
+    def _noted(self) -> list[str]:
+        """Who reads, as an earlier service knew it; "" is the process's maker, who has not come yet."""
+        try:
+            return [name for name in self._list.read_text().split(",") if name != NOBODY]
+        except FileNotFoundError:
+            return [""]
+
+    def _note(self) -> None:
+        with suppress(OSError):  # a full disk, or a process that is gone already
+            self._list.write_text(",".join(self.readers) or NOBODY)
 
     def close(self) -> None:
         """Let go; the files stay, and another service may go on from them."""

@@ -1,0 +1,177 @@
+"""What the task service finds when it starts again, and monitors that hang: nothing is lost, nothing told twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from task_house import RUNTIMES, SHIM, House, exec_of, house_of
+from wherry_shared.api.task import Exit
+from wherry_shared.bus import Bus
+from wherry_shared.bus.events import Subscriber
+from wherry_shared.errors import NotFound, Unavailable
+from wherry_shared.sqlite import Database
+from wherry_task import metadata
+from wherry_task.backends.channel import Channel
+from wherry_task.backends.shim import V2Shim
+from wherry_task.monitor import runtime
+from wherry_task.monitor.mounts import unmount_rootfs
+
+
+@pytest.fixture(params=RUNTIMES)
+async def house(request: pytest.FixtureRequest, bus: Bus, tmp_path: Path) -> AsyncIterator[House]:
+    async with house_of(bus, tmp_path, request.param) as made:
+        yield made
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who does not answer within half a second hangs."""
+    monkeypatch.setitem(Channel.ask.__kwdefaults__ or {}, "patience", 0.5)
+    defaults = V2Shim.call.__defaults__ or ()
+    monkeypatch.setattr(V2Shim.call, "__defaults__", (0.5, *defaults[1:]))
+
+
+async def told(events: Subscriber) -> list[tuple[str, int]]:
+    """The exits that were told; one too many has half a second to come."""
+    found = []
+    try:
+        while True:
+            async with asyncio.timeout(0.5):
+                event = (await anext(events)).event
+            found.append((str(event["id"]), int(event["exit_status"])))
+    except TimeoutError:
+        return sorted(found)
+
+
+def gone(pid: int) -> bool:
+    return not os.path.exists(f"/proc/{pid}") or "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+
+
+async def test_a_reboot_ends_everything_once(house: House) -> None:
+    """Another boot id, an empty state directory: what ran is told to have ended, once, and can be deleted."""
+    runs, waits, ended = await house.running("/bin/sleep", "1000"), "", ""
+    waits = await house.created("/bin/sleep", "1000")
+    ended = await house.running("/bin/sh", "-c", "exit 4")
+    await house.tasks.exec(runs, "e", exec_of("sleep", "1000"))
+    await house.tasks.start(runs, "e")
+    assert await house.exit(ended) == 4
+    pids = [(await house.tasks.get(id)).pid for id in (runs, waits)]
+    bundles = [house.supervisor.task("default", id).bundle.path for id in (runs, waits, ended)]
+    monitors = [_monitor_of(bundle) for bundle in bundles]
+    async with await house.bus.subscribe(namespace="default", topic="/tasks/exit") as events:
+        await house.stop_tasks()
+        _power_cut([*monitors, *pids], bundles)
+        database = await Database.open(house.root / "task.db", metadata.MIGRATIONS)
+        await database.write(lambda tx: tx.execute("UPDATE tasks SET boot = 'an-earlier-one'").rowcount)
+        await database.close()
+        for _ in range(2):
+            await house.start_tasks()
+            assert [(await house.tasks.get(id)).status for id in (runs, waits, ended)] == ["stopped"] * 3
+            assert [(await house.tasks.get(id)).exit_status for id in (runs, waits, ended)] == [137, 137, 4]
+            await house.stop_tasks()
+        await house.start_tasks()
+        assert await told(events) == sorted([("e", 137), (runs, 137), (waits, 137)])
+    for id in (runs, waits, ended):
+        assert isinstance(await house.tasks.delete(id), Exit)
+        with pytest.raises(NotFound):
+            await house.tasks.get(id)
+
+
+def _power_cut(pids: list[int], bundles: list[Path]) -> None:
+    """Nothing that ran runs, and no file of a tmpfs and no mount is there any more."""
+    for pid in pids:
+        if not gone(pid):
+            os.kill(pid, signal.SIGKILL)
+    for bundle in bundles:
+        unmount_rootfs(str(bundle / "rootfs"))
+        os.rmdir(bundle / "rootfs")  # fails, rather than that something below a mount goes
+        shutil.rmtree(bundle)
+
+
+async def test_a_start_whose_record_was_lost(house: House) -> None:
+    """Killed between letting the init go and saying so: the next service finds it running, and says so."""
+    if house.runtime == SHIM:
+        id = await house.created("/bin/sleep", "1000")
+        await house.supervisor.task("default", id).shim.start()
+    else:
+        id = await house.created("/bin/sleep", "1000")
+        bundle, pid = house.supervisor.task("default", id).bundle, (await house.tasks.get(id)).pid
+        assert runtime.release(bundle.binary, str(bundle.root / id), pid)
+    async with await house.bus.subscribe(namespace="default", topic="/tasks/start") as starts:
+        await house.stop_tasks()
+        await house.start_tasks()
+        assert (await house.tasks.get(id)).status == "running"
+        async with asyncio.timeout(10):
+            assert (await anext(starts)).event["container_id"] == id
+    await house.tasks.pause(id)
+    await house.tasks.resume(id)
+    assert (await house.tasks.delete(id, force=True)).exit_status == 137
+
+
+async def test_a_monitor_that_hangs_costs_its_own_container_only(house: House, impatient: None) -> None:
+    hangs, other = await house.running("/bin/sleep", "1000"), await house.running("/bin/sleep", "1000")
+    pid = (await house.tasks.get(hangs)).pid
+    monitor = _monitor_of(house.supervisor.task("default", hangs).bundle.path)
+    os.kill(monitor, signal.SIGSTOP)
+    with pytest.raises(Unavailable, match="has not answered"):
+        await house.tasks.kill(hangs, signal.SIGTERM)
+    # What is asked of it costs nobody else anything, and what is known needs no asking.
+    assert (await house.tasks.get(hangs)).status == "running"
+    assert [p.container_id for p in (await house.tasks.walk()).items] == sorted([hangs, other])
+    assert other in [s.container_id for s in (await house.tasks.stats()).items]
+    await house.tasks.pause(other)
+    await house.tasks.resume(other)
+    async with asyncio.timeout(20):
+        assert (await house.tasks.delete(hangs, force=True)).exit_status == 137
+    assert gone(pid) and gone(monitor)
+    assert (await house.tasks.get(other)).status == "running"
+
+
+async def test_a_start_beside_a_monitor_that_hangs(house: House, impatient: None) -> None:
+    """The service starts all the same, and finds the container again when its monitor speaks again."""
+    id = await house.running("/bin/sleep", "1000")
+    monitor = _monitor_of(house.supervisor.task("default", id).bundle.path)
+    await house.stop_tasks()
+    os.kill(monitor, signal.SIGSTOP)
+    async with asyncio.timeout(10):
+        await house.start_tasks()
+    assert (await house.tasks.get(id)).status == "running"
+    with pytest.raises(Unavailable):
+        await house.tasks.pause(id)
+    os.kill(monitor, signal.SIGCONT)
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                await house.tasks.kill(id, signal.SIGKILL)
+                break
+            except Unavailable:
+                await asyncio.sleep(0.1)
+    assert await house.exit(id) == 137
+    await house.tasks.delete(id)
+
+
+def _monitor_of(bundle: Path) -> int:
+    """What stands by the container, as it wrote down itself."""
+    shim = bundle / "shim.json"
+    known = json.loads((shim if shim.exists() else bundle / "monitor.json").read_text())
+    return int(known["pid"] if shim.exists() else known["monitor"]["pid"])
+
+
+async def test_what_lies_about_is_cleaned(house: House) -> None:
+    """Directories of bundles in every stage of being made."""
+    namespace = house.state / "tasks/default"
+    for name, files in (("empty", []), ("half", ["config.json"]), ("named", ["config.json", "shim-binary-path"])):
+        (namespace / name / "rootfs").mkdir(parents=True, mode=0o700)
+        for file in files:
+            (namespace / name / file).write_text("/usr/bin/crun" if "path" in file else "{}")
+    (namespace / "c..d").mkdir()
+    await house.stop_tasks()
+    await house.start_tasks()
+    assert not namespace.exists() or list(namespace.iterdir()) == []

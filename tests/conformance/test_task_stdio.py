@@ -1,0 +1,415 @@
+"""What goes in and out of a container over the bus, through the task service's proxy, with real containers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import AsyncIterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from task_house import SH, House, exec_of, house_of
+from wherry_shared.api.task import Output, Stdio
+from wherry_shared.bus import Bus
+from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unimplemented
+from wherry_task import runtimes
+from wherry_task.stdio import outlet
+
+BUS = Stdio(stdin="bus://", stdout="bus://", stderr="bus://")
+OUT = Stdio(stdout="bus://", stderr="bus://")
+LOG = Stdio(stdout="log://", stderr="log://")
+
+pytestmark = pytest.mark.skipif(not runtimes.installed(), reason="no OCI runtime")
+
+
+@pytest.fixture
+async def house(bus: Bus, tmp_path: Path) -> AsyncIterator[House]:
+    runtime = "crun" if shutil.which("crun", path=runtimes.PATH) else "runc"
+    async with house_of(bus, tmp_path, runtime) as made:
+        (made.rootfs / "bin/seq").symlink_to("busybox")
+        (made.rootfs / "bin/head").symlink_to("busybox")
+        (made.rootfs / "bin/tr").symlink_to("busybox")
+        yield made
+
+
+class Reading:
+    """A reader of a process's output: what it got, and what it was told to have missed."""
+
+    def __init__(self, house: House, id: str, exec_id: str = "", after: str = "start") -> None:
+        self.house, self.id, self.exec_id, self.after = house, id, exec_id, after
+        self.out, self.err, self.lost = b"", b"", 0
+
+    async def once(self, patience: float = 5.0) -> Output:
+        got = await self.house.tasks.output(self.id, self.exec_id, self.after, patience)
+        self.after = got.next
+        self.out += got.stdout
+        self.err += got.stderr
+        self.lost += got.lost_stdout + got.lost_stderr
+        return got
+
+    async def until(self, text: bytes) -> None:
+        async with asyncio.timeout(20):
+            while text not in self.out:
+                await self.once()
+
+    async def to_the_end(self) -> Reading:
+        async with asyncio.timeout(60):
+            while not (await self.once()).ended:
+                pass
+        return self
+
+
+async def test_output_comes_over_the_bus(house: House) -> None:
+    id = await house.created(*SH, "echo out; echo err >&2; exit 3", stdio=OUT)
+    assert (await house.tasks.get(id)).stdio == OUT
+    reader = Reading(house, id)
+    assert not (await reader.once(patience=0)).ended
+    await house.tasks.start(id)
+    await reader.to_the_end()
+    assert (reader.out, reader.err, reader.lost) == (b"out\n", b"err\n", 0)
+    assert await house.exit(id) == 3
+    # Whoever asks once more for the same gets the same.
+    again = Reading(house, id, after="start")
+    assert (await again.to_the_end()).out == b"out\n"
+    await house.tasks.delete(id)
+    with pytest.raises(NotFound):
+        await house.tasks.output(id)
+
+
+async def test_input_is_taken_once(house: House) -> None:
+    id = await house.running("/bin/cat", stdio=BUS)
+    reader = Reading(house, id)
+    assert (await house.tasks.input(id, "w", 0, b"hello ")).total == 6
+    assert (await house.tasks.input(id, "w", 0, b"hello ")).total == 6
+    assert (await house.tasks.input(id, "w", 3, b"lo world\n")).total == 12
+    await reader.until(b"hello world\n")
+    # Somebody else's bytes have offsets of their own; a hole is not filled.
+    assert (await house.tasks.input(id, "other", 0, b"mine\n")).total == 5
+    assert (await house.tasks.input(id, "w", 100, b"beyond")).total == 12
+    assert (await house.tasks.input(id, "w", 12, b"", eof=True)).total == 12
+    await reader.to_the_end()
+    assert reader.out == b"hello world\nmine\n"
+    assert await house.exit(id) == 0
+    with pytest.raises(FailedPrecondition, match="stopped"):
+        await house.tasks.input(id, "w", 12, b"late")
+
+
+async def test_exec_over_the_bus(house: House) -> None:
+    id = await house.running("/bin/sleep", "1000")
+    await house.tasks.exec(id, "e", exec_of("cat"), BUS)
+    with pytest.raises(FailedPrecondition, match="not running"):
+        await house.tasks.input(id, "w", 0, b"early", "e")
+    await house.tasks.start(id, "e")
+    await house.tasks.input(id, "w", 0, b"text", "e", eof=True)
+    assert (await Reading(house, id, "e").to_the_end()).out == b"text"
+    assert await house.exit(id, "e") == 0
+    await house.tasks.delete(id, "e")
+    await house.tasks.exec(id, "never", exec_of("true"), OUT)
+    assert (await house.tasks.output(id, "never", patience=0)).next
+    await house.tasks.delete(id, "never")
+    with pytest.raises(FailedPrecondition, match="nowhere"):
+        await house.tasks.output(id)
+    io = house.state / "tasks" / "default" / id / "io"
+    assert list(io.iterdir()) == []
+
+
+async def test_a_terminal(house: House) -> None:
+    stdio = Stdio(stdin="bus://", stdout="bus://", terminal=True)
+    id = await house.running("/bin/sleep", "1000")
+    await house.tasks.exec(id, "t", exec_of("sh", terminal=True), stdio)
+    await house.tasks.start(id, "t")
+    await house.tasks.resize(id, 77, 33, "t")
+    reader = Reading(house, id, "t")
+    await house.tasks.input(id, "w", 0, b"echo a''b\n", "t")
+    await reader.until(b"ab\r\n")
+    await house.tasks.input(id, "w", 10, b"exit 4\n", "t")
+    await reader.to_the_end()
+    assert await house.exit(id, "t") == 4
+
+
+async def test_several_read_at_once_and_a_late_one_from_now_on(house: House) -> None:
+    id = await house.running("/bin/cat", stdio=BUS)
+    first, second = Reading(house, id), Reading(house, id)
+    await house.tasks.input(id, "w", 0, b"one\n")
+    await asyncio.gather(first.until(b"one\n"), second.until(b"one\n"))
+    late = Reading(house, id, after="")
+    await late.once(patience=0)
+    await house.tasks.input(id, "w", 4, b"two\n", eof=True)
+    await asyncio.gather(first.to_the_end(), second.to_the_end(), late.to_the_end())
+    assert first.out == second.out == b"one\ntwo\n" and late.out == b"two\n"
+
+
+async def test_the_slowest_reader_holds_the_process_back(house: House) -> None:
+    """No byte is lost to a reader that comes back in time, and the process waits for it."""
+    id = await house.running(*SH, "head -c 8000000 /dev/zero | tr '\\0' x; echo done >&2", stdio=OUT)
+    slow, quick = Reading(house, id), Reading(house, id)
+    await asyncio.gather(slow.once(), quick.once())
+    for _ in range(20):
+        await quick.once(patience=0.05)
+    assert len(quick.out) < 4_000_000
+    assert house.supervisor.task("default", id).process("").row.status == "running"
+    await asyncio.gather(slow.to_the_end(), quick.to_the_end())
+    assert len(slow.out) == len(quick.out) == 8_000_000 and slow.lost == quick.lost == 0
+
+
+async def test_who_stays_away_is_told_what_is_lost(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outlet, "READER_SECONDS", 0.3)
+    monkeypatch.setattr("wherry_task.stdio.streams.PRUNE_SECONDS", 0.1)
+    size = 8_000_000
+    id = await house.running(*SH, f"echo begin; sleep 0.3; head -c {size} /dev/zero; sleep 1000", stdio=OUT)
+    away = Reading(house, id)
+    await away.until(b"begin\n")
+    spool = house.state / "tasks" / "default" / id / "io" / "init" / "stdout.spool"
+    async with asyncio.timeout(20):
+        while spool.stat().st_size < size + 6:
+            await asyncio.sleep(0.05)
+    async with asyncio.timeout(20):
+        while len(away.out) + away.lost < size + 6:
+            await away.once()
+    assert away.lost > 0 and len(away.out) < 2_000_000 and len(away.out) + away.lost == size + 6
+
+
+async def test_nobody_reads_and_little_is_kept(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outlet, "READER_SECONDS", 0.1)
+    monkeypatch.setattr("wherry_task.stdio.streams.PRUNE_SECONDS", 0.1)
+    id = await house.running(*SH, "head -c 30000000 /dev/zero", stdio=OUT)
+    assert await house.exit(id) == 0
+    spool = house.state / "tasks" / "default" / id / "io" / "init" / "stdout.spool"
+    assert spool.stat().st_size == 30_000_000
+    assert spool.stat().st_blocks * 512 < 1 << 20
+
+
+async def test_a_restart_of_the_service_loses_and_repeats_nothing(house: House) -> None:
+    size = 6_000_000
+    script = f"head -c {size} /dev/urandom > /tmp/x; cat /tmp/x; cat; echo; cat /tmp/x >&2"
+    mounts = [{"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"}]
+    id = await house.container(*SH, script)
+    record = await house.containers.get(id)
+    assert record.spec is not None
+    record.spec["mounts"] = [*record.spec["mounts"], *mounts]
+    await house.containers.update(record, ["spec"])
+    await house.tasks.create(id, house.mounts, BUS)
+    await house.tasks.start(id)
+    reader = Reading(house, id)
+    while len(reader.out) < size // 3:
+        await reader.once()
+    await house.stop_tasks()
+    await house.start_tasks()
+    while len(reader.out) < size:
+        await reader.once()
+    assert (await house.tasks.input(id, "w", 0, b"in")).total == 2
+    await house.stop_tasks()
+    await house.start_tasks()
+    assert (await house.tasks.input(id, "w", 0, b"in")).total == 2
+    await house.tasks.input(id, "w", 2, b"put", eof=True)
+    await reader.to_the_end()
+    written = reader.out[:size]
+    assert reader.out == written + b"input\n" and reader.lost == 0
+    assert hashlib.sha256(reader.err).digest() == hashlib.sha256(written).digest()
+    # It has ended, and a service that begins only now knows the end of its output, too.
+    await house.exit(id)
+    await house.stop_tasks()
+    await house.start_tasks()
+    late = await house.tasks.output(id, "", reader.after)
+    assert late.ended and not late.stdout
+
+
+async def test_what_is_not_read_survives_the_deletion(house: House) -> None:
+    id = await house.running(*SH, "head -c 3000000 /dev/zero", stdio=OUT)
+    reader = Reading(house, id)
+    await reader.once()
+    task = asyncio.create_task(house.tasks.delete(id, force=True))
+    await task
+    with contextlib.suppress(NotFound):
+        await reader.to_the_end()
+    assert reader.lost == 0
+    with pytest.raises(NotFound):
+        await house.tasks.output(id)
+
+
+async def test_places_are_checked(house: House) -> None:
+    id = await house.running("/bin/sleep", "1000", stdio=OUT)
+    place = (await house.tasks.output(id, patience=0)).next
+    epoch, name, *_ = place.split(".")
+    mine = f"{epoch}.{name}"
+    for wrong in ("x", f"{mine}.0", f"{mine}.0.x", f"{mine}.0.99", f"{mine}.-1.0", "." * 5):
+        with pytest.raises(InvalidArgument):
+            await house.tasks.output(id, "", wrong)
+    with pytest.raises(NotFound, match="gone"):
+        await house.tasks.output(id, "", f"00000000.{name}.0.0")
+    with pytest.raises(InvalidArgument):
+        await house.tasks.input(id, "w w", 0, b"x")
+    with pytest.raises(FailedPrecondition, match="no stdin"):
+        await house.tasks.input(id, "w", 0, b"x")
+
+
+async def test_readers_that_vanish_leave_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outlet, "READER_SECONDS", 0.2)
+    monkeypatch.setattr("wherry_task.stdio.streams.PRUNE_SECONDS", 0.1)
+    id = await house.running("/bin/sleep", "1000", stdio=OUT)
+    carried = house.supervisor.streams.of(("default", id, ""))
+    assert carried.outlet is not None
+    files = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        polls = [asyncio.create_task(house.tasks.output(id, patience=0.1)) for _ in range(50)]
+        await asyncio.sleep(0)
+        for poll in polls:
+            poll.cancel()
+        await asyncio.gather(*polls, return_exceptions=True)
+    async with asyncio.timeout(20):
+        while carried.outlet.readers or carried.outlet.waiting:
+            await asyncio.sleep(0.05)
+    assert len(os.listdir("/proc/self/fd")) <= files
+
+
+@pytest.mark.parametrize(
+    ("stdio", "error"),
+    [
+        (Stdio(stdin="log://"), InvalidArgument),
+        (Stdio(stdout="bus://x"), InvalidArgument),
+        (Stdio(stdout="bus://", stderr="log://"), InvalidArgument),
+        (Stdio(stdout="log://?max_size=5000", stderr="log://"), InvalidArgument),
+        (Stdio(stdout="log://?max_size=x"), InvalidArgument),
+        (Stdio(stdout="log://?colour=red"), InvalidArgument),
+        (Stdio(stdout="nosuch:///x"), Unimplemented),
+        (Stdio(stdout="binary:///bin/sh"), PermissionDenied),
+        (Stdio(stdout="relative"), PermissionDenied),
+        (Stdio(stdout="file:///a/../b"), PermissionDenied),
+    ],
+)
+async def test_streams_that_are_refused(house: House, stdio: Stdio, error: type[Exception]) -> None:
+    id = await house.container("/bin/true")
+    with pytest.raises(error):
+        await house.tasks.create(id, house.mounts, stdio)
+    with pytest.raises(NotFound):
+        await house.tasks.get(id)
+
+
+# ---- logs
+
+
+def lines_of(data: bytes) -> list[tuple[bytes, bytes]]:
+    """Stream and text of whole lines."""
+    return [(line.split(b" ", 3)[1], line.split(b" ", 3)[3]) for line in data.splitlines()]
+
+
+async def all_logs(house: House, id: str, **options: Any) -> bytes:
+    after, found = "", b""
+    while True:
+        window = await house.tasks.logs(id, after, **options)
+        found, after = found + window.lines, window.next
+        if window.ended or not window.lines:
+            return found
+
+
+async def test_a_log(house: House) -> None:
+    id = await house.running(*SH, "echo one; sleep 0.2; echo two >&2; sleep 0.2; echo -n three", stdio=LOG)
+    assert await house.exit(id) == 0
+    wanted = [(b"stdout", b"one"), (b"stderr", b"two"), (b"stdout", b"three")]
+    async with asyncio.timeout(10):
+        while (window := await house.tasks.logs(id, patience=5.0)).lines.count(b"\n") < 3:
+            pass
+    assert lines_of(window.lines) == wanted
+    assert (await house.tasks.logs(id, window.next, patience=5.0)).ended
+    assert lines_of(await all_logs(house, id, tail=1)) == wanted[2:]
+    assert lines_of(await all_logs(house, id, tail=2)) == wanted[1:]
+    assert lines_of(await all_logs(house, id, tail=0)) == []
+    assert lines_of(await all_logs(house, id, tail=100)) == wanted
+    # The log is the container's: it stays without the task, goes on with the next, and ends with the container.
+    await house.tasks.delete(id)
+    assert lines_of(await all_logs(house, id)) == wanted
+    await house.tasks.create(id, house.mounts, LOG)
+    await house.tasks.start(id)
+    await house.exit(id)
+    await house.tasks.delete(id)
+    assert lines_of(await all_logs(house, id)) == wanted * 2
+    record = await house.containers.get(id)
+    await house.containers.delete(id)
+    with pytest.raises(NotFound):
+        await house.tasks.logs(id)
+    await house.containers.create(record)
+    with pytest.raises(FailedPrecondition, match="no log"):
+        await house.tasks.logs(id)
+
+
+async def test_a_log_is_followed_across_rotations(house: House) -> None:
+    stdio = Stdio(stdout="log://?max_size=20000&max_files=20", stderr="log://?max_size=20000&max_files=20")
+    id = await house.running(*SH, "for i in $(seq 1 200); do seq 1 20; sleep 0.005; done", stdio=stdio)
+    after, found = "", b""
+    async with asyncio.timeout(60):
+        while not (window := await house.tasks.logs(id, after, patience=5.0)).ended:
+            assert not window.gap
+            found, after = found + window.lines, window.next
+    numbers = [int(text) for _, text in lines_of(found)]
+    assert numbers == list(range(1, 21)) * 200
+    files = os.listdir(house.root / "logs" / "default" / id)
+    assert len([name for name in files if name.startswith("log.")]) > 3
+    # Since and until, on both sides of a rotation.
+    times = [line.split(b" ")[0].decode() for line in found.splitlines()]
+    for at in (0, 1000, 3999):
+        moment = times[at][:26]
+        when = datetime.fromisoformat(moment + "+00:00")
+        assert (await all_logs(house, id, since=when)).count(b"\n") == sum(time >= moment + "000Z" for time in times)
+        assert (await all_logs(house, id, until=when)).count(b"\n") == sum(time <= moment + "000Z" for time in times)
+    assert lines_of(await all_logs(house, id, tail=1500)) == lines_of(found)[-1500:]
+
+
+async def test_who_is_too_slow_for_a_log_is_told(house: House) -> None:
+    stdio = Stdio(stdout="log://?max_size=4096&max_files=2", stderr="log://?max_size=4096&max_files=2")
+    id = await house.running(*SH, "echo first; cat; seq 1 1000", stdio=stdio.model_copy(update={"stdin": "bus://"}))
+    window = await house.tasks.logs(id, patience=5.0)
+    assert b"first" in window.lines
+    await house.tasks.input(id, "w", 0, b"", eof=True)
+    await house.exit(id)
+    async with asyncio.timeout(10):
+        while b" 1000\n" not in (await house.tasks.logs(id, tail=1)).lines:
+            await asyncio.sleep(0.02)
+    window = await house.tasks.logs(id, window.next)
+    assert window.gap and window.lines
+    assert lines_of(await all_logs(house, id, tail=3)) == [(b"stdout", str(n).encode()) for n in (998, 999, 1000)]
+
+
+async def test_attaching_to_a_container_that_logs(house: House) -> None:
+    """Its log is its output, byte by byte, also what has no line's end yet."""
+    stdio = LOG.model_copy(update={"stdin": "bus://"})
+    id = await house.running(*SH, "echo before; cat; echo -n end >&2", stdio=stdio)
+    await asyncio.sleep(0.1)
+    reader, other = Reading(house, id, after=""), Reading(house, id, after="")
+    await asyncio.gather(reader.once(0), other.once(0))
+    await house.tasks.input(id, "w", 0, b"prompt> ")
+    await asyncio.gather(reader.until(b"prompt> "), other.until(b"prompt> "))
+    await house.tasks.input(id, "w", 8, b"more\n", eof=True)
+    await asyncio.gather(reader.to_the_end(), other.to_the_end())
+    assert reader.out == other.out == b"prompt> more\n" and reader.err == b"end"
+
+
+async def test_logs_of_containers_that_are_gone_are_swept(house: House) -> None:
+    kept, gone = await house.running("/bin/echo", stdio=LOG), await house.running("/bin/echo", stdio=LOG)
+    for id in (kept, gone):
+        await house.exit(id)
+        await house.tasks.delete(id)
+    await house.containers.delete(gone)
+    assert await house.service.sweep_logs() == 1
+    assert os.listdir(house.root / "logs" / "default") == [kept]
+    await house.containers.delete(kept)
+    assert await house.service.sweep_logs() == 1
+    assert os.listdir(house.root / "logs") == []
+
+
+async def test_a_container_without_a_log(house: House) -> None:
+    id = await house.running("/bin/sleep", "1000", stdio=OUT)
+    with pytest.raises(FailedPrecondition, match="no log"):
+        await house.tasks.logs(id)
+    with pytest.raises(NotFound):
+        await house.tasks.logs(f"nobody-{secrets.token_hex(3)}")
+    with pytest.raises(InvalidArgument, match="place"):
+        await house.tasks.logs(await house.running("/bin/true", stdio=LOG), "nonsense")
+    await house.tasks.exec(id, "e", exec_of("true"), Stdio())
+    with pytest.raises(InvalidArgument, match="first process"):
+        await house.tasks.exec(id, "f", exec_of("true"), LOG)
