@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from wherry_shared.api.container import Container as Record
@@ -23,6 +24,7 @@ from wherry_shared.errors import (
 from wherry_shared.values import LABEL_MAX, Mount, check_identifier
 
 from . import capabilities, limits, spec, users
+from .logs import LogLine, logs
 from .spec import Options
 from .stdio import Stdio
 from .task import NewTask, Task
@@ -169,6 +171,15 @@ class Container:
         mounts: instead of its snapshot's. runtime: instead of its own.
         """
         return NewTask(self, stdio or Stdio.null(), mounts, runtime)
+
+    def logs(
+        self, *, follow: bool = False, since: datetime | None = None, until: datetime | None = None, tail: int = -1
+    ) -> AsyncIterator[LogLine]:
+        """What it wrote while it was logged (`Stdio.logged`), the oldest line first; all of it, or the last `tail`.
+
+        follow: go on until the container ends. FailedPrecondition: it keeps no log.
+        """
+        return logs(self.client, self.id, follow=follow, since=since, until=until, tail=tail)
 
     async def task(self) -> Task:
         """Its task, when there is one. NotFound."""

@@ -1,6 +1,7 @@
-"""A process's stdin, stdout and stderr over FIFOs on this host.
+"""What a process reads and writes, and how it gets there over FIFOs on this host.
 
-The client makes the FIFOs and reads them without ever blocking; the monitor at the other end holds them open.
+The client makes the FIFOs and reads them without ever blocking; the monitor at the other end holds them open. From
+another host, and wherever several shall be able to attach, streams go over the bus instead: streaming.py.
 """
 
 from __future__ import annotations
@@ -28,13 +29,25 @@ COLLECT_MAX = 16 << 20
 class Stdio:
     """What a process reads and writes: file descriptors of this process, or callbacks for output; None is nothing.
 
-    terminal: one stream for all output, with a terminal at the process's end.
+    terminal: one stream for all output, with a terminal at the process's end. remote: over the bus, where others can
+    attach too (True), over FIFOs, which takes a client on the node (False), or whichever is there (None). log: nobody
+    listens now; the node keeps what is written, for `Container.logs` and whoever attaches, as the options say
+    (`max_size=BYTES&max_files=N`, "" for 5 files of 16 MiB); with `stdin` open for them, if that is not None.
+    detach_keys: typed on `stdin`, they let go of the process.
     """
 
     stdin: int | bytes | None = None
     stdout: int | Sink | None = None
     stderr: int | Sink | None = None
     terminal: bool = False
+    remote: bool | None = None
+    log: str | None = None
+    detach_keys: bytes = b""
+
+    @classmethod
+    def logged(cls, *, stdin: bool = False, terminal: bool = False, options: str = "") -> Stdio:
+        """Of a process in the background: its output is logged; `stdin` stays open for who attaches."""
+        return cls(stdin=b"" if stdin else None, terminal=terminal, log=options)
 
     @classmethod
     def inherit(cls, *, terminal: bool = False) -> Stdio:
@@ -96,6 +109,16 @@ class Pipes:
                 os.mkfifo(path, 0o600)
                 made[stream] = str(path)
         self.paths = Paths(terminal=self._stdio.terminal, **made)
+
+    def begin(self) -> None:
+        """The process is made."""
+
+    def started(self) -> None:
+        """The process runs."""
+
+    async def parted(self) -> None:
+        """Only over the bus can a process be left, or its streams be lost."""
+        await asyncio.get_running_loop().create_future()
 
     def start(self, on_stdin_end: Callable[[], None]) -> None:
         """Open this side; `on_stdin_end` is called once when the caller's stdin has ended."""

@@ -9,7 +9,6 @@ import signal as signals
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wherry_shared.api.task import Exit, ProcessInfo, Stats
@@ -18,6 +17,7 @@ from wherry_shared.errors import DeadlineExceeded, FailedPrecondition, NotFound,
 from wherry_shared.values import Mount
 
 from .stdio import Collected, Pipes, Stdio
+from .streaming import Streaming, carrier
 
 if TYPE_CHECKING:
     from .client import Client
@@ -50,7 +50,7 @@ class Completed:
 class Process:
     """A process in a container: a task's init (exec_id "") or one that `task.exec` started."""
 
-    def __init__(self, client: Client, container_id: str, exec_id: str, pipes: Pipes | None) -> None:
+    def __init__(self, client: Client, container_id: str, exec_id: str, pipes: Pipes | Streaming | None) -> None:
         self.client = client
         self.container_id = container_id
         self.exec_id = exec_id
@@ -62,11 +62,20 @@ class Process:
 
     async def start(self) -> int:
         """Let it run; answers its pid."""
+        if self._pipes is not None:
+            self._pipes.begin()
         self.pid = await self.client.tasks.start(self.container_id, self.exec_id)
         self._started = True
+        if self._pipes is not None:
+            self._pipes.started()
         if self._stdin_ended:
             await self._close_stdin()
         return self.pid
+
+    @property
+    def started(self) -> bool:
+        """Whether it was told to run."""
+        return self._started
 
     async def wait(self) -> ExitStatus:
         """Wait for its end, also after the fact, through restarts of services and bus. NotFound once deleted."""
@@ -109,8 +118,25 @@ class Process:
             self.detach()
         return ExitStatus(exit.exit_status, exit.exited_at)
 
-    def attach(self) -> None:
-        """Start carrying stdio."""
+    async def attach(self, stdio: Stdio) -> None:
+        """Join the streams of a process that somebody started, from now on; several may, each at its own pace.
+
+        `stdin` is written to, and stays open when the caller's ends. NotFound: the process is gone.
+        FailedPrecondition: its streams are neither on the bus nor in a log.
+        """
+        self.detach()
+        joined = Streaming(self.client, self.container_id, self.exec_id, stdio, joining=True)
+        await joined.join()
+        self._pipes, self._started = joined, True
+
+    async def parted(self) -> None:
+        """Return when the detach keys were typed. Unavailable, or another error: the streams were lost."""
+        if self._pipes is None:
+            raise FailedPrecondition("nothing is attached")
+        await self._pipes.parted()
+
+    def carry(self) -> None:
+        """Prepare our side of the streams, before the process is made."""
         if self._pipes is not None:
             self._pipes.start(self._close_stdin_soon)
 
@@ -140,9 +166,9 @@ class Task(Process):
 
     async def exec(
         self, args: Sequence[str], *, stdio: Stdio | None = None, user: str = "", cwd: str = "",
-        env: Sequence[str] = (), privileged: bool = False,
+        env: Sequence[str] = (), privileged: bool = False, start: bool = True,
     ) -> Process:  # fmt: skip
-        """Add and start another process in the container; `wait` for it, then `delete` it.
+        """Add another process to the container and, unless told not to, start it; `wait` for it, then `delete` it.
 
         What is not given is the container's own. privileged: with every capability.
         """
@@ -151,12 +177,13 @@ class Task(Process):
             args, user=user, cwd=cwd, env=env, terminal=bool(stdio and stdio.terminal), privileged=privileged
         )
         exec_id = f"exec-{secrets.token_hex(6)}"
-        pipes = Pipes(stdio or Stdio.null(), self.client.address.state, f"{self.container_id[:40]}-{exec_id}")
+        pipes = carrier(self.client, self.container_id, exec_id, stdio or Stdio.null())
         added = Process(self.client, self.container_id, exec_id, pipes)
         try:
-            added.attach()
+            added.carry()
             await self.client.tasks.exec(self.container_id, exec_id, process, pipes.paths)
-            await added.start()
+            if start:
+                await added.start()
         except BaseException:
             added.detach()
             with contextlib.suppress(WherryError):
@@ -233,10 +260,10 @@ class NewTask:
         container, client = self._container, self._container.client
         await container.rejoin()
         mounts = self._mounts if self._mounts is not None else await container.mounts()
-        pipes = Pipes(self._stdio, Path(client.address.state), container.id[:60])
+        pipes = carrier(client, container.id, "", self._stdio)
         task = Task(client, container.id, "", pipes)
         try:
-            task.attach()
+            task.carry()
             task.pid = await client.tasks.create(container.id, mounts, pipes.paths, self._runtime)
         except BaseException:
             task.detach()

@@ -26,6 +26,8 @@ VERBS = {
     "ps": "List containers.",
     "inspect": "Tell everything of a container or an image.",
     "exec": "Run a command in a running container.",
+    "attach": "Join the streams of a running container.",
+    "logs": "Print what a container wrote in the background.",
     "kill": "Send a signal to a container.",
     "pause": "Freeze containers.",
     "unpause": "Thaw containers.",

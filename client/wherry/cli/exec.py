@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .common import NamespaceOption, with_client
+from .terminal import DETACH_KEYS
 
 if TYPE_CHECKING:
     from wherry import Client, Process
@@ -28,6 +27,7 @@ def command(
     env_file: Annotated[list[str], typer.Option(help="A file of NAME=VALUE lines.")] = [],  # noqa: B006
     user: Annotated[str, typer.Option("--user", "-u", help="name|uid[:group|gid].")] = "",
     workdir: Annotated[str, typer.Option("--workdir", "-w", help="Where it starts.")] = "",
+    detach_keys: Annotated[str, typer.Option(help="What lets go of a terminal.")] = DETACH_KEYS,
     privileged: Annotated[bool, typer.Option("--privileged", help="Every capability (for admins).")] = False,
 ) -> None:
     from .create import guarded
@@ -38,25 +38,29 @@ def command(
         from wherry import Stdio, flags
         from wherry.container import find
 
+        from .run import stdio_of
+
         task = await (await find(client, id)).task()
-        stdin = sys.stdin.fileno() if interactive and not detach else None
-        stdio = Stdio(stdin, sys.stdout.fileno(), None if tty else sys.stderr.fileno(), tty)
-        if detach:
-            stdio = Stdio(terminal=tty)
+        stdio = Stdio(terminal=tty) if detach else stdio_of(interactive, tty, detach_keys)
         process = await task.exec(
-            args, stdio=stdio, user=user, cwd=workdir, env=flags.environment(env_file, env), privileged=privileged
-        )
-        codes.append(0 if detach else await _foreground(process, terminal=tty and interactive))
+            args, stdio=stdio, user=user, cwd=workdir, env=flags.environment(env_file, env), privileged=privileged,
+            start=detach,
+        )  # fmt: skip
+        codes.append(0 if detach else await _foreground(process, raw=tty and interactive, terminal=tty))
 
     guarded(lambda: with_client(namespace, work), args)
     raise typer.Exit(codes[0])
 
 
-async def _foreground(process: Process, *, terminal: bool) -> int:
-    from .terminal import raw_terminal
+async def _foreground(process: Process, *, raw: bool, terminal: bool) -> int:
+    from .terminal import attended
 
+    code: int | None = 0
     try:
-        with raw_terminal(process) if terminal else contextlib.nullcontext():
-            return (await process.wait()).code
+        code = await attended(process, start=True, raw=raw, sized=terminal, signals=False)
+        return 0 if code is None else code
     finally:
-        await asyncio.shield(process.delete(force=True))
+        if code is None:
+            process.detach()  # it goes on
+        else:
+            await asyncio.shield(process.delete(force=True))

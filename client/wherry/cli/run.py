@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from .common import with_client
-from .create import ARGS, FLAGS, IMAGE, NAMESPACE, accepting, guarded, make, switch
+from .create import ARGS, FLAGS, IMAGE, NAMESPACE, NODE_FAILED, accepting, flag, guarded, make, switch
+from .terminal import DETACH_KEYS
 
 if TYPE_CHECKING:
     from wherry import Client, Container, Stdio, Task
@@ -22,6 +21,7 @@ OWN = [
     switch("--rm", "Remove the container when it has ended."),
     switch("--detach -d", "Print the id and leave it running."),
     switch("--interactive -i", "Carry stdin."),
+    flag("--detach-keys", "What lets go of a terminal.", DETACH_KEYS),
 ]
 
 
@@ -44,9 +44,10 @@ async def _run(client: Client, reference: str, args: list[str], given: dict[str,
         raise InvalidArgument("--rm with --detach: nobody would be there to remove the container")
     container = await make(client, reference, args, given)
     if not detach:
-        return await foreground(container, interactive=interactive, terminal=terminal, fresh=True, rm=rm)
+        keys = given.get("detach_keys", DETACH_KEYS)
+        return await foreground(container, interactive=interactive, terminal=terminal, fresh=True, rm=rm, keys=keys)
     try:
-        await background(container)
+        await background(container, stdin=interactive)
     except BaseException:
         await asyncio.shield(_leave(None, container, rm=True))
         raise
@@ -54,9 +55,16 @@ async def _run(client: Client, reference: str, args: list[str], given: dict[str,
     return 0
 
 
-async def background(container: Container) -> None:
-    """Make a container's task and start it; when it does not start, no task is left."""
-    task = await container.new_task(stdio=_stdio(False, terminal_of(container), detach=True))
+async def background(container: Container, *, stdin: bool | None = None) -> None:
+    """Make a container's task and start it, its output logged; when it does not start, no task is left.
+
+    stdin: whether it stays open for who attaches; unless said, it does for a terminal.
+    """
+    from wherry import Stdio
+
+    terminal = terminal_of(container)
+    stdio = Stdio.logged(stdin=terminal if stdin is None else stdin, terminal=terminal)
+    task = await container.new_task(stdio=stdio)
     try:
         await task.start()
     except BaseException:
@@ -66,20 +74,25 @@ async def background(container: Container) -> None:
 
 
 async def foreground(
-    container: Container, *, interactive: bool, terminal: bool, fresh: bool = False, rm: bool = False
-) -> int:
+    container: Container, *, interactive: bool, terminal: bool, fresh: bool = False, rm: bool = False,
+    keys: str = DETACH_KEYS,
+) -> int:  # fmt: skip
     """Make its task with our stdio and wait; answers the exit code. The task is removed at the end, and with `rm` the
-    container; with `fresh` also when it could not be started."""
+    container; with `fresh` also when it could not be started. At the detach keys everything is left as it is."""
+    from .terminal import attended
+
     task: Task | None = None
-    started = False
+    code: int | None = NODE_FAILED
     try:
-        task = await container.new_task(stdio=_stdio(interactive, terminal))
-        with _signals_to(task), _terminal_of(task, wanted=terminal and interactive):
-            await task.start()
-            started = True
-            return (await task.wait()).code
+        task = await container.new_task(stdio=stdio_of(interactive, terminal, keys))
+        code = await attended(task, start=True, raw=terminal and interactive, sized=terminal)
+        return 0 if code is None else code
     finally:
-        await asyncio.shield(_leave(task, container, rm=rm or (fresh and not started), force=rm or not started))
+        started = task is not None and task.started
+        if task is not None and code is None:
+            task.detach()
+        else:
+            await asyncio.shield(_leave(task, container, rm=rm or (fresh and not started), force=rm or not started))
 
 
 def terminal_of(container: Container) -> bool:
@@ -99,44 +112,13 @@ async def _leave(task: Task | None, container: Container, *, rm: bool, force: bo
             await container.delete(snapshot=True)
 
 
-def _stdio(interactive: bool, terminal: bool, *, detach: bool = False) -> Stdio:
+def stdio_of(interactive: bool, terminal: bool, keys: str = DETACH_KEYS) -> Stdio:
+    """Our own streams. A terminal's go over the bus, so that it can be left and joined again, and others can join."""
     from wherry import Stdio
 
-    if detach:
-        return Stdio(terminal=terminal)
-    stdin = sys.stdin.fileno() if interactive else None
-    return Stdio(stdin, sys.stdout.fileno(), None if terminal else sys.stderr.fileno(), terminal)
+    from .terminal import parse_keys
 
-
-def _terminal_of(task: Task, *, wanted: bool) -> contextlib.AbstractContextManager[None]:
-    from .terminal import raw_terminal
-
-    return raw_terminal(task) if wanted else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _signals_to(task: Task) -> Iterator[None]:
-    """The signals that this process gets go to the task; from the second interrupt on it is killed."""
-    loop = asyncio.get_running_loop()
-    passed_on: set[asyncio.Task[None]] = set()
-    got: list[int] = []
-
-    def pass_on(number: int) -> None:
-        got.append(number)
-        # The first process of a container gets only signals that it handles; whoever asks twice means it.
-        if got.count(signal.SIGINT) + got.count(signal.SIGTERM) > 1:
-            number = signal.SIGKILL
-        sending = loop.create_task(_kill(task, number))
-        passed_on.add(sending)
-        sending.add_done_callback(passed_on.discard)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        loop.add_signal_handler(number, pass_on, number)
-    yield
-
-
-async def _kill(task: Task, number: int) -> None:
-    from wherry_shared.errors import WherryError
-
-    with contextlib.suppress(WherryError):
-        await task.kill(number)
+    stdin, stdout = sys.stdin.fileno() if interactive else None, sys.stdout.fileno()
+    if not terminal:
+        return Stdio(stdin, stdout, sys.stderr.fileno())
+    return Stdio(stdin, stdout, None, terminal, remote=True, detach_keys=parse_keys(keys) if interactive else b"")

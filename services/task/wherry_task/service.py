@@ -53,6 +53,7 @@ class TaskService(Tasks):
         namespace, identity = context.namespace(), context.current().identity
         rights.check(identity, stdio, self._state, self._loggers)
         admission.check_checkpoint(identity, checkpoint)
+        self._supervisor.expect()
         container = await self._containers.get(container_id)
         if container.spec is None:
             raise InvalidArgument(f"container {container_id} has no runtime specification")

@@ -63,6 +63,10 @@ class Supervisor:
 
     # ---- life
 
+    def expect(self) -> None:
+        """A process is about to be asked for."""
+        self._launcher.quicken()
+
     async def create(
         self, namespace: str, container: str, spec: dict[str, Any], binary: str, creation: Creation,
         born: datetime | None = None,

@@ -29,7 +29,7 @@ ZYGOTE_SECONDS = 10.0
 # What a monitor knows by heart it answers at once, or it hangs.
 STATE_SECONDS = 2.0
 # cgroups.quicken: for how long after a creation or an exec, and how often. A grace period takes some 10 ms.
-QUICK_SECONDS, QUICK_PAUSE = 0.2, 0.008
+QUICK_SECONDS, QUICK_PAUSE = 0.05, 0.008
 
 
 class MonitorShim:
@@ -153,7 +153,6 @@ class OciLauncher:
         self._quickening: asyncio.Future[None] | None = None
 
     async def launch(self, bundle: Bundle, creation: Creation) -> tuple[MonitorShim, int]:
-        self.quicken()
         channel = await self._take_spare()
         try:
             made = await channel.ask("launch", patience=LONG_PATIENCE, **_about(bundle), **_creation(creation))

@@ -54,6 +54,8 @@ class Inlet:
             raise InvalidArgument(f"offset {offset} is negative")
         until = self._loop.time() + max(0.0, min(patience, PATIENCE_MAX))
         while True:
+            if self._record < 0:
+                raise FailedPrecondition("the process has ended")
             total = self._totals.get(writer, 0)
             rest = data[total - offset :] if offset <= total else b""
             if self.ended and rest:
@@ -90,6 +92,8 @@ class Inlet:
 
     def _note(self, under_way: list[Any] | None = None) -> None:
         """Into the page cache, which outlives this process, and that in one piece."""
+        if self._record < 0:
+            return
         known = {"totals": self._totals, "ended": self.ended, "under_way": under_way}
         os.pwrite(self._record, json.dumps(known).encode().ljust(_RECORD), 0)
 

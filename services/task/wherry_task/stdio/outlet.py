@@ -263,6 +263,11 @@ class Outlet:
             self.flow()
 
     @property
+    def idle(self) -> bool:
+        """Whether the process and its streams have ended, and nobody reads."""
+        return self.over and not self.readers and not self._waiting and all(s.ended for s in self._spools.values())
+
+    @property
     def waiting(self) -> int:
         """How many requests wait for something to read."""
         return len(self._waiting)

@@ -37,6 +37,7 @@ class Carried:
         self.inlet: Inlet | None = None
         self.journal: Journal | None = None
         self.directory: Path | None = None
+        self.outputs: list[str] = []
 
     def started(self) -> None:
         """The process begins to run."""
@@ -47,8 +48,18 @@ class Carried:
         """The process has ended."""
         if self.outlet is not None:
             self.outlet.ended()
+        if self.inlet is not None:
+            self.inlet.close()
         if self.journal is not None:
             self.journal.ended()
+
+    def rest(self) -> bool:
+        """Let go of what an ended process's output takes, as long as nobody reads it; it can be taken up again."""
+        if self.outlet is None or not self.outlet.idle:
+            return False
+        self.outlet.close()
+        self.outlet = None
+        return True
 
     def close(self) -> None:
         """Let go of everything; another service may find it again."""
@@ -114,9 +125,9 @@ class Streams:
         try:
             if wanted and directory.is_dir():
                 carried.directory = directory
-                outputs = [stream for stream in wanted if stream != "stdin"]
-                if outputs:
-                    carried.outlet = Outlet(directory, outputs, self._budget, opened=started)
+                carried.outputs = [stream for stream in wanted if stream != "stdin"]
+                if carried.outputs:
+                    carried.outlet = Outlet(directory, carried.outputs, self._budget, opened=started)
                     carried.outlet.flow()
                 if "stdin" in wanted:
                     carried.inlet = Inlet(directory)
@@ -126,7 +137,7 @@ class Streams:
         if path := _log_of(real):
             carried.journal = Journal(path, self._watching)
         self._carried[name] = carried
-        if self._pruning is None and carried.outlet is not None:
+        if carried.outlet is not None:
             self._prune_later()
         return carried
 
@@ -191,6 +202,10 @@ class Streams:
         carried = self._carried.get(name)
         if carried is None:
             raise NotFound(f"process {name[2] or 'init'} of container {name[1]} is gone")
+        if carried.outlet is None and carried.outputs and carried.directory is not None:
+            carried.outlet = Outlet(carried.directory, carried.outputs, self._budget, opened=True)
+            carried.outlet.ended()
+            self._prune_later()
         if carried.outlet is not None:
             return await carried.outlet.read(after, patience)
         if carried.journal is not None:
@@ -236,14 +251,17 @@ class Streams:
     # ---- time
 
     def _prune_later(self) -> None:
-        self._pruning = asyncio.get_running_loop().call_later(PRUNE_SECONDS, self._prune)
+        if self._pruning is None:
+            self._pruning = asyncio.get_running_loop().call_later(PRUNE_SECONDS, self._prune)
 
     def _prune(self) -> None:
         """Forget readers that are gone, and outputs that nobody reads any more."""
         self._pruning = None
-        alive = [carried.outlet for carried in self._carried.values() if carried.outlet is not None]
-        for outlet in alive:
-            outlet.prune()
+        alive = 0
+        for carried in self._carried.values():
+            if carried.outlet is not None:
+                carried.outlet.prune()
+                alive += not carried.rest()
         for name, outlets in list(self._gone.items()):
             for outlet in list(outlets):
                 outlet.prune()
