@@ -3,6 +3,8 @@ PYTHON := .venv/bin/python
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 ARGS :=
 ROWS :=
+# Most tests wait more than they compute: three workers for two cores. Some tests alone run in one process.
+PARALLEL := $(if $(ARGS),,-n 3 --dist loadfile)
 SECONDS := 30
 
 .PHONY: demo test fuzz check lint types imports shape format bench clean installed
@@ -12,7 +14,7 @@ demo:  ## build, serve, run and take down a redis container; leaves nothing behi
 	@$(SUDO) $(PYTHON) examples/demo.py
 
 test: installed  ## all tests; ARGS="tests/task -k exec" for some
-	@$(SUDO) $(PYTHON) -m pytest $(ARGS)
+	@$(SUDO) $(PYTHON) -m pytest $(PARALLEL) $(ARGS)
 
 fuzz: installed  ## every parser; SECONDS=300 for longer, ARGS="tar_reader filters" for some, ARGS=TARGET=FILE for one input
 	@$(SUDO) env PYTHONPATH=tests $(PYTHON) -m fuzz --seconds $(SECONDS) $(ARGS)

@@ -20,6 +20,7 @@ from wherry_shared.bus.connection import Connection
 from wherry_shared.bus.serve import Server
 from wherry_shared.bus.shortcut import Shortcut
 from wherry_shared.bus.transport import Callback, EventLog, LogState, Message, Stored, Subscription, Transport
+from wherry_shared.errors import Unavailable
 
 NODE = "n1"
 EVENTS = "events"
@@ -96,6 +97,12 @@ class HouseBus(Bus):
             self._places[service] = await self.server.connect(service, direct=self._state)
         return self._places[service]
 
+    def known(self, service: str) -> Bus:
+        """The same, where it is there already. Unavailable otherwise."""
+        if service not in self._places:
+            raise Unavailable(f"{service} is not on the bus yet")
+        return self._places[service]
+
     async def serve(self, implementation: Any, **options: Any) -> Server:
         return await (await self.of(implementation.owner)).serve(implementation, **options)
 
@@ -137,7 +144,10 @@ class _Everybody:
         return made
 
     def publish(self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
-        self._admin.publish(subject, data, reply=reply, headers=headers)
+        transport = self._admin
+        if subject.startswith(f"{subjects.EV}."):
+            transport = self._bus.known(OWNERS.get(subject.split(".")[5], EVENTS)).transport
+        transport.publish(subject, data, reply=reply, headers=headers)
 
     async def request(
         self, subject: str, data: bytes, *, headers: Mapping[str, str] | None = None, timeout: float

@@ -24,12 +24,16 @@ SERVICES = (
 
 
 class Node:
-    """`with Node(tmp_path) as node:`; `node.run("ps")` runs the command line against it."""
+    """`with Node(tmp_path) as node:`; `node.run("ps")` runs the command line against it.
 
-    def __init__(self, base: Path, *arguments: str) -> None:
+    settings: of services, as environment variables (`WHERRY_CONTENT_IDLE`).
+    """
+
+    def __init__(self, base: Path, *arguments: str, **settings: str) -> None:
         self.root = base / "root"
         self.state = base / "state"
         self._arguments = arguments
+        self._settings = settings
         self._process: subprocess.Popen[str] | None = None
         self.said: list[str] = []
 
@@ -39,7 +43,7 @@ class Node:
         command = [WHERRY, "up", "--root", str(self.root), "--state", str(self.state), *self._arguments]
         self._process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-            env=clean_environment(), process_group=0,
+            env={**clean_environment(), **self._settings}, process_group=0,
         )  # fmt: skip
         ready = threading.Event()
         threading.Thread(target=self._listen, args=(self._process, ready), daemon=True).start()

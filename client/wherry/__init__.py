@@ -6,10 +6,10 @@ specification, carrying stdio. Names are loaded when they are first used, so tha
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from wherry_shared.errors import (
         Aborted,
         AlreadyExists,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .stdio import Stdio
     from .task import Completed, ExitStatus, Process, Task
     from .usage import State, Usage
+    from .watch import Gap, Listed, Watch
 
 _HOME = {
     ".client": ("Client", "connect"),
@@ -44,6 +45,7 @@ _HOME = {
     ".stdio": ("Stdio",),
     ".task": ("Completed", "ExitStatus", "Process", "Task"),
     ".usage": ("State", "Usage"),
+    ".watch": ("Gap", "Listed", "Watch"),
     "wherry_shared.values": ("Descriptor", "Mount", "Platform"),
     "wherry_shared.errors": (
         "Aborted", "AlreadyExists", "DataLoss", "DeadlineExceeded", "FailedPrecondition", "InvalidArgument",
@@ -64,8 +66,10 @@ __all__ = [
     "Descriptor",
     "ExitStatus",
     "FailedPrecondition",
+    "Gap",
     "Image",
     "InvalidArgument",
+    "Listed",
     "Mount",
     "NotFound",
     "PermissionDenied",
@@ -81,6 +85,7 @@ __all__ = [
     "Unimplemented",
     "Unknown",
     "Usage",
+    "Watch",
     "WherryError",
     "connect",
 ]
@@ -89,4 +94,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'wherry' has no attribute {name!r}")
+    import importlib
+
     return getattr(importlib.import_module(_WHERE[name], __name__), name)

@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import AsyncIterator, Collection, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from wherry_shared import context
 from wherry_shared.api.container import Containers
@@ -27,7 +27,14 @@ from wherry_shared.api.task import Tasks
 from wherry_shared.bus import Bus
 from wherry_shared.bus import connect as connect_bus
 from wherry_shared.bus.credentials import ADMIN, load
-from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, WherryError
+from wherry_shared.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+    WherryError,
+)
 from wherry_shared.runtime import NODE_FILE
 from wherry_shared.values import Descriptor, Platform, check_identifier, now
 
@@ -39,11 +46,16 @@ from .progress import OnProgress, silent
 if TYPE_CHECKING:
     from .archive.ends import Source, Target
     from .registry import CredentialSource
+    from .watch import Listed, Watch
+
+T = TypeVar("T")
 
 DEFAULT_STATE = "/run/wherry"
 DEFAULT_NAMESPACE = "default"
 DEFAULTS = "containerd.io/defaults/"
 LEASE_HOURS = 24
+# Which reference a lease is a pull of.
+PULL_LABEL = "wherry/pull"
 
 
 @dataclass(frozen=True)
@@ -126,11 +138,13 @@ class Client:
         platform: one or several, this host's unless given; the other options are those of `wherry.pull.Options`.
         insecure: hosts (`host:port`) that may be spoken to in plain http; loopback may always. hosts_dir: where
         mirrors and per-host settings are configured (`WHERRY_CONFIG`). credentials: instead of docker's files.
-        What an interrupted pull has fetched is used by the next, and what is here is not fetched.
+        What is here is not fetched. What an interrupted pull has fetched stays under its lease, for LEASE_HOURS, and
+        the next one goes on where it stopped.
         NotFound: no such image or platform. DataLoss: the registry sent something else than it announced.
         """
         # The services have their first requests to do while the registry client is loaded and asks for the name.
-        ground = asyncio.create_task(self._break_ground(snapshotter, unpack=unpack))
+        ground = asyncio.create_task(self._break_ground(snapshotter, unpack=unpack, labels={PULL_LABEL: reference}))
+        begun = interrupted = False
         try:
             await asyncio.sleep(0)
             from .pull import Options, Pull
@@ -146,10 +160,15 @@ class Client:
                 pull = Pull(self, Reference.parse(reference), registry, options, on_progress)
                 target, data = await pull.resolve()
                 lease, chosen = await ground
+                begun = True
                 with context.use(lease=lease.id):
                     return await pull.run(target, data, chosen)
+        except (asyncio.CancelledError, Unavailable, DeadlineExceeded):
+            interrupted = begun
+            raise
         finally:
-            await self._leave_ground(ground)
+            if not interrupted:
+                await self._leave_ground(ground)
 
     async def push(
         self,
@@ -157,6 +176,8 @@ class Client:
         target: str = "",
         *,
         platform: Platform | Sequence[Platform] | None = None,
+        foreign_layers: bool = False,
+        referrers: bool = False,
         insecure: Collection[str] = (),
         hosts_dir: str = "",
         credentials: CredentialSource | None = None,
@@ -166,25 +187,27 @@ class Client:
 
         platform: only these, where the image is of several; else all, which have to be here. What the registry has
         is not sent, what a neighbouring repository of the same registry has is mounted, what broke off is resumed.
+        The other options are those of `wherry.push.Options`.
         insecure, hosts_dir, credentials: as for `pull`.
         NotFound: no such image, or it is incomplete. Unauthenticated, PermissionDenied: the registry refuses.
         """
-        from .push import Push
+        from .push import Options, Push
         from .registry import Reference, Registry
 
         wanted = () if platform is None else (platform,) if isinstance(platform, Platform) else tuple(platform)
         image = await self.image(name)
-        push = Push(self, image, Reference.parse(target or image.name), on_progress)
+        options = Options(wanted, foreign_layers, referrers)
+        push = Push(self, image, Reference.parse(target or image.name), options, on_progress)
         async with Registry(insecure=insecure, hosts_dir=hosts_dir, credentials=credentials) as registry:
-            return await push.run(registry, wanted)
+            return await push.run(registry)
 
-    async def _break_ground(self, snapshotter: str, *, unpack: bool) -> tuple[Lease, str]:
+    async def _break_ground(self, snapshotter: str, *, unpack: bool, labels: dict[str, str]) -> tuple[Lease, str]:
         """A lease in a namespace that is known, and the snapshotter that is meant."""
         await self.ensure_namespace()
         if snapshotter or not unpack:
-            return await self._new_lease(LEASE_HOURS), snapshotter
+            return await self._new_lease(LEASE_HOURS, labels), snapshotter
         lease, chosen = await asyncio.gather(
-            self._new_lease(LEASE_HOURS), self.default_snapshotter(), return_exceptions=True
+            self._new_lease(LEASE_HOURS, labels), self.default_snapshotter(), return_exceptions=True
         )
         if isinstance(chosen, BaseException):
             if not isinstance(lease, BaseException):
@@ -251,6 +274,7 @@ class Client:
         platforms: Sequence[Platform] = (),
         all_platforms: bool = False,
         docker: bool = True,
+        foreign_layers: bool = False,
         on_progress: OnProgress = silent,
     ) -> None:
         """Write images as one archive: an OCI image layout that `docker load` reads, too.
@@ -262,7 +286,7 @@ class Client:
         from .archive.exporting import Choice, export_images
 
         found = [await self.image(image) if isinstance(image, str) else image for image in images]
-        choice = Choice(tuple(platforms), all_platforms, docker)
+        choice = Choice(tuple(platforms), all_platforms, docker, foreign_layers)
         await export_images(self, found, target, choice, on_progress)
 
     async def convert(
@@ -313,9 +337,9 @@ class Client:
         finally:
             await self._end_lease(lease)
 
-    async def _new_lease(self, hours: float) -> Lease:
+    async def _new_lease(self, hours: float, labels: Mapping[str, str] | None = None) -> Lease:
         expire = (now() + timedelta(hours=hours)).isoformat(timespec="seconds")
-        return await self.leases.create(labels={EXPIRE_LABEL: expire})
+        return await self.leases.create(labels={**(labels or {}), EXPIRE_LABEL: expire})
 
     async def _end_lease(self, lease: Lease) -> None:
         with context.use(lease="", timeout=5.0):
@@ -351,24 +375,38 @@ class Client:
         namespace = await self.namespaces.get(self.namespace)
         return {k.removeprefix(DEFAULTS): v for k, v in namespace.labels.items() if k.startswith(DEFAULTS)}
 
-    async def watch(
+    def watch(
         self,
         *,
         since: datetime | None = None,
+        until: datetime | None = None,
+        token: str = "",
         filters: list[str] | None = None,
         all_namespaces: bool = False,
         follow: bool = True,
-    ) -> AsyncIterator[Envelope]:
-        """Events as they happen; with `since` first those of the past, without a hole between the two.
+    ) -> Watch:
+        """Events as they happen; with `since` or a `token` first those of the past, without a hole between the two.
 
-        follow: False ends it where the present begins.
+        token: a Watch's own, of any time. until: no event that the stream gets later. follow: False ends it where the
+        present begins; without a beginning it begins with the first event that is kept then.
         """
-        from .watch import watch
+        from .watch import Watch
 
-        async for envelope in watch(
-            self, since=since, filters=filters or [], all_namespaces=all_namespaces, follow=follow
-        ):
-            yield envelope
+        return Watch(
+            self, since=since, until=until, token=token, filters=filters, all_namespaces=all_namespaces, follow=follow
+        )
+
+    def list_and_watch(
+        self,
+        state: Callable[[], Awaitable[T]],
+        *,
+        filters: list[str] | None = None,
+        all_namespaces: bool = False,
+    ) -> AsyncIterator[Listed[T] | Envelope]:
+        """What `state` answers, as a Listed, then every event since; a new Listed wherever events were missing."""
+        from .watch import list_and_watch
+
+        return list_and_watch(self, state, filters=filters, all_namespaces=all_namespaces)
 
 
 class _Connecting:

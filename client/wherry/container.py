@@ -18,7 +18,6 @@ from wherry_shared.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    Unimplemented,
     WherryError,
 )
 from wherry_shared.values import LABEL_MAX, Mount, check_identifier
@@ -314,9 +313,6 @@ class NewContainer:
         chain = chain_ids(resolved.config.diff_ids)
         top, snapshotter = chain[-1] if chain else "", self._snapshotter
         labels = _map_labels(self._options)
-        if labels:
-            # The snapshotter can, the task service cannot yet: it would have to mount by these maps.
-            raise Unimplemented("a user namespace needs a root with mapped ids, which the task service does not mount")
         try:
             return await self._client.snapshots.prepare(snapshotter, self._snapshot, top, labels)
         except NotFound:

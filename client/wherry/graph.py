@@ -62,7 +62,8 @@ class Graph:
     """An image: its parts by digest, each document before what it names.
 
     `children` holds of an index what was selected, in the index's order. `missing` is what is not in content, and
-    what lies below a missing document nobody knows.
+    what lies below a missing document nobody knows. A foreign layer that is not in content is no part, nor missing:
+    its place is elsewhere.
     """
 
     target: Descriptor
@@ -84,6 +85,10 @@ class Graph:
         absent = {part.descriptor.digest for part in self.missing}
         wanted = [p for d, p in self.parts.items() if d not in absent and (not kinds or p.kind in kinds)]
         return sum(part.descriptor.size for part in wanted)
+
+    def leave_out_foreign(self) -> None:
+        """Take out the layers that are not handed on (OCI image specification, "Non-Distributable Layers")."""
+        self.parts = {d: part for d, part in self.parts.items() if not documents.is_foreign(part.descriptor.media_type)}
 
     def require(self, what: str) -> Graph:
         """Itself when nothing is missing; NotFound that names what is otherwise."""
@@ -159,7 +164,8 @@ class Survey:
             await self._visit(graph, child, select, depth + 1)
 
     def _manifest(self, graph: Graph, descriptor: Descriptor, raw: bytes) -> None:
-        manifest = documents.parse_manifest(raw, descriptor.media_type, f"manifest {descriptor.digest}")
+        what = f"manifest {descriptor.digest}"
+        manifest = documents.parse_manifest(raw, descriptor.media_type, what, foreign=True)
         graph.manifests[descriptor.digest] = manifest
         self._add(graph, manifest.config, "config")
         for layer in manifest.layers:
@@ -192,7 +198,13 @@ class Survey:
         asked = [part for digest, part in graph.parts.items() if digest not in graph.raw]
         asked = [part for part in asked if part not in graph.missing]
         found = await each(self._is_present, [part.descriptor for part in asked])
-        graph.missing += [part for part, present in zip(asked, found, strict=True) if not present]
+        for part, present in zip(asked, found, strict=True):
+            if present:
+                continue
+            if documents.is_foreign(part.descriptor.media_type):
+                del graph.parts[part.descriptor.digest]
+            else:
+                graph.missing.append(part)
 
     async def _is_present(self, descriptor: Descriptor) -> bool:
         if descriptor.digest not in self._present:

@@ -63,7 +63,7 @@ class Image:
         for _ in range(NESTING_MAX):
             data = await read_document(self.client, descriptor)
             if descriptor.media_type not in documents.INDEX_TYPES:
-                manifest = documents.parse_manifest(data, descriptor.media_type)
+                manifest = documents.parse_manifest(data, descriptor.media_type, foreign=True)
                 config = documents.parse_config(await read_document(self.client, manifest.config))
                 return Resolved(descriptor, manifest, config)
             descriptor = platforms.pick(documents.parse_index(data, descriptor.media_type).manifests, platform)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from wherry_shared.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+from wherry_shared.errors import DeadlineExceeded, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
 
 if TYPE_CHECKING:
     from .client import Client
@@ -60,6 +60,10 @@ async def logs(
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
             continue
+        except (NotFound, FailedPrecondition):
+            if not after:
+                raise
+            return  # it was removed, and its log with it
         pause = 0.05
         if window.gap:
             yield LogLine(stamp, "", b"[lines lost]")

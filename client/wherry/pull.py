@@ -37,6 +37,8 @@ SMALL_PARALLEL = 16
 """Blobs of one message that are."""
 NODES_MAX = 1000
 """Manifests and indexes of one pull, referrers included."""
+PATIENCE = 90.0
+"""Seconds that a blob is waited for which another pull holds: the service lets go of a killed one's after 60."""
 # A callback for every so many bytes is enough for a progress bar.
 PROGRESS_BYTES = 1 << 20
 
@@ -238,7 +240,7 @@ class Pull:
         for _ in range(2):
             try:
                 async with BlobWriter(
-                    self._content, f"{kind}-{digest}", total=descriptor.size, expected=digest
+                    self._content, f"{kind}-{digest}", total=descriptor.size, expected=digest, patience=PATIENCE
                 ) as writer:
                     resumed = writer.offset > 0
                     await self._copy(descriptor, kind, writer)

@@ -6,8 +6,8 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from wherry_shared.api.content import Info
 from wherry_shared.errors import InvalidArgument, NotFound
@@ -15,7 +15,7 @@ from wherry_shared.streams import read_blob
 from wherry_shared.values import Descriptor, Platform
 
 from .graph import Graph, Part, Survey, every, only
-from .image import Image
+from .image import Image, read_document
 from .progress import OnProgress, Progress, Step
 from .registry import Registry, documents, labels
 from .registry.reference import Reference
@@ -40,20 +40,36 @@ class _Plan:
     raw: dict[str, bytes] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What of an image is pushed.
+
+    platforms: only theirs; else all. foreign_layers: those that are here, too, although they are not to be handed on.
+    referrers: what refers to it (signatures, SBOMs) as a pull has brought it, too.
+    """
+
+    platforms: tuple[Platform, ...] = ()
+    foreign_layers: bool = False
+    referrers: bool = False
+
+
 class Push:
     """One push of one image to one name."""
 
-    def __init__(self, client: Client, image: Image, target: Reference, on_progress: OnProgress) -> None:
+    def __init__(
+        self, client: Client, image: Image, target: Reference, options: Options, on_progress: OnProgress
+    ) -> None:
         if target.digest and target.digest != image.target.digest:
             raise InvalidArgument(f"{target} names another digest than {image.name}, which is {image.target.digest}")
         self._client = client
         self._image = image
         self._target = target
+        self._options = options
         self._report = on_progress
         self._label = labels.source_label(target.registry)
         self._infos: dict[str, Info] = {}
 
-    async def run(self, registry: Registry, platforms: Sequence[Platform] = ()) -> Descriptor:
+    async def run(self, registry: Registry) -> Descriptor:
         """Send it; answers what the name means at the registry now.
 
         NotFound names what of it is missing here. With platforms only theirs: one platform's manifest under the
@@ -61,22 +77,65 @@ class Push:
         """
         name = str(self._target)
         self._report(Progress(name, "resolving"))
-        graph = await self._graph(platforms)
+        graph = await self._graph(self._options.platforms)
         plan = _Plan(raw=dict(graph.raw))
         root = _plan(graph, graph.target, plan)
         if self._target.digest and root.digest != self._target.digest:
             raise InvalidArgument(f"{self._target} names a digest, and a part of the image has another one")
         upload = await registry.upload(self._target)
+        await self._send(upload, graph, plan, root)
+        await upload.manifest(root, plan.raw[root.digest], self._target.tag)
+        if self._options.referrers:
+            subjects = [digest for digest in (*plan.manifests, *plan.indexes) if digest in graph.raw]
+            await each(lambda digest: self._refer(registry, upload, digest), subjects, PARALLEL)
+        await self._note([digest for digest in graph.parts if digest in self._infos or digest in graph.raw])
+        self._report(Progress(name, "done", "image"))
+        return root
+
+    async def _send(self, upload: Upload, graph: Graph, plan: _Plan, root: Descriptor) -> None:
+        """All that is below the root."""
         await self._blobs(upload, [part for part in graph.parts.values() if part.descriptor.digest not in graph.raw])
         manifests = [d for d in plan.manifests.values() if d.digest != root.digest]
         await each(lambda d: upload.manifest(d, plan.raw[d.digest]), manifests, PARALLEL)
         for index in plan.indexes.values():
             if index.digest != root.digest:
                 await upload.manifest(index, plan.raw[index.digest])
-        await upload.manifest(root, plan.raw[root.digest], self._target.tag)
-        await self._note([digest for digest in graph.parts if digest in self._infos or digest in graph.raw])
-        self._report(Progress(name, "done", "image"))
-        return root
+
+    # ---- what refers to it
+
+    async def _refer(self, registry: Registry, upload: Upload, subject: str) -> None:
+        """Send what refers to a document, and list it under its tag where the registry keeps no list by itself.
+
+        (OCI distribution specification, "Pushing Manifests with Subject".)
+        """
+        known = (await self._client.content.info(subject)).labels
+        found = {digest: await self._document(digest) for digest in labels.referring(known)}
+        if not found:
+            return
+        for descriptor, raw in found.values():
+            graph = (await Survey(self._client).graph(descriptor)).require(f"what refers to {subject}")
+            plan = _Plan(raw=dict(graph.raw))
+            await self._send(upload, graph, plan, _plan(graph, descriptor, plan))
+            await upload.manifest(descriptor, raw)
+        listed = {d.digest for d in await registry.referrers(self._target, subject)}
+        unlisted = [documents.describe_referrer(d, raw) for d, raw in found.values() if d.digest not in listed]
+        if unlisted:
+            await self._list(registry, upload, subject.replace(":", "-"), unlisted)
+
+    async def _document(self, digest: str) -> tuple[Descriptor, bytes]:
+        raw = await read_document(self._client, Descriptor(media_type="", digest=digest, size=0))
+        return Descriptor(media_type=documents.document_type(raw), digest=digest, size=len(raw)), raw
+
+    async def _list(self, registry: Registry, upload: Upload, tag: str, added: list[dict[str, Any]]) -> None:
+        try:
+            _, raw = await registry.resolve(replace(self._target, tag=tag, digest=""))
+            document = documents.parse_object(raw, f"what refers to {tag}")
+        except NotFound:
+            document = {"schemaVersion": 2, "mediaType": documents.OCI_INDEX}
+        document["manifests"] = [*(document.get("manifests") or []), *added]
+        data = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+        digest = "sha256:" + hashlib.sha256(data).hexdigest()
+        await upload.manifest(Descriptor(media_type=documents.OCI_INDEX, digest=digest, size=len(data)), data, tag)
 
     # ---- what
 
@@ -84,6 +143,8 @@ class Push:
         try:
             select = only(wanted) if wanted else every
             graph = await Survey(self._client).graph(self._image.target, select)
+            if not self._options.foreign_layers:
+                graph.leave_out_foreign()
             return graph.require(f"image {self._image.name}")
         except NotFound as e:
             hint = "" if wanted else "; pull it for all platforms, or push it for those that are here"
@@ -93,7 +154,7 @@ class Push:
 
     async def _blobs(self, upload: Upload, parts: list[Part]) -> None:
         infos = await each(lambda part: self._client.content.info(part.descriptor.digest), parts)
-        self._infos = {info.digest: info for info in infos}
+        self._infos |= {info.digest: info for info in infos}
         slots = asyncio.Semaphore(PARALLEL)
 
         async def one(part: Part) -> None:

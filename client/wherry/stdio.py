@@ -82,14 +82,14 @@ class Collected:
 class Pipes:
     """The FIFOs of one process, and the pumps between them and a Stdio."""
 
-    def __init__(self, stdio: Stdio, state: Path, name: str) -> None:
+    def __init__(self, stdio: Stdio, state: Path, namespace: str, name: str) -> None:
         self._stdio = stdio
         self._directory: Path | None = None
         self._readers: list[_Reader] = []
         self._writer: _Writer | None = None
         self.paths = Paths(terminal=stdio.terminal)
         if stdio.stdin is not None or stdio.stdout is not None or stdio.stderr is not None:
-            self._make(state, name)
+            self._make(state, f"{namespace}:{name}")
 
     def _make(self, state: Path, name: str) -> None:
         base = state / "fifo"

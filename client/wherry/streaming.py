@@ -49,7 +49,7 @@ def carrier(client: Client, container_id: str, exec_id: str, stdio: Stdio) -> Pi
     if stdio.log is not None or stdio.detach_keys or remote or (remote is None and not is_here(client)):
         return Streaming(client, container_id, exec_id, stdio)
     name = f"{container_id[:40]}-{exec_id}" if exec_id else container_id[:60]
-    return Pipes(stdio, client.address.state, name)
+    return Pipes(stdio, client.address.state, client.namespace, name)
 
 
 class Streaming:

@@ -219,8 +219,11 @@ class Task(Process):
         return await self.wait()
 
     async def stats(self) -> Stats | None:
-        """What it has used until now; None when it has ended."""
-        return next(iter((await self.client.tasks.stats([self.container_id])).items), None)
+        """What it has used until now; None when it has ended. Unavailable when it cannot be asked."""
+        found = next(iter((await self.client.tasks.stats([self.container_id])).items), None)
+        if found is not None and found.error:
+            raise Unavailable(f"stats of {self.container_id}: {found.error}")
+        return found
 
     async def update(self, resources: Mapping[str, Any]) -> None:
         """Change its limits (an OCI LinuxResources) while it lives; `Container.update` also remembers them."""

@@ -1,95 +1,232 @@
-"""Events from the past into the present, without a hole: subscribe first, then replay, then go on live.
+"""Events in the order of the node's stream, from any place in it into the present, and on after hours away.
 
-What a lost bus or a slow reader made us miss is replayed from the last event that was read, and goes on.
+They are read from the stream; what happens live only says when to read on. So a slow reader, a bus that was away and
+a process that was gone are all the same: the token says where to go on, and what cannot follow it is told as a Gap.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import AsyncIterator
-from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
-from wherry_shared.api.events import Envelope, Events
-from wherry_shared.bus.events import field_of
-from wherry_shared.errors import InvalidArgument, ResourceExhausted, Unavailable
+from wherry_shared.api.events import Envelope, Events, Replay
+from wherry_shared.bus import events
+from wherry_shared.bus.transport import Message, Subscription
+from wherry_shared.errors import DeadlineExceeded, InvalidArgument, OutOfRange, ResourceExhausted, Unavailable
 from wherry_shared.filters import compile_filters
 from wherry_shared.values import now
 
 if TYPE_CHECKING:
     from .client import Client
 
-# Events of several services reach the stream in another order than they are stamped; this far apart at the most.
-OVERLAP = timedelta(seconds=10)
-REMEMBERED = 65536
-PAUSE = 0.2
+T = TypeVar("T")
+
+PAUSE: Final = 0.2
+WINDOW: Final = 500
+# Between two looks for an event that was heard of and is not in the stream yet: it is synced to the disk first.
+LOOK_FIRST, LOOK_LAST = 0.001, 0.25
+_HEARD_MAX: Final = 8192
+_AWAY = (Unavailable, DeadlineExceeded)
 
 
-async def watch(
-    client: Client, *, since: datetime | None, filters: list[str], all_namespaces: bool, follow: bool
-) -> AsyncIterator[Envelope]:
-    """Events of the client's namespace, or of all; each once."""
-    watched = _Watch(client, filters, all_namespaces)
-    start, replaying = since or now(), since is not None
-    while True:
-        try:
-            async for envelope in watched.round(start if replaying else None, follow=follow):
-                start = max(start, envelope.timestamp - OVERLAP)
-                yield envelope
-        except (Unavailable, ResourceExhausted):
-            if not follow:
-                raise
-            replaying = True
-            await asyncio.sleep(PAUSE)
-        else:
-            return
+class Gap(OutOfRange):
+    """Events are missing here, and nobody can tell which: read the state again. Reading on goes on behind them."""
 
 
-class _Watch:
-    """What has been told already, and what is wanted."""
+@dataclass(frozen=True, slots=True)
+class Listed(Generic[T]):
+    """The whole state, as of now: what was told before is out of date."""
 
-    def __init__(self, client: Client, filters: list[str], all_namespaces: bool) -> None:
+    state: T
+
+
+class Watch:
+    """Events of the client's namespace or of all, on the client's node: `async for envelope in watch`. Each once.
+
+    Gap is raised where events are missing, and the watch may be read on. `token` continues after the last event read.
+    Close it, or enter it with `async with`: it listens until then, or until the client is closed.
+    """
+
+    def __init__(
+        self, client: Client, *, since: datetime | None = None, until: datetime | None = None, token: str = "",
+        filters: list[str] | None = None, all_namespaces: bool = False, follow: bool = True,
+    ) -> None:  # fmt: skip
+        """See Client.watch."""
+        self.token = token
         self._client = client
-        self._filters = filters
-        self._matches = compile_filters(filters)
-        self._namespace = "*" if all_namespaces else client.namespace
+        self._since, self._until, self._follow = since, until, follow
+        self._filters = filters or []
+        self._matches = compile_filters(self._filters)
         self._source = client.bus.proxy(Events) if all_namespaces else client.events
-        self._told: OrderedDict[str, None] = OrderedDict()
+        self._ear = _Ear(client, "*" if all_namespaces else client.namespace)
+        self._ready: deque[tuple[Envelope, str]] = deque()
+        self._place = token  # where the next window begins; "" for `since`, or for the first that is kept
+        self._begins_now = follow and not token and since is None
+        self._caught_up = self._ended = False
 
-    async def round(self, since: datetime | None, *, follow: bool) -> AsyncIterator[Envelope]:
-        """The past since a time, and then the present for as long as it comes without a gap."""
-        async with await self._client.bus.subscribe(namespace=self._namespace) as live:
-            if since is not None:
-                async for envelope in self._past(since):
-                    yield envelope
-            if not follow:
+    def __aiter__(self) -> AsyncIterator[Envelope]:
+        return self
+
+    async def __anext__(self) -> Envelope:
+        try:
+            while not self._ready:
+                if self._ended:
+                    raise StopAsyncIteration
+                await self._fill()
+        except (StopAsyncIteration, InvalidArgument):
+            await self.aclose()
+            raise
+        envelope, self.token = self._ready.popleft()
+        return envelope
+
+    async def aclose(self) -> None:
+        """Watch no more; `token` stays."""
+        self._ended = True
+        self._ready.clear()
+        await self._ear.close()
+
+    async def __aenter__(self) -> Watch:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    async def _fill(self) -> None:
+        """Read on, or wait until there is something to read."""
+        try:
+            if self._follow:
+                await self._ear.open()
+            if self._caught_up and not await self._ear.hear(self._until):
+                self._ended = True  # its time is over
                 return
-            async for envelope in live:
-                if self._first(envelope) and self._wanted(envelope):
-                    yield envelope
+            over = self._until is not None and now() >= self._until
+            self._take(await self._read(), over)
+        except _AWAY:
+            if not self._follow:
+                raise
+            self._caught_up = False
+            await asyncio.sleep(PAUSE)
 
-    async def _past(self, since: datetime) -> AsyncIterator[Envelope]:
-        token, more = "", True
-        while more:
-            window = await self._source.replay(
-                since=None if token else since, token=token, filters=self._filters
+    async def _read(self) -> Replay:
+        """The next window. Gap when the place is lost, or what follows it."""
+        if self._begins_now:
+            self._place = self.token = (await self._source.stream()).token
+            self._begins_now = False
+        try:
+            return await self._source.replay(
+                since=None if self._place else self._since, token=self._place, limit=WINDOW, until=self._until,
+                filters=[] if self._caught_up else self._filters,
             )  # fmt: skip
-            for envelope in window.events:
-                if self._first(envelope):
-                    yield envelope
-            token, more = window.token, window.more
+        except OutOfRange as error:
+            self._place, self._caught_up = "", False
+            raise Gap(error.message) from None
+
+    def _take(self, window: Replay, over: bool) -> None:
+        for envelope, token in zip(window.events, window.tokens, strict=True):
+            # Live ones come unfiltered, so that all that was heard of is seen to arrive.
+            if self._ear.first(envelope.id) and (not self._caught_up or self._wanted(envelope)):
+                self._ready.append((envelope, token))
+        self._place = window.token
+        if not self._ready:
+            self.token = window.token
+        if not window.more:
+            self._caught_up = True
+            self._ended = over or not self._follow
+        if window.gap is not None:
+            lost = window.gap.last - window.gap.first + 1
+            raise Gap(f"the stream has lost {lost} events (numbers {window.gap.first} to {window.gap.last})")
 
     def _wanted(self, envelope: Envelope) -> bool:
         try:
-            return self._matches(field_of(envelope))
+            return self._matches(events.field_of(envelope))
         except ResourceExhausted as e:  # of the pattern, not of the reader
             raise InvalidArgument(str(e)) from None
 
-    def _first(self, envelope: Envelope) -> bool:
-        if envelope.id in self._told:
+
+class _Ear:
+    """Hears live of what the stream is going to have."""
+
+    def __init__(self, client: Client, namespace: str) -> None:
+        self._transport = client.bus.transport
+        self._pattern = events.pattern(client.bus.node, namespace, "")
+        self._subscription: Subscription | None = None
+        self._heard: OrderedDict[str, float] = OrderedDict()  # since when (the loop's time) it is looked for
+        self._recent: OrderedDict[str, None] = OrderedDict()
+        self._more = asyncio.Event()
+        self._now = asyncio.get_running_loop().time
+        self._pause = 0.0
+
+    async def open(self) -> None:
+        if self._subscription is None:
+            self._subscription = await self._transport.subscribe(self._pattern, self._on_message)
+            self._transport.on_state.append(self._on_state)
+
+    async def close(self) -> None:
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            self._transport.on_state.remove(self._on_state)
+            await subscription.unsubscribe()
+
+    def _on_message(self, message: Message) -> None:
+        event_id = events.id_of(message)
+        if event_id and event_id not in self._recent:
+            self._heard[event_id] = self._now()
+            if len(self._heard) > _HEARD_MAX:
+                self._heard.popitem(last=False)
+            self._pause = 0.0
+            self._more.set()
+
+    def _on_state(self, connected: bool) -> None:
+        self._more.set()
+
+    def first(self, event_id: str) -> bool:
+        """The stream has it; whether it was not seen before, in a stream that was read again after a gap."""
+        self._heard.pop(event_id, None)
+        if event_id in self._recent:
             return False
-        self._told[envelope.id] = None
-        if len(self._told) > REMEMBERED:
-            self._told.popitem(last=False)
+        self._recent[event_id] = None
+        if len(self._recent) > _HEARD_MAX:
+            self._recent.popitem(last=False)
         return True
+
+    async def hear(self, until: datetime | None) -> bool:
+        """Return True when it is time to look at the stream again, False when `until` has come."""
+        left = None if until is None else max(0.0, (until - now()).total_seconds())
+        while self._heard and next(iter(self._heard.values())) < self._now() - events.ACK_TIMEOUT:
+            self._heard.popitem(last=False)  # nobody got it into the stream; sent again, it is heard again
+        if self._heard:
+            self._pause = min(self._pause * 2, LOOK_LAST) or LOOK_FIRST
+            left = self._pause if left is None else min(left, self._pause)
+        try:
+            async with asyncio.timeout(left):
+                await self._more.wait()
+        except TimeoutError:
+            if not self._heard:
+                return False
+        self._more.clear()
+        return True
+
+
+async def list_and_watch(
+    client: Client, state: Callable[[], Awaitable[T]], *, filters: list[str] | None = None, all_namespaces: bool = False
+) -> AsyncIterator[Listed[T] | Envelope]:
+    """The state, and then every event since; the state again wherever events were missing."""
+    source = client.bus.proxy(Events) if all_namespaces else client.events
+    while True:
+        try:
+            token = (await source.stream()).token
+            listed = Listed(await state())
+        except _AWAY:
+            await asyncio.sleep(PAUSE)
+            continue
+        yield listed
+        async with Watch(client, token=token, filters=filters, all_namespaces=all_namespaces) as watch:
+            try:
+                async for envelope in watch:
+                    yield envelope
+            except Gap:
+                continue

@@ -165,7 +165,7 @@ class MemoryLog:
         self.name = name
         self.subject = subject
         self._epoch = f"{random.SystemRandom().getrandbits(64):016x}"
-        self._stored: list[tuple[datetime, Stored]] = []
+        self._stored: list[Stored] = []
         self._ids: dict[str, int] = {}
 
     def append(self, message: MemoryMessage) -> int:
@@ -173,7 +173,7 @@ class MemoryLog:
         if event_id and event_id in self._ids:
             return self._ids[event_id]
         sequence = len(self._stored) + 1
-        self._stored.append((datetime.now(UTC), Stored(sequence, message.subject, message.data)))
+        self._stored.append(Stored(sequence, message.subject, message.data, datetime.now(UTC)))
         self._ids[event_id] = sequence
         return sequence
 
@@ -183,16 +183,7 @@ class MemoryLog:
     async def state(self) -> LogState:
         return LogState(self._epoch, 1 if self._stored else 0, len(self._stored))
 
-    async def read(
-        self, *, after: int = 0, since: datetime | None = None, limit: int = 500, subject: str = ""
-    ) -> list[Stored]:
-        found: list[Stored] = []
-        for at, stored in self._stored:
-            if stored.sequence <= after or (not after and since is not None and at < since):
-                continue
-            if subject and not matches(subject, stored.subject):
-                continue
-            found.append(stored)
-            if len(found) == limit:
-                break
-        return found
+    async def read(self, *, after: int = 0, since: datetime | None = None, limit: int = 500) -> list[Stored]:
+        if after or since is None:
+            return self._stored[after : after + limit]
+        return [stored for stored in self._stored if stored.at >= since][:limit]

@@ -33,7 +33,6 @@ class Outbox:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._sent = 0
-        self._trusted = False
 
     def start(self) -> None:
         """Begin with what an earlier process left."""
@@ -72,37 +71,31 @@ class Outbox:
 
     async def _send_batch(self) -> int:
         """Publish the oldest events, forget those that the stream has. Raises when one was not taken."""
-        # One alone shows whether the stream takes events at all: were it to begin in the middle of a batch, the
-        # second would be stored before the first.
         rows = self._database.all(
             "SELECT seq, id, namespace, topic, at, event FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?",
-            (self._sent, BATCH if self._trusted else 1),
+            (self._sent, BATCH),
         )
-        if not rows:
-            return 0
-        self._trusted = False
-        results = await asyncio.gather(*(self._publish(row) for row in rows), return_exceptions=True)
-        error = next((r for r in results if isinstance(r, BaseException)), None)
-        # Only an unbroken prefix is forgotten: what comes after a failure is sent again, and known by its id.
-        taken = next((i for i, r in enumerate(results) if isinstance(r, BaseException)), len(rows))
-        if taken:
-            self._sent = rows[taken - 1][0]
-            await self._forget(self._sent)
-        if error is not None:
-            raise error
-        self._trusted = True
+        waiting = [(row[0], self._outgoing(row)) for row in rows]
+        together = len(waiting) > 1
+        if together and await events.publish_together(self._bus.transport, [event for _, event in waiting]):
+            await self._forget(rows[-1][0])
+            return len(rows)
+        for sequence, event in waiting:  # alone, or the stream has some of them already: what comes first goes first
+            await events.publish(self._bus.transport, event)
+            await self._forget(sequence)
         return len(rows)
 
-    async def _publish(self, row: Any) -> int:
+    def _outgoing(self, row: Any) -> events.Outgoing:
         _, event_id, namespace, topic, at, event = row
         envelope = Envelope(
             id=event_id, timestamp=datetime.fromisoformat(at), namespace=namespace, topic=topic, node=self._bus.node,
             event=json.loads(event),
         )  # fmt: skip
-        subject = subjects.event(self._bus.node, namespace, topic)
-        return await events.publish(self._bus.transport, subject, events.encode(envelope), event_id)
+        return events.Outgoing(subjects.event(self._bus.node, namespace, topic), events.encode(envelope), event_id)
 
     async def _forget(self, upto: int) -> None:
+        self._sent = upto
+
         def forget(tx: Transaction) -> None:
             tx.execute("DELETE FROM outbox WHERE seq <= ?", (upto,))
 

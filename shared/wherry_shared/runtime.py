@@ -17,6 +17,7 @@ import gc
 import json
 import logging
 import os
+import platform
 import re
 import secrets
 import signal
@@ -41,6 +42,7 @@ log = logging.getLogger("wherry.runtime")
 
 NODE_FILE = "node.json"
 DRAIN_SECONDS = 10.0
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 def default_node() -> str:
@@ -79,6 +81,11 @@ class Settings:
     def restores(self) -> bool:
         """Whether a damaged database is to be replaced by its backup: setting `restore`, `backup`."""
         return self.options.get("restore") == "backup"
+
+    @property
+    def metrics(self) -> str:
+        """Where to tell its numbers: setting `metrics`, else `WHERRY_METRICS` for every service; "" is nowhere."""
+        return self.options.get("metrics", os.environ.get("WHERRY_METRICS", ""))
 
     @classmethod
     def parse(cls, service: str, arguments: Sequence[str] | None = None) -> Settings:
@@ -166,9 +173,9 @@ class Host:
         self._stack.push_async_callback(undo)
 
     def plugin(self, **plugin: Any) -> None:
-        """Tell introspection of a backend (fields of api.introspection.Plugin)."""
+        """Tell introspection of a backend (fields of api.introspection.Plugin); its platform is this host's."""
         plugins = json.loads(self.metadata.get("plugins", "[]"))
-        self.metadata["plugins"] = json.dumps([*plugins, plugin])
+        self.metadata["plugins"] = json.dumps([*plugins, {"platforms": [host_platform()], **plugin}])
 
 
 Build = Callable[[Host], Awaitable[Contract]]
@@ -197,6 +204,7 @@ async def _serve(settings: Settings, build: Build) -> None:
         bus = await _connect(settings)
         stack.push_async_callback(bus.transport.close)
         host = Host(settings, bus, stack)
+        await _export(host, stack)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, _stopping, host, stop, number)
         implementation = await build(host)
@@ -210,6 +218,22 @@ async def _serve(settings: Settings, build: Build) -> None:
         await stop.wait()
         log.info("stopping")
         await bus.drain(DRAIN_SECONDS)
+
+
+async def _export(host: Host, stack: AsyncExitStack) -> None:
+    """Tell discovery of this process, and Prometheus too where that is wanted."""
+    settings = host.settings
+    host.metadata["package"] = package_version(f"wherry-{settings.service}")
+    if settings.metrics:
+        from .metrics import Exporter
+
+        about = {
+            "service": settings.service, "version": host.metadata["package"], "node": settings.node,
+            "instance": host.instance,
+        }  # fmt: skip
+        exporter = Exporter(host.bus, about)
+        stack.push_async_callback(exporter.close)
+        host.metadata["metrics"] = await exporter.open(settings.metrics)
 
 
 def _stopping(host: Host, stop: asyncio.Event, number: int) -> None:
@@ -235,6 +259,12 @@ async def _connect(settings: Settings) -> Bus:
             if loop.time() > give_up:
                 raise
             await asyncio.sleep(0.1)
+
+
+def host_platform() -> dict[str, str]:
+    """What runs on this machine, in OCI's words (fields of values.Platform)."""
+    machine = platform.machine()
+    return {"os": sys.platform, "architecture": _ARCHITECTURES.get(machine, machine)}
 
 
 def package_version(distribution: str) -> str:

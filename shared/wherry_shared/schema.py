@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import sqlite3
 import time
@@ -31,6 +33,8 @@ _PRAGMAS = (
     "journal_mode=WAL", "synchronous=FULL", f"wal_autocheckpoint={CHECKPOINT_PAGES}", "journal_size_limit=2097152",
     "foreign_keys=ON",
 )  # fmt: skip
+# linux/fs.h: a file whose blocks are written over, not copied.
+_GET_FLAGS, _SET_FLAGS, _NO_COPY = 0x80086601, 0x40086602, 0x00800000
 _RESTORE = "restore it from a backup, or move it away with its -wal and its .ballast to start empty"
 
 
@@ -57,6 +61,7 @@ def open_database(path: Path, migrations: Sequence[str]) -> tuple[sqlite3.Connec
     ballast = Ballast(path)
     if ballast.there and not (path.exists() and path.stat().st_size):
         raise DataLoss(f"database {path} is empty, and was not: {_RESTORE}")
+    _keep_index_in_place(path)
     try:
         return _open_patiently(path, migrations)
     except sqlite3.DatabaseError as e:
@@ -67,6 +72,22 @@ def open_database(path: Path, migrations: Sequence[str]) -> tuple[sqlite3.Connec
         return _open(path, migrations)
     except sqlite3.DatabaseError as e:
         raise translate(e, path) from None
+
+
+def _keep_index_in_place(path: Path) -> None:
+    """Make the log's shared index a file that btrfs writes over.
+
+    SQLite maps it. A page of a copied-on-write file that was written back needs room again when it changes, and where
+    there is none the kernel can only end the process (SIGBUS).
+    """
+    # Nobody else's: to close it would let go of all locks that this process has on it.
+    with contextlib.suppress(OSError):
+        fd = os.open(f"{path}-shm", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            flags = int.from_bytes(fcntl.ioctl(fd, _GET_FLAGS, bytes(8))[:4], "little")
+            fcntl.ioctl(fd, _SET_FLAGS, (flags | _NO_COPY).to_bytes(8, "little"))
+        finally:
+            os.close(fd)
 
 
 def _open_patiently(path: Path, migrations: Sequence[str]) -> tuple[sqlite3.Connection, sqlite3.Connection]:

@@ -14,7 +14,7 @@ from wherry.client import Client
 from wherry_shared.errors import DataLoss, InvalidArgument, NotFound
 from wherry_shared.values import Platform
 
-from .image_house import INDEX, Layout, house, small, tar_of
+from .image_house import INDEX, MANIFEST, Layout, digest_of, dump, house, small, tar_of
 
 NAME = "docker.io/library/small:1"
 ARM = Platform(os="linux", architecture="arm64")
@@ -157,3 +157,19 @@ async def test_a_target_that_takes_a_little_at_a_time(client: Client, layout: La
     slow = Slow()
     await client.export_images(["small:1"], slow)
     assert bytes(slow.got) == await export(client, "small:1")
+
+
+async def test_a_foreign_layer_is_left_out_unless_asked_for(client: Client) -> None:
+    made, elsewhere = Layout(), tar_of({"licensed": b"1"})
+    manifest = made.image([tar_of({"own": b"1"}), elsewhere])
+    document = json.loads(made.blobs.pop(manifest["digest"]))
+    document["layers"][1]["mediaType"] = "application/vnd.docker.image.rootfs.foreign.diff.tar"
+    document["layers"][1]["urls"] = ["https://elsewhere.example/layer"]
+    made.name(made.blob(MANIFEST, dump(document)), full=NAME)
+    # It comes back without that layer, too: an archive that leaves it out is whole.
+    await client.import_images(io.BytesIO(made.tar(digest_of(elsewhere))))
+    await client.import_images(io.BytesIO(made.tar()))
+    layer = f"blobs/{digest_of(elsewhere).replace(':', '/')}"
+    without, whole = read(await export(client, "small:1")), read(await export(client, "small:1", foreign_layers=True))
+    assert layer not in without and "manifest.json" not in without  # docker could not load that
+    assert whole[layer] == elsewhere and layer in json.loads(whole["manifest.json"])[0]["Layers"]

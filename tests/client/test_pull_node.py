@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import images
 import pytest
-from node import Node
+from aiohttp import web
+from node import WHERRY, Node, eventually
+
+from .image_house import Layout, digest_of, tar_of
+from .registry_store import Store
+from .registry_traps import serving
 
 REF = "containerd.io/gc.ref.content"
 
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    with Node(tmp_path_factory.mktemp("node")) as made:
+    # What a killed client held is let go of after three seconds, not sixty.
+    with Node(tmp_path_factory.mktemp("node"), WHERRY_CONTENT_IDLE="3") as made:
         yield made
 
 
@@ -106,3 +115,43 @@ def test_docker_s_own_files_are_read(node: Node, tmp_path: Path) -> None:
         path = f"{tmp_path}:{os.environ['PATH']}"
         known = {**node.environment, "DOCKER_CONFIG": str(tmp_path), "PATH": path}
         node.run("pull", "-n", "docker", "--no-unpack", "-q", reference, env=known)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+async def test_an_interrupted_pull_is_taken_up_after_a_collection(node: Node, number: signal.Signals) -> None:
+    """Its lease stays, so what it has fetched is there for the next one, which fetches the rest alone."""
+    ns, layout, store = ["-n", f"broken-off-{number}"], Layout(), Store()
+    layer = tar_of({"big": os.urandom(40 << 20)})
+    store.put(layout, layout.image([layer], images.architecture()))
+    part, ranges, stalled = int(len(layer) * 0.6), list[str | None](), asyncio.Event()
+
+    async def stall(request: web.BaseRequest, what: str) -> web.StreamResponse | None:
+        if what != "GET blobs" or not request.path.endswith(digest_of(layer)):
+            return None
+        ranges.append(request.headers.get("Range"))
+        if len(ranges) > 1:
+            return None
+        response = web.StreamResponse(headers={"Content-Length": str(len(layer))})
+        await response.prepare(request)
+        await response.write(layer[:part])
+        await stalled.wait()
+        return response
+
+    store.hook = stall
+    async with serving(store.handle) as trap:
+        reference = f"{trap.address}/team/app:v1"
+        client = subprocess.Popen([WHERRY, "pull", *ns, "-q", reference], env=node.environment)
+
+        def here() -> bool:
+            return sum(ingest["offset"] for ingest in node.json("content", "ingests", *ns)) == part
+
+        await asyncio.to_thread(eventually, here, "it does not come")
+        client.send_signal(number)
+        assert await asyncio.to_thread(client.wait, 20) in (130, -number)
+        stalled.set()
+        assert [lease["labels"]["wherry/pull"] for lease in node.json("lease", "ls", *ns)] == [reference]
+        await asyncio.to_thread(node.run, "gc")
+        await asyncio.to_thread(node.run, "pull", *ns, "-q", reference)
+    assert ranges == [None, f"bytes={part}-{len(layer) - 1}"]
+    # Its own lease went with its end; the other one's time is still to come.
+    assert len(node.json("lease", "ls", *ns)) == 1

@@ -30,7 +30,7 @@ from wherry_shared.errors import (
 from wherry_shared.streams import write_blob
 from wherry_shared.values import Descriptor, Platform
 
-from .image_house import INDEX, Layout, digest_of, house, small, tar_of
+from .image_house import INDEX, MANIFEST, Layout, digest_of, dump, house, small, tar_of
 from .registry_store import Store
 from .registry_traps import Trap, answer, serving
 
@@ -528,3 +528,50 @@ async def test_nothing_that_listens_is_unavailable(client: Client) -> None:
         address = gone.address
     with pytest.raises(Unavailable, match=address):
         await client.push("team/app:v1", f"{address}/team/app:v1")
+
+
+# ---- what is not handed on, and what refers to it
+
+
+def foreign(url: str) -> tuple[Layout, dict[str, Any], bytes]:
+    """An image with a layer of its own, and one that is not handed on."""
+    layout, elsewhere = Layout(), tar_of({"licensed": b"1"})
+    manifest = layout.image([tar_of({"own": b"1"}), elsewhere])
+    made = json.loads(layout.blobs.pop(manifest["digest"]))
+    made["layers"][1] |= {"mediaType": "application/vnd.oci.image.layer.nondistributable.v1.tar", "urls": [url]}
+    return layout, layout.blob(MANIFEST, dump(made)), elsewhere
+
+
+@pytest.mark.parametrize("here", [True, False])
+async def test_a_foreign_layer_stays_where_it_is(client: Client, store: Store, trap: Trap, here: bool) -> None:
+    layout, manifest, layer = foreign("https://elsewhere.example/layer")
+    if not here:
+        del layout.blobs[digest_of(layer)]
+    await have(client, layout, manifest)
+    await client.push("team/app:v1", f"{trap.address}/team/app:v1")
+    assert store.blobs["team/app"].keys() == layout.blobs.keys() - {digest_of(layer), manifest["digest"]}
+    sent = json.loads(store.manifests["team/app"]["v1"][1])
+    assert sent["layers"][1]["urls"] == ["https://elsewhere.example/layer"]
+    await client.push("team/app:v1", f"{trap.address}/team/app:v2", foreign_layers=True)
+    assert (digest_of(layer) in store.blobs["team/app"]) is here
+
+
+@pytest.mark.parametrize("api", [True, False])
+async def test_what_refers_to_it_goes_along(client: Client, store: Store, trap: Trap, api: bool) -> None:
+    layout, index = platforms()
+    store.put(layout, index, "old/app")
+    inside = next(d for d, data in layout.blobs.items() if b'"layers"' in data)
+    child = {"mediaType": MANIFEST, "digest": inside, "size": len(layout.blobs[inside])}
+    known = {index["digest"]: store.refer(index, b"signature", "old/app"), inside: store.refer(child, b"sbom", "old/app")}
+    await client.pull(f"{trap.address}/old/app:v1", all_platforms=True, referrers=True)
+    store.referrers = api
+    for _ in range(2):  # again: nothing is listed twice
+        await client.push(f"{trap.address}/old/app:v1", f"{trap.address}/new/app:v1", referrers=True)
+    for subject, about in known.items():
+        assert about["digest"] in store.manifests["new/app"]
+        tag = store.manifests["new/app"].get(subject.replace(":", "-"))
+        assert (tag is None) is api
+        if tag is not None:
+            (listed,) = json.loads(tag[1])["manifests"]
+            assert (listed["digest"], listed["artifactType"]) == (about["digest"], "text/plain")
+    assert digest_of(b"sbom") in store.blobs["new/app"]

@@ -42,6 +42,7 @@ class House:
         self.tasks = bus.proxy(Tasks, namespace="default")
         self.containers = bus.proxy(Containers, namespace="default")
         self.rootfs = root / "rootfs"
+        self.allowed: list[str] = []
 
     async def start(self) -> None:
         for path in (self.state, self.rootfs / "bin", self.rootfs / "proc", self.rootfs / "dev", self.rootfs / "sys"):
@@ -64,7 +65,7 @@ class House:
         self.supervisor = Supervisor(self.database, launcher, Bundles(self.state), Streams(self.root / "logs"))
         await self.supervisor.recover()
         self.service = TaskService(
-            self.supervisor, self.bus.proxy(Containers), self.bus.proxy(Snapshots), self.state, ()
+            self.supervisor, self.bus.proxy(Containers), self.bus.proxy(Snapshots), self.state, self.allowed
         )  # fmt: skip
         self.server = await self.bus.serve(self.service)
 
@@ -99,6 +100,20 @@ class House:
         await self.tasks.start(id)
         return id
 
+    async def changed(self, id: str, **linux: Any) -> None:
+        """Change what a container's specification says of Linux, by key."""
+        record = await self.containers.get(id)
+        assert record.spec is not None
+        spec = {**record.spec, "linux": {**record.spec["linux"], **linux}}
+        await self.containers.update(record.model_copy(update={"spec": spec}), mask=["spec"])
+
+    def leftovers(self, id: str) -> list[str]:
+        """What the node still has of a task: bundle, cgroups, the runtime's state, mounts."""
+        places = [self.state / "tasks/default" / id, *(self.state / "runtimes").glob(f"*/default/{id}")]
+        places += [Path(f"{top}/{Bundles(self.state).cgroup}/default/{id}") for top in cgroup_tops()]
+        mounted = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if f"/default/{id}/" in line]
+        return [str(path) for path in places if path.exists()] + mounted
+
     async def exit(self, id: str, exec_id: str = "") -> int:
         while (found := await self.tasks.wait(id, exec_id)) is None:
             pass
@@ -122,6 +137,20 @@ async def house_of(bus: Bus, root: Path, runtime: str) -> AsyncIterator[House]:
 def exec_of(*args: str, terminal: bool = False) -> dict[str, Any]:
     """An OCI process."""
     return process(["/bin/" + args[0], *args[1:]], env=["PATH=/bin"], cwd="/", user=User(), terminal=terminal)
+
+
+def cgroup_tops() -> list[Path]:
+    """Where each cgroup hierarchy is mounted."""
+    lines = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return [Path(words[1]) for words in lines if words[2].startswith("cgroup")]
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, reaped or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 def parent_of(pid: int) -> int:

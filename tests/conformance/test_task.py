@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from task_house import RUNTIMES, SH, House, exec_of, house_of, parent_of
+from task_house import RUNTIMES, SH, House, exec_of, gone, house_of, parent_of
 from wherry_shared import context
 from wherry_shared.api.task import Stdio, Tasks
 from wherry_shared.bus import Bus
@@ -254,7 +254,7 @@ async def test_a_killed_monitor(house: House) -> None:
         assert await house.exit(id) == 137
         ended = [(await anext(exits)).event for _ in range(2)]
     assert [(e["id"], e["exit_status"], e.get("shim_died")) for e in ended] == [("e", 137, True), (id, 137, True)]
-    assert not os.path.exists(f"/proc/{pid}") or "Z" in Path(f"/proc/{pid}/stat").read_text()
+    assert gone(pid)
     await house.tasks.delete(id)
 
 
@@ -269,6 +269,6 @@ async def test_a_bundle_that_nobody_was_told_of_goes(house: House) -> None:
     await house.start_tasks()
     with pytest.raises(NotFound):
         await house.tasks.get(id)
-    assert not os.path.exists(f"/proc/{pid}") or "Z" in Path(f"/proc/{pid}/stat").read_text()
+    assert gone(pid)
     await house.tasks.create(id, house.mounts)
     await house.tasks.delete(id, force=True)

@@ -6,20 +6,25 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import AsyncIterator
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from task_house import SH, House, exec_of, house_of
+from task_house import RUNTIMES, SH, SHIM, House, exec_of, house_of
+from wherry.stdio import Stdio as ClientStdio
+from wherry.streaming import Streaming
 from wherry_shared.api.task import Output, Stdio
 from wherry_shared.bus import Bus
+from wherry_shared.context import Identity
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unimplemented
 from wherry_task import runtimes
-from wherry_task.stdio import outlet
+from wherry_task.stdio import outlet, rights
 
 BUS = Stdio(stdin="bus://", stdout="bus://", stderr="bus://")
 OUT = Stdio(stdout="bus://", stderr="bus://")
@@ -175,6 +180,32 @@ async def test_who_stays_away_is_told_what_is_lost(house: House, monkeypatch: py
     assert away.lost > 0 and len(away.out) < 2_000_000 and len(away.out) + away.lost == size + 6
 
 
+async def test_where_bytes_are_missing_a_client_writes_how_many(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever shows the output is stopped for longer than the process waits."""
+    monkeypatch.setattr(outlet, "READER_SECONDS", 0.3)
+    monkeypatch.setattr("wherry_task.stdio.streams.PRUNE_SECONDS", 0.1)
+    size = 4_000_000
+    id = await house.created(*SH, f"echo begin; sleep 0.3; head -c {size} /dev/zero; echo end", stdio=OUT)
+    ours, theirs = os.pipe()
+    client: Any = SimpleNamespace(tasks=house.tasks)
+    streams = Streaming(client, id, "", ClientStdio(None, theirs, None))
+    streams.begin()
+    await house.tasks.start(id)
+    assert await house.exit(id) == 0  # although nobody takes what is in the pipe
+    shown = asyncio.create_task(asyncio.to_thread(_all_of, ours))
+    await streams.drained()
+    streams.close()
+    os.close(theirs)
+    before, lost, after = re.split(rb"\[(\d+) bytes lost\]\r\n", await shown)
+    assert before.startswith(b"begin\n") and after.endswith(b"end\n")
+    assert len(before) + int(lost) + len(after) == size + 10
+
+
+def _all_of(fd: int) -> bytes:
+    with open(fd, "rb") as pipe:
+        return pipe.read()
+
+
 async def test_nobody_reads_and_little_is_kept(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outlet, "READER_SECONDS", 0.1)
     monkeypatch.setattr("wherry_task.stdio.streams.PRUNE_SECONDS", 0.1)
@@ -266,6 +297,56 @@ async def test_readers_that_vanish_leave_nothing(house: House, monkeypatch: pyte
         while carried.outlet.readers or carried.outlet.waiting:
             await asyncio.sleep(0.05)
     assert len(os.listdir("/proc/self/fd")) <= files
+
+
+async def test_a_logger_of_the_nodes(house: House, tmp_path: Path) -> None:
+    """`binary://`: both outputs, what it is told, and its end with the container's last word."""
+    house.service._loggers = [str(tmp_path)]
+    program = tmp_path / "logger"
+    program.write_text(
+        '#!/bin/sh\nexec 5>&-; echo "$CONTAINER_NAMESPACE/$CONTAINER_ID $1" >"$2.about"\n'
+        'cat <&3 >"$2.out" & cat <&4 >"$2.err"; wait\n'
+    )
+    program.chmod(0o755)
+    uri = f"binary://{program}?a%20b={tmp_path}/log"
+    stdio = Stdio(stdin="bus://", stdout=uri, stderr=uri)
+    id = await house.running(*SH, "echo out; cat; echo err >&2", stdio=stdio)
+    await house.tasks.input(id, "w", 0, b"in\n", eof=True)
+    assert await house.exit(id) == 0
+    with pytest.raises(FailedPrecondition, match="nobody else can attach"):
+        await house.tasks.output(id)
+    await house.tasks.delete(id)
+    assert (tmp_path / "log.about").read_text() == f"default/{id} a b\n"
+    assert (tmp_path / "log.out").read_bytes() == b"out\nin\n"
+    assert (tmp_path / "log.err").read_bytes() == b"err\n"
+    outside = f"binary://{shutil.copy(program, tmp_path.parent / f'{tmp_path.name}-logger')}"
+    for wrong in (outside, f"binary://{tmp_path}/../{tmp_path.name}/logger", f"binary://{tmp_path}/no/logger"):
+        with pytest.raises(PermissionDenied, match="not in a directory"):
+            await house.created("/bin/true", stdio=Stdio(stdout=wrong))
+    (tmp_path / "link").symlink_to(outside.removeprefix("binary://"))
+    with pytest.raises(PermissionDenied, match="not a program"):
+        await house.created("/bin/true", stdio=Stdio(stdout=f"binary://{tmp_path}/link"))
+    with pytest.raises(NotFound, match="nosuch"):
+        await house.created("/bin/true", stdio=Stdio(stdout=f"binary://{tmp_path}/nosuch"))
+
+
+TENANT = Identity("tenant-mine", "tenant", "mine")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "/run/node/fifo/theirs:c-1/stdout", "/run/node/fifo/stdout", "/run/node/fifo/mine:c-1/deeper/stdout",
+        "/run/node/fifo/mine:c-1/../theirs:c-1/stdout", "/run/node/task/stdout", "/etc/passwd", "file:///etc/passwd",
+        "file:///run/node/fifo/mine:c-1/stdout", "binary:///allowed/logger", "log:///var/log/x", "log://?max_size=0",
+        "log://?max_files=1000",
+    ],
+)  # fmt: skip
+def test_what_a_tenant_may_not_name(uri: str) -> None:
+    with pytest.raises(PermissionDenied):
+        rights.check(TENANT, "mine", Stdio(stdout=uri), Path("/run/node"), ["/allowed"])
+    for fine in ("/run/node/fifo/mine:c-1/stdout", "log://?max_size=8192&max_files=2", "bus://", ""):
+        rights.check(TENANT, "mine", Stdio(stdout=fine), Path("/run/node"), ["/allowed"])
 
 
 @pytest.mark.parametrize(
@@ -387,6 +468,35 @@ async def test_attaching_to_a_container_that_logs(house: House) -> None:
     await house.tasks.input(id, "w", 8, b"more\n", eof=True)
     await asyncio.gather(reader.to_the_end(), other.to_the_end())
     assert reader.out == other.out == b"prompt> more\n" and reader.err == b"end"
+
+
+@pytest.mark.skipif(SHIM not in RUNTIMES, reason="no shim v2 is installed")
+async def test_the_log_of_a_shim_v2(bus: Bus, tmp_path: Path) -> None:
+    """A log writer of its own writes it, as the monitor would."""
+    async with house_of(bus, tmp_path, SHIM) as house:
+        stdio = LOG.model_copy(update={"stdin": "bus://"})
+        id = await house.running(*SH, "echo out; cat; echo err >&2; echo -n end", stdio=stdio)
+        await house.tasks.input(id, "w", 0, b"in\n", eof=True)
+        assert await house.exit(id) == 0
+        after, found = "", b""
+        async with asyncio.timeout(20):
+            while not (window := await house.tasks.logs(id, after, patience=5.0)).ended:
+                found, after = found + window.lines, window.next
+        wanted = {b"stdout": [b"out", b"in", b"end"], b"stderr": [b"err"]}
+        assert {s: [t for stream, t in lines_of(found) if stream == s] for s in wanted} == wanted
+        await house.tasks.delete(id)
+
+
+async def test_a_follower_reads_on_when_the_container_is_removed(house: House) -> None:
+    id = await house.running("/bin/echo", "last words", stdio=LOG)
+    await house.exit(id)
+    await house.tasks.delete(id)
+    begin = f"{'0' * 30}@0"
+    await house.containers.delete(id)
+    assert b"last words" in (await house.tasks.logs(id, begin)).lines
+    assert await house.service.sweep_logs() == 1
+    with pytest.raises(FailedPrecondition):
+        await house.tasks.logs(id, begin)
 
 
 async def test_logs_of_containers_that_are_gone_are_swept(house: House) -> None:

@@ -82,7 +82,10 @@ def test_run_and_exec(afar: Afar, busybox_ref: str) -> None:
     assert not list(afar.nowhere.iterdir())
 
 
-def test_a_terminal_is_left_joined_and_ended(afar: Afar, busybox_ref: str) -> None:
+@pytest.mark.parametrize("where", ["afar", "on the node"])
+def test_a_terminal_is_left_joined_and_ended(afar: Afar, busybox_ref: str, where: str) -> None:
+    if where != "afar":
+        afar.environment = {**afar.node.environment, "WHERRY_NAMESPACE": afar.environment["WHERRY_NAMESPACE"]}
     with afar.terminal("run", "-it", "--name", "c", busybox_ref, "sh", size=(91, 17)) as first:
         first.until(b"# ")
         assert first.is_raw
@@ -137,6 +140,58 @@ def test_an_interactive_container_in_the_background(afar: Afar, busybox_ref: str
         shell.type(b"\x10\x11")
         assert shell.wait() == 0
     assert b"42" in afar.run("logs", "c").stdout
+
+
+def test_what_is_removed_when_it_ends(afar: Afar, busybox_ref: str) -> None:
+    """`run -d --rm`, and `run -it --rm` that was left: by the node, whatever becomes of its service meanwhile."""
+    gate = "while [ ! -e /gate ]; do sleep 0.1; done"
+    for name, waiting in (("quick", "sleep 0.5"), ("slow", gate), ("other", "sleep 1000")):
+        script = f"echo {name}; {waiting}; echo end"
+        afar.run("run", "-d", "--rm", "--name", name, busybox_ref, "sh", "-c", script)
+    with afar.terminal("run", "-it", "--rm", "--name", "left", busybox_ref, "sh") as shell:
+        shell.until(b"# ")
+        shell.type(b"\x10\x11")
+        assert shell.wait() == 0
+    assert afar.run("logs", "-f", "quick").stdout == b"quick\nend\n"
+    eventually(lambda: "quick" not in _names(afar), "quick stays")
+    assert b"--rm" in afar.run("restart", "other", check=False).stderr
+    pid = json.loads(afar.run("inspect", "slow").stdout)[0]["task"]["pid"]
+    old = afar.node.kill("task", signal.SIGSTOP)
+    Path(f"/proc/{pid}/root/gate").touch()
+    eventually(lambda: not Path(f"/proc/{pid}").exists(), "slow does not end")
+    os.kill(old, signal.SIGKILL)
+    with afar.terminal("attach", "left") as shell:
+        eventually(lambda: shell.is_raw, "it does not attach")
+        shell.type(b"exit 3\n")
+        assert shell.wait() == 3
+    afar.run("stop", "-t", "0", "other")
+    eventually(lambda: _names(afar) == [], f"{_names(afar)} stay")
+    snapshots = json.loads(afar.run("snapshot", "ls", "--format", "json").stdout)
+    assert not [row for row in snapshots if row["kind"] != "committed"]
+    afar.run("run", "-d", "--rm", "--name", "quick", busybox_ref, "sleep", "1000")
+    afar.run("rm", "-f", "quick")
+    assert _names(afar) == []
+    assert b"--restart" in afar.run("run", "-d", "--rm", "--restart", "always", busybox_ref, check=False).stderr
+
+
+def _names(afar: Afar) -> list[str]:
+    return [row["id"] for row in json.loads(afar.run("ps", "-a", "--format", "json").stdout)]
+
+
+def test_a_log_goes_on_while_the_task_service_is_dead(afar: Afar, busybox_ref: str) -> None:
+    """threats 7: what is written meanwhile is there, each line once, and whoever follows goes on."""
+    script = "i=0; while [ $i -lt 400 ]; do i=$((i+1)); echo $i; usleep 10000; done"
+    afar.run("run", "-d", "--name", "c", busybox_ref, "sh", "-c", script)
+    following = afar.popen("logs", "-f", "c")
+    assert following.stdout is not None and following.stdout.readline() == b"1\n"
+    old = afar.node.kill("task", signal.SIGSTOP)
+    log = afar.node.root / "task/logs" / afar.environment["WHERRY_NAMESPACE"] / "c/log"
+    size = log.stat().st_size
+    eventually(lambda: log.stat().st_size > size + 2000, "nothing is logged meanwhile")
+    os.kill(old, signal.SIGKILL)
+    assert following.stdout.read().split() == [b"%d" % number for number in range(2, 401)]
+    assert following.wait(30) == 0
+    assert afar.run("logs", "c").stdout.split() == [b"%d" % number for number in range(1, 401)]
 
 
 def test_logs(afar: Afar, busybox_ref: str) -> None:

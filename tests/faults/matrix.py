@@ -15,6 +15,7 @@ _STORAGE, _GC, _FUZZ = "faults/test_storage.py", "conformance/test_gc.py", "fuzz
 _CONTENT, _KILLS, _DISK = "content/test_crashes.py", "content/test_kills.py", "content/test_disk.py"
 _SNAPSHOT, _FULL = "snapshot/test_crash.py", "snapshot/test_full_disk.py"
 _SQLITE, _CREDS, _TENANTS = "shared/test_sqlite.py", "shared/test_credentials.py", "e2e/test_tenants.py"
+_STDIO = "e2e/test_stdio.py"
 _MONITOR, _MONITOR_FAULTS = "task/test_monitor.py", "task/test_monitor_faults.py"
 
 FAULTS: dict[str, tuple[str, ...]] = {
@@ -49,6 +50,11 @@ FAULTS: dict[str, tuple[str, ...]] = {
         f"{_STORAGE}::test_image_killed_during_a_pull",
         f"{_PULL}::test_an_interrupted_pull_is_taken_up_by_the_next",
         f"{_GC}::test_a_lease_keeps_until_it_is_deleted",
+    ),
+    "11 the bus goes under an attached terminal": (
+        f"{_STDIO}::test_a_terminal_survives_the_bus",
+        f"{_STDIO}::test_a_hundred_megabytes",
+        "conformance/test_task_stdio.py::test_where_bytes_are_missing_a_client_writes_how_many",
     ),
     "13 power cut": (
         f"{_STORAGE}::test_the_power_is_cut_when_a_pull_was_answered",
@@ -274,6 +280,8 @@ RULES: dict[str, tuple[str, ...]] = {
     ),
     "8 stdio": (
         f"{_TENANTS}::test_stdio_stays_in_the_nodes_own_directory",
+        "conformance/test_task_stdio.py::test_what_a_tenant_may_not_name",
+        "conformance/test_task_stdio.py::test_a_logger_of_the_nodes",
         f"{_MONITOR}::test_streams_that_are_no_streams_are_refused",
         f"{_MONITOR}::test_a_fifo_that_nobody_opens_blocks_nothing",
     ),

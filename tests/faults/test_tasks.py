@@ -1,4 +1,4 @@
-"""The task service is killed while much runs: every end of meanwhile is told once, with its real status."""
+"""What runs outlives what is killed around it, and every end is told once, with its real status and time."""
 
 from __future__ import annotations
 
@@ -6,46 +6,180 @@ import asyncio
 import os
 import signal
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 
 import wherry
 from node import Node, eventually
+from wherry.task import Task
+from wherry_shared import context
+from wherry_shared.api.events import Envelope
+from wherry_shared.errors import DeadlineExceeded, Unavailable, WherryError
 
-RUNNING, ENDING = 20, 8
+RUNNING, ENDING = 50, 10
+GATED = "while [ ! -e /gate/open ]; do sleep 0.1; done; exit {}"
+
+
+async def begin(client: wherry.Client, image: wherry.Image, id: str, script: str) -> Task:
+    task = await (await client.new_container(id, image, args=["sh", "-c", script])).new_task()
+    await task.start()
+    return task
+
+
+async def end(client: wherry.Client, tasks: dict[str, Task]) -> None:
+    async def one(id: str, task: Task) -> None:
+        await task.delete(force=True)
+        await (await client.container(id)).delete(snapshot=True)
+
+    await asyncio.gather(*(one(id, task) for id, task in tasks.items()))
+
+
+async def exits(client: wherry.Client, count: int) -> list[Envelope]:
+    """So many at least, and one that comes too often has a second to come."""
+    async with asyncio.timeout(30):
+        while len((await client.events.replay(filters=['topic=="/tasks/exit"'])).events) < count:
+            await asyncio.sleep(0.05)
+    await asyncio.sleep(1.0)
+    return list((await client.events.replay(filters=['topic=="/tasks/exit"'])).events)
+
+
+def told(events: list[Envelope]) -> Counter[tuple[str, int]]:
+    return Counter((str(e.event["container_id"]), int(e.event["exit_status"])) for e in events)
 
 
 async def test_ends_while_the_task_service_is_dead(node: Node, busybox_ref: str, namespace: str) -> None:
     """threats 7: those that run go on and write on, and the others have ended as they did."""
     async with wherry.connect(state=str(node.state), namespace=namespace) as client:
         image = await client.pull(busybox_ref, unpack=True)
+        ids = [f"c{number}" for number in range(RUNNING)]
+        scripts = [GATED.format(20 + n) if n < ENDING else "while true; do sleep 1; done" for n in range(RUNNING)]
         tasks = {}
-        for number in range(RUNNING):
-            script = "while true; do sleep 0.1; done"
-            if number < ENDING:
-                script = f"while [ ! -e /gate/open ]; do sleep 0.1; done; exit {20 + number}"
-            container = await client.new_container(f"c{number}", image, args=["sh", "-c", script])
-            task = await container.new_task()
-            await task.start()
-            tasks[number] = task
-        pids = {number: (await task.state()).pid for number, task in tasks.items()}
+        for start in range(0, RUNNING, 5):  # not all at once: the node shares two cores with other tests
+            some = range(start, start + 5)
+            made = await asyncio.gather(*(begin(client, image, ids[n], scripts[n]) for n in some))
+            tasks |= {ids[n]: task for n, task in zip(some, made, strict=True)}
+        talk = "i=0; while true; do echo line $i; i=$((i+1)); sleep 0.05; done"
+        node.run("run", "-n", namespace, "-d", "--name", "talks", busybox_ref, "sh", "-c", talk)
+        pids = {id: (await task.state()).pid for id, task in tasks.items()}
         old = node.kill("task", signal.SIGSTOP)  # stopped first: no end is told to it any more
-        for number in range(ENDING):
-            _open_gate(pids[number])
-        eventually(lambda: not any(_alive(pids[n]) for n in range(ENDING)), "they do not end")
+        ending, staying = ids[:ENDING], ids[ENDING:]
+        for id in ending:
+            _open_gate(pids[id])
+        eventually(lambda: not any(_alive(pids[id]) for id in ending), "they do not end")
         os.kill(old, signal.SIGKILL)
-        codes = [(await tasks[number].wait()).code for number in range(ENDING)]
-        assert codes == [20 + number for number in range(ENDING)]
+        assert [(await tasks[id].wait()).code for id in ending] == [20 + n for n in range(ENDING)]
         node.wait_restarted("task", old)
-        states = [(await tasks[number].state()).status for number in range(ENDING, RUNNING)]
-        assert states == ["running"] * (RUNNING - ENDING)
-        assert [(await tasks[n].state()).pid for n in range(RUNNING)] == [pids[n] for n in range(RUNNING)]
-        await asyncio.sleep(1.0)  # for one told too often
-        window = await client.events.replay(filters=['topic=="/tasks/exit"'])
-        told = Counter((str(e.event["container_id"]), int(e.event["exit_status"])) for e in window.events)
-        assert told == Counter({(f"c{number}", 20 + number): 1 for number in range(ENDING)})
-        for number, task in tasks.items():
-            await task.delete(force=True)
-            await (await client.container(f"c{number}")).delete(snapshot=True)
+        states = {id: await tasks[id].state() for id in staying}
+        assert {(state.status, state.pid) for state in states.values()} == {("running", pids[id]) for id in staying}
+        assert told(await exits(client, ENDING)) == Counter({(f"c{n}", 20 + n): 1 for n in range(ENDING)})
+        before = _lines(node, namespace)
+        eventually(lambda: len(_lines(node, namespace)) > len(before), "nothing more is logged")
+        assert before == [f"line {n}" for n in range(len(before))]
+        node.run("rm", "-n", namespace, "-f", "talks")
+        await end(client, tasks)
+
+
+def _lines(node: Node, namespace: str) -> list[str]:
+    return node.run("logs", "-n", namespace, "talks").stdout.splitlines()
+
+
+async def test_ends_while_the_bus_is_down(node: Node, busybox_ref: str, namespace: str) -> None:
+    """threats 10 and 12: what is asked meanwhile fails and is never done; what ends is told once, when it ended."""
+    async with wherry.connect(state=str(node.state), namespace=namespace, direct=False) as client:
+        image = await client.pull(busybox_ref, unpack=True)
+        tasks = {f"b{n}": await begin(client, image, f"b{n}", GATED.format(30 + n)) for n in range(3)}
+        tasks["steady"] = await begin(client, image, "steady", "while true; do sleep 1; done")
+        pids = {id: (await task.state()).pid for id, task in tasks.items()}
+        os.kill(node.pid, signal.SIGSTOP)  # so that nobody starts another nats-server
+        try:
+            os.kill(node.pids()["nats-server"], signal.SIGKILL)
+            began = datetime.now(UTC)
+            for n in range(3):
+                _open_gate(pids[f"b{n}"])
+            eventually(lambda: not any(_alive(pids[f"b{n}"]) for n in range(3)), "they do not end")
+            for _ in range(5):
+                for call in (client.tasks.pause("steady"), client.tasks.kill("steady", signal.SIGKILL)):
+                    with context.use(timeout=0.4):
+                        try:
+                            await call
+                        except (Unavailable, DeadlineExceeded):
+                            continue
+                        raise AssertionError("a call has passed without a bus")
+            over = datetime.now(UTC)
+        finally:
+            os.kill(node.pid, signal.SIGCONT)
+        events = await _patiently(client)
+        assert told(events) == Counter({(f"b{n}", 30 + n): 1 for n in range(3)})
+        for event in events:
+            assert began < datetime.fromisoformat(str(event.event["exited_at"])) < over
+            assert began < event.timestamp < over
+        state = await tasks["steady"].state()
+        assert (state.status, state.pid) == ("running", pids["steady"])
+        await end(client, tasks)
+
+
+async def _patiently(client: wherry.Client) -> list[Envelope]:
+    async with asyncio.timeout(40):
+        while True:
+            try:
+                return await exits(client, 3)
+            except WherryError:
+                await asyncio.sleep(0.1)
+
+
+async def test_a_node_that_is_killed_altogether(busybox_ref: str, tmp_path: Path) -> None:
+    """Supervisor, bus, services, zygote and monitors at once: the next start finds, tells and cleans everything."""
+    node = Node(tmp_path).start()
+    node.run("run", "-d", "--name", "one", busybox_ref, "sleep", "1000")
+    node.run("run", "-d", "--name", "two", "--runtime", "runc", busybox_ref, "sleep", "1000")
+    pids = {row["id"]: row["pid"] for row in node.json("ps")}
+    groups = [group for pid in pids.values() for group in _cgroups(pid)]
+    assert groups and all(group.exists() for group in groups)
+    services = list(node.pids().values())
+    os.kill(node.pid, signal.SIGSTOP)
+    for pid in [*services, *_of(node)]:
+        _kill(pid)
+    node.stop(signal.SIGKILL)
+    with node:
+        rows = {row["id"]: row["status"] for row in node.json("ps", "-a")}
+        assert rows == {"one": "stopped (137)", "two": "stopped (137)"}
+        assert not any(_alive(pid) for pid in pids.values())
+        assert node.mounts() == []
+        said = node.run("events", "--since", "5m", "--no-follow", "--filter", 'topic=="/tasks/exit"').stdout
+        assert [said.count(f'"container_id": "{id}"') for id in ("one", "two")] == [1, 1]
+        node.run("start", "one")
+        assert node.run("exec", "one", "echo", "again").stdout == "again\n"
+        node.run("rm", "-f", "one", "two")
+        assert not list((node.state / "task/tasks").glob("*/*"))
+        assert not list((node.state / "task/runtimes").glob("*/*/*"))
+        assert not [str(group) for group in groups if group.exists()]
+
+
+def _cgroups(pid: int) -> list[Path]:
+    lines = [line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
+    tops = [top for top in Path("/sys/fs/cgroup").iterdir() if top.is_dir()] + [Path("/sys/fs/cgroup")]
+    found = {top / path.lstrip("/") for _, _, path in lines if path.startswith("/wherry/") for top in tops}
+    return [group for group in sorted(found) if group.exists()]
+
+
+def _of(node: Node) -> list[int]:
+    """What mentions the node's directories in its command line, the zygote and its monitors among them."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) not in (os.getpid(), node.pid):
+            try:
+                if os.fsencode(node.state) in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # with another one
 
 
 def _open_gate(pid: int) -> None:

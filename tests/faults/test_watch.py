@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+from datetime import UTC, datetime
+from pathlib import Path
 
 import wherry
 from node import Node
@@ -33,7 +36,53 @@ async def test_a_watcher_outlives_the_bus(node: Node, namespace: str) -> None:
             await _publish(acting, number)
         async with asyncio.timeout(30):
             await reader
-    assert sorted(seen) == list(range(20)) and len(set(seen)) == 20
+    assert seen == list(range(20))
+
+
+async def test_an_end_while_the_bus_is_down_is_told_once_and_with_its_time(
+    node: Node, namespace: str, busybox_ref: str
+) -> None:
+    """The supervisor stands still, so that nobody starts nats-server again before the container has ended."""
+    node.run("run", "-d", "-n", namespace, "--name", "ends", busybox_ref, "sleep", "1000")
+    (row,) = node.json("ps", "-n", namespace)
+    async with wherry.connect(state=str(node.state), namespace=namespace) as client:
+        token = (await client.events.stream()).token
+        supervisor, bus = node.pid, node.pids()["nats-server"]
+        os.kill(supervisor, signal.SIGSTOP)
+        try:
+            os.kill(bus, signal.SIGKILL)
+            before = datetime.now(UTC)
+            os.kill(row["pid"], signal.SIGKILL)
+            while os.path.exists(f"/proc/{row['pid']}"):
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.5)
+            back = datetime.now(UTC)
+        finally:
+            os.kill(supervisor, signal.SIGCONT)
+        async with client.watch(token=token, filters=['topic=="/tasks/exit"']) as watch, asyncio.timeout(30):
+            exit = await anext(watch)
+        assert exit.event["exit_status"] == 137 and before <= exit.timestamp <= back
+        assert datetime.fromisoformat(exit.event["exited_at"]) <= back
+        told = [e async for e in client.watch(token=token, filters=['topic=="/tasks/exit"'], follow=False)]
+        assert [e.id for e in told] == [exit.id]
+    node.run("rm", "-f", "-n", namespace, "ends")
+
+
+def test_the_command_line_goes_on_from_its_place(node: Node, namespace: str, tmp_path: Path) -> None:
+    place = str(tmp_path / "place")
+
+    def events(*options: str) -> list[str]:
+        said = node.run("events", "-n", namespace, "--no-follow", "--format", "json", *options).stdout
+        return [json.loads(line)["event"]["name"] for line in said.splitlines()]
+
+    node.run("ns", "create", namespace)
+    assert events("--place-file", place) == [namespace]
+    assert events("--place-file", place) == []
+    node.run("ns", "label", namespace, "a=b")
+    assert events("--place-file", place, "--filter", 'topic=="/namespaces/delete"') == []
+    assert events("--place-file", place) == [namespace]
+    assert len(events("--since", "1h", "--until", "2000-01-01T00:00:00Z")) == 0
+    assert len(events("--since", "1h", "--filter", 'topic~="^/namespaces/"')) == 2
 
 
 async def _publish(client: wherry.Client, number: int) -> None:

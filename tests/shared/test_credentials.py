@@ -250,6 +250,8 @@ async def test_a_caller_is_known_by_the_inbox_that_it_wants_the_answer_in(
     await tenant.proxy(Leases, namespace="a").get("x")
     await operator.flush()
     assert (answers, len(who)) == (["7"], 6)
+    (line,) = (record.message for record in caplog.records if record.message.startswith("refused "))
+    assert f"identity=tenant-b.c role=tenant subject='{subject}' reason=" in line and "_INBOX" not in line
     await operator.close()
 
 

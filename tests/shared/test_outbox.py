@@ -269,27 +269,37 @@ async def test_stopping_without_a_bus_leaves_it_for_the_next(
 async def test_nothing_ends_the_relay(
     database: Database, outbox: Outbox, stream: EventLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish, troubles = events.publish, iter([ValueError("odd"), KeyError("x"), Unavailable("no")])
+    together, troubles = events.publish_together, iter([ValueError("odd"), KeyError("x"), Unavailable("no")])
 
-    async def troubled(*arguments: Any) -> int:
+    async def troubled(*arguments: Any) -> bool:
         trouble = next(troubles, None)
         if trouble is not None:
             raise trouble
-        return await publish(*arguments)
+        return await together(*arguments)
 
-    monkeypatch.setattr(events, "publish", troubled)
-    outbox.start()
     await write(database, *range(5))
+    monkeypatch.setattr(events, "publish_together", troubled)
+    outbox.start()
     await drained(database)
+    assert next(troubles, None) is None
     assert numbers(await stored(stream)) == list(range(5))
 
 
 async def test_the_stream_takes_an_id_once(image: Bus, stream: EventLog) -> None:
     subject = "wherry.ev.v1.n1.default.images.create"
-    assert [await events.publish(image.transport, subject, b"{}", i) for i in ("a", "b", "a", "b", "c")] == [
-        1, 2, 1, 2, 3,
-    ]  # fmt: skip
+    numbers = [await events.publish(image.transport, events.Outgoing(subject, b"{}", i)) for i in "ababc"]
+    assert numbers == [1, 2, 1, 2, 3]
     assert (await stream.state()).last == 3
+
+
+async def test_a_batch_is_stored_whole_or_not_at_all(image: Bus, stream: EventLog) -> None:
+    subject = "wherry.ev.v1.n1.default.images.create"
+    first, second, third = (events.Outgoing(subject, f"{{{i}}}".encode(), f"id-{i}") for i in range(3))
+    assert await events.publish_together(image.transport, [first, second])
+    assert not await events.publish_together(image.transport, [third, second]), "one of them is there"
+    assert [entry.data for entry in await stream.read()] == [first.data, second.data]
+    assert await events.publish_together(image.transport, [third])
+    assert [entry.data for entry in await stream.read()] == [first.data, second.data, third.data]
 
 
 async def test_in_memory_too(database: Database) -> None:

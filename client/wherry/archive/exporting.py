@@ -33,12 +33,14 @@ class Choice:
     """What of the images is exported.
 
     platforms, all_platforms: of an index the best image for each platform, or everything that it names; with neither
-    the one for this host. docker: add `manifest.json`, for `docker load`.
+    the one for this host. docker: add `manifest.json`, for `docker load`, of the images whose layers are all in the
+    archive. foreign_layers: those that are here, too, although they are not to be handed on.
     """
 
     platforms: Sequence[Platform] = field(default_factory=tuple)
     all_platforms: bool = False
     docker: bool = True
+    foreign_layers: bool = False
 
     def select(self) -> Select:
         if self.platforms and self.all_platforms:
@@ -65,6 +67,8 @@ class Export:
             if image.target.digest not in graphs:
                 graph = await survey.graph(image.target, select)
                 graphs[image.target.digest] = graph.require(f"image {image.name}")
+                if not self._choice.foreign_layers:
+                    graph.leave_out_foreign()
         async with writing(target) as write:
             await self._documents(write, graphs)
             await self._blobs(write, graphs.values())
@@ -120,7 +124,9 @@ class Export:
 
 
 def _loadable(child: Descriptor, graph: Graph) -> bool:
-    return graph.manifests[child.digest].config.media_type in CONFIG_TYPES and not is_attestation(child)
+    manifest = graph.manifests[child.digest]
+    whole = all(layer.digest in graph.parts for layer in manifest.layers)
+    return whole and manifest.config.media_type in CONFIG_TYPES and not is_attestation(child)
 
 
 def _name(digest: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import keyword
+import os
 import sys
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # verb -> what it is for; the file is `<verb>.py` (`<verb>_.py` for a word of Python's own), in it a function `command`
 # or a Typer `app`.
@@ -62,6 +64,11 @@ def main() -> None:
 
         show(arguments[1:])
         return
+    from .warm import hand_over
+
+    code = hand_over(arguments)
+    if code is not None:
+        os._exit(code)  # nothing was done here that would have to be undone
     from .app import run
 
     run(arguments)
@@ -69,6 +76,9 @@ def main() -> None:
 
 def load(verb: str) -> Any:
     """The module of a verb."""
+    import importlib
+    import keyword
+
     return importlib.import_module(f".{verb}_" if keyword.iskeyword(verb) else f".{verb}", __name__)
 
 

@@ -26,6 +26,8 @@ class Verbs(TyperGroup):
             made = get_command(module.app)
         else:
             settings = getattr(module, "SETTINGS", {})
+            if hasattr(module.command, "declare"):  # its flags depend on what was typed
+                module.command.declare()
             single = typer.Typer(add_completion=False)
             single.command(cmd_name, help=VERBS[cmd_name], context_settings=settings)(module.command)
             made = get_command(single)

@@ -6,6 +6,7 @@ import inspect
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,11 +47,14 @@ def accepting(*parameters: inspect.Parameter) -> Callable[[Callable[..., None]],
     fifty. What is not declared is not among the verb's arguments: `given.get(...)`.
     """
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+    def declare(function: Callable[..., None]) -> None:
         typed = sys.argv[1:]
         every = "--help" in typed or function.__module__.rpartition(".")[2] not in typed
         wanted = [each for each in parameters if every or each.name in ALWAYS or _is_typed(each, typed)]
         function.__signature__ = inspect.Signature(sorted(wanted, key=lambda each: each.kind))  # type: ignore[attr-defined]
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        function.declare = partial(declare, function)  # type: ignore[attr-defined]
         return function
 
     return decorate

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import NamespaceOption, with_client
+from .pull import ForeignOption
 
 if TYPE_CHECKING:
     from wherry import Client
@@ -20,6 +21,7 @@ def command(
     platform: Annotated[list[str], typer.Option(help="os/architecture[/variant]; this host's unless given.")] = [],  # noqa: B006
     all_platforms: Annotated[bool, typer.Option("--all-platforms", help="Everything that an index names.")] = False,
     docker: Annotated[bool, typer.Option(help="Add what `docker load` reads.")] = True,
+    foreign_layers: ForeignOption = False,
 ) -> None:
     if archive == "-" and sys.stdout.isatty():
         raise typer.BadParameter("stdout is a terminal: name a file, or redirect")
@@ -31,7 +33,8 @@ def command(
         from wherry.registry.platforms import parse_platform
 
         await client.export_images(
-            names, target, platforms=[parse_platform(p) for p in platform], all_platforms=all_platforms, docker=docker
-        )
+            names, target, platforms=[parse_platform(p) for p in platform], all_platforms=all_platforms, docker=docker,
+            foreign_layers=foreign_layers,
+        )  # fmt: skip
 
     with_client(namespace, work)

@@ -11,6 +11,8 @@ import typer
 from .common import Format, NamespaceOption, age, clean, show, with_client
 
 if TYPE_CHECKING:
+    from wherry_shared.api.container import Container
+
     from wherry import Client
 
 COLUMNS = ["id", "image", "status", "pid", "age", "runtime"]
@@ -45,8 +47,11 @@ async def rows_of(client: Client, filters: Sequence[str], *, all: bool) -> list[
 
     plain, wanted = split(filters)
     tasks = {t.container_id: t for t in await walk(client.tasks.walk)}
+    # Thousands of records that do not run are not carried here to be left out.
+    alive_only = not (all or plain or wanted.get("status") or wanted.get("exited"))
+    chosen = [id for id, task in tasks.items() if task.status != "stopped"]
     rows = []
-    for container in await walk(client.containers.walk, plain):
+    for container in await (_those(client, chosen) if alive_only else walk(client.containers.walk, plain)):
         task = tasks.get(container.id)
         alive = task is not None and task.status != "stopped"
         row = {
@@ -65,6 +70,19 @@ async def rows_of(client: Client, filters: Sequence[str], *, all: bool) -> list[
         if (alive or all or wanted.get("status") or wanted.get("exited")) and _fits(row, wanted):
             rows.append(row)
     return rows
+
+
+async def _those(client: Client, ids: Sequence[str]) -> list[Container]:
+    """The containers of these ids that are still there."""
+    import asyncio
+
+    from wherry_shared.errors import NotFound
+
+    found = await asyncio.gather(*(client.containers.get(id) for id in ids), return_exceptions=True)
+    for each in found:
+        if isinstance(each, BaseException) and not isinstance(each, NotFound):
+            raise each
+    return [each for each in found if not isinstance(each, BaseException)]
 
 
 def split(filters: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:

@@ -28,6 +28,9 @@ UserOption = Annotated[str, typer.Option("--user", "-u", envvar="WHERRY_USER", h
 PasswordOption = Annotated[
     bool, typer.Option("--password-stdin", help="Read its password from stdin; WHERRY_PASSWORD serves, too.")
 ]
+ForeignOption = Annotated[
+    bool, typer.Option("--foreign-layers", help="Layers that are not to be handed on, too.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the image's digest only.")]
 PlatformsOption = Annotated[
     list[str], typer.Option("--platform", help="os/architecture[/variant]; may be repeated. This host's unless given.")
@@ -46,6 +49,7 @@ def command(
     discard_unpacked_layers: Annotated[
         bool, typer.Option("--discard-unpacked-layers", help="Do not keep layers once they are unpacked.")
     ] = False,
+    foreign_layers: ForeignOption = False,
     insecure: InsecureOption = [],  # noqa: B006
     hosts_dir: HostsOption = "",
     user: UserOption = "",
@@ -61,8 +65,8 @@ def command(
             image = await client.pull(
                 reference, unpack=unpack, snapshotter=snapshotter, platform=[parse_platform(p) for p in platform],
                 all_platforms=all_platforms, all_metadata=all_metadata, referrers=referrers,
-                discard_unpacked_layers=discard_unpacked_layers, insecure=insecure, hosts_dir=hosts_dir,
-                credentials=credentials, on_progress=bars.on_progress,
+                discard_unpacked_layers=discard_unpacked_layers, foreign_layers=foreign_layers, insecure=insecure,
+                hosts_dir=hosts_dir, credentials=credentials, on_progress=bars.on_progress,
             )  # fmt: skip
         print(image.target.digest if quiet else f"{clean(image.name)} {image.target.digest}")
 

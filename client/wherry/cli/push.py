@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .common import NamespaceOption, clean, with_client
-from .pull import Bars, HostsOption, InsecureOption, PasswordOption, QuietOption, UserOption, login
+from .pull import Bars, ForeignOption, HostsOption, InsecureOption, PasswordOption, QuietOption, UserOption, login
 
 if TYPE_CHECKING:
     from wherry import Client
@@ -18,6 +18,8 @@ def command(
     target: Annotated[str, typer.Argument(help="Its name at the registry; its own unless given.")] = "",
     namespace: NamespaceOption = "default",
     platform: Annotated[list[str], typer.Option(help="Only these platforms; may be repeated.")] = [],  # noqa: B006
+    foreign_layers: ForeignOption = False,
+    referrers: Annotated[bool, typer.Option("--referrers", help="What refers to it and was pulled, too.")] = False,
     insecure: InsecureOption = [],  # noqa: B006
     hosts_dir: HostsOption = "",
     user: UserOption = "",
@@ -31,8 +33,9 @@ def command(
 
         with Bars(quiet=quiet) as bars:
             pushed = await client.push(
-                name, target, platform=[parse_platform(p) for p in platform], insecure=insecure, hosts_dir=hosts_dir,
-                credentials=credentials, on_progress=bars.on_progress,
+                name, target, platform=[parse_platform(p) for p in platform], foreign_layers=foreign_layers,
+                referrers=referrers, insecure=insecure, hosts_dir=hosts_dir, credentials=credentials,
+                on_progress=bars.on_progress,
             )  # fmt: skip
         print(pushed.digest if quiet else f"{clean(target or name)} {pushed.digest}")
 

@@ -31,7 +31,8 @@ def command(
                         f"container {container.id} is {state.status}: kill it first, or use --force"
                     )
                 await client.tasks.delete(container.id, "", force)
-            await container.delete(snapshot=True)
+            with contextlib.suppress(NotFound):  # it went by itself with its task (`run --rm`)
+                await container.delete(snapshot=True)
 
         await on_each(client, ids, remove)
 

@@ -37,11 +37,15 @@ def command(image: str, args: list[str] | None, namespace: str, **given: Any) ->
 
 
 async def _run(client: Client, reference: str, args: list[str], given: dict[str, Any]) -> int:
+    from wherry_shared.api.task import REMOVE_LABEL
     from wherry_shared.errors import InvalidArgument
 
     detach, rm, interactive, terminal = (bool(given.get(name)) for name in ("detach", "rm", "interactive", "tty"))
-    if detach and rm:
-        raise InvalidArgument("--rm with --detach: nobody would be there to remove the container")
+    if rm and given.get("restart", "no") != "no":
+        raise InvalidArgument("--rm with --restart: what is removed is not started again")
+    if rm and (detach or terminal):
+        # It may end when nobody is here any more: the node removes it.
+        given = {**given, "label": [*given.get("label", ()), f"{REMOVE_LABEL}=true"]}
     container = await make(client, reference, args, given)
     if not detach:
         keys = given.get("detach_keys", DETACH_KEYS)
@@ -68,7 +72,7 @@ async def background(container: Container, *, stdin: bool | None = None) -> None
     try:
         await task.start()
     except BaseException:
-        await asyncio.shield(task.delete(force=True))
+        await asyncio.shield(_leave(task, container, rm=False, force=True))
         raise
     task.detach()
 

@@ -69,13 +69,15 @@ def row_of(stats: Stats, before: Stats | None) -> dict[str, Any]:
         percent = max(0.0, (used["cpu"] - earlier["cpu"]) / 1e9 / seconds * 100) if seconds > 0 else 0.0
     memory, limit = used["memory"], used["limit"]
     limited = 0 < limit < _UNLIMITED
-    return {
+    row = {
         "id": stats.container_id, "cpu": f"{percent:.2f}%", "memory": size(memory),
         "limit": size(limit) if limited else "-", "share": f"{100 * memory / limit:.2f}%" if limited else "-",
         "read": size(used["read"]), "written": size(used["written"]), "pids": used["pids"],
         "cpu_percent": round(percent, 4), "memory_bytes": memory, "limit_bytes": limit if limited else 0,
         "read_bytes": used["read"], "written_bytes": used["written"], "cpu_nanoseconds": used["cpu"],
     }  # fmt: skip
+    # It runs, and cannot be asked now: nothing that looks like a measurement.
+    return {**row, **dict.fromkeys(COLUMNS[1:], "-"), "error": stats.error} if stats.error else row
 
 
 _NUMBERS = ("cpu", "memory", "limit", "read", "written", "pids")

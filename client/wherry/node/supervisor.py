@@ -94,6 +94,7 @@ class Supervisor:
                 for number in range(self._plan.scale.get(name, 1)):
                     self._add(name, number, entry)
             self._add_probe(sum(1 for _ in self._children))
+            self._add_warm()
             self._loop()
         finally:
             self._stop_all()
@@ -255,6 +256,12 @@ class Supervisor:
         self._probe = self._fork(
             "probe", lambda: wait_until_ready(self._url, plan.node, plan.state / "creds", services)
         )
+
+    def _add_warm(self) -> None:
+        """A child that runs command lines; only this user's."""
+        from .warm import serve
+
+        self._children["cli"] = Child("cli", lambda: self._fork("cli", lambda: serve(self._plan.state)))
 
     def _loop(self) -> None:
         while not self._stopping:

@@ -175,6 +175,18 @@ def parse_manifest(raw: bytes, media_type: str = "", what: str = "manifest", *, 
     return Manifest(kind, config, layers, _texts(document, "annotations", what))
 
 
+def describe_referrer(descriptor: Descriptor, raw: bytes) -> dict[str, Any]:
+    """What a list of referrers says of one (OCI distribution specification, "Listing Referrers")."""
+    document = parse_object(raw, f"manifest {descriptor.digest}")
+    made: dict[str, Any] = {
+        "mediaType": descriptor.media_type, "digest": descriptor.digest, "size": descriptor.size
+    }  # fmt: skip
+    kind = document.get("artifactType") or (document.get("config") or {}).get("mediaType")
+    return made | {
+        key: value for key, value in (("artifactType", kind), ("annotations", document.get("annotations"))) if value
+    }
+
+
 def refuse_foreign(layer: Descriptor) -> None:
     """Unimplemented for a foreign layer: the switch that allows them is named."""
     if is_foreign(layer.media_type):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from wherry_shared.values import LABEL_MAX, Descriptor
 
@@ -50,6 +50,11 @@ def referrers(descriptors: Iterable[Descriptor]) -> dict[str, str]:
         algorithm, _, encoded = descriptor.digest.partition(":")
         found[f"{REF_LABEL}.referrer.{algorithm}.{encoded[:12]}"] = descriptor.digest
     return found
+
+
+def referring(known: Mapping[str, str]) -> list[str]:
+    """The digests of what refers to a document, by its labels."""
+    return [digest for label, digest in sorted(known.items()) if label.startswith(f"{REF_LABEL}.referrer.")]
 
 
 def source_label(registry: str) -> str:

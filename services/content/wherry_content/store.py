@@ -41,7 +41,7 @@ Keep = Callable[[str], Awaitable[None]]
 IDLE_SECONDS = 60.0
 DEFAULT_ALGORITHM = "sha256"
 SIZE_MAX = 1 << 62
-REAPED = 64  # blobs removed in one transaction: a mutation waits for some of them at most
+REAPED = 256  # blobs removed in one transaction: a mutation waits for some of them at most
 
 
 class Writer:

@@ -1,23 +1,30 @@
-"""The rules of the stream: what may be published, and how it is read again from a time or a token."""
+"""The rules of the stream: what may be published, and how it is read again without a hole that nobody is told of."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
-from datetime import datetime
-from typing import Any
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, NoReturn
 
-from wherry_shared.api.events import Envelope, Replay, Stream
+from wherry_shared.api.events import Envelope, Gap, Replay, Stream
 from wherry_shared.bus import Bus, events, subjects
-from wherry_shared.bus.transport import EventLog, LogState
+from wherry_shared.bus.transport import EventLog, LogState, Stored
 from wherry_shared.errors import InvalidArgument, OutOfRange
 from wherry_shared.filters import compile_filters
-from wherry_shared.values import now
+from wherry_shared.values import check_identifier, now
+
+from .appender import Appender
 
 LIMIT_MAX = 1000
 EVENT_BYTES_MAX = 256 << 10
 # Of events as they stand in the stream. Numbers may take twice as much in an answer, which must stay under 1 MiB.
 WINDOW_BYTES = 384 << 10
+# How many events one call looks at, for those that filters let through.
+SCAN_MAX = 4096
+_EARLIEST = datetime(1970, 1, 2, tzinfo=UTC)
 
 
 class Journal:
@@ -25,72 +32,218 @@ class Journal:
 
     def __init__(self, log: EventLog, bus: Bus) -> None:
         self._log = log
-        self._bus = bus
+        self._node = bus.node
+        self._appender = Appender(bus.transport)
+
+    # ---- writing
 
     async def publish(self, namespace: str, topic: str, event: dict[str, Any], *, key: str = "") -> Envelope:
-        """Publish a caller's own event. The same idempotency key is the same event."""
+        """Publish a caller's own event, stamped now. The same idempotency key is the same event."""
         event_id = hashlib.sha256(key.encode()).hexdigest()[:24] if key else secrets.token_hex(12)
         envelope = Envelope(
-            id=event_id, timestamp=now(), namespace=namespace, topic=topic, node=self._bus.node, event=event
+            id=event_id, timestamp=now(), namespace=namespace, topic=topic, node=self._node, event=event
         )
         await self.append(envelope)
         return envelope
 
+    async def forward(self, envelope: Envelope) -> None:
+        """Put an event that happened elsewhere into the stream as it is.
+
+        InvalidArgument: it has no id, time or node that one could go by; and what `append` raises.
+        """
+        if not (1 <= len(envelope.id) <= 128 and envelope.id.isascii() and envelope.id.isprintable()):
+            raise InvalidArgument("an event's id has 1 to 128 characters, printable ones of ASCII")
+        if envelope.timestamp.tzinfo is None or envelope.timestamp < _EARLIEST:
+            raise InvalidArgument(
+                f"timestamp {envelope.timestamp.isoformat()} says no time: it needs a zone and a date"
+            )
+        if envelope.node:
+            check_identifier(envelope.node, "node")
+        await self.append(envelope)
+
     async def append(self, envelope: Envelope) -> None:
-        """Put an event into the stream as it is. InvalidArgument: topic, id or size are not allowed."""
-        if not 1 <= len(envelope.id) <= 128:
-            raise InvalidArgument("an event's id has 1 to 128 characters")
-        subject = subjects.event(self._bus.node, envelope.namespace, envelope.topic)
-        data = events.encode(envelope)
+        """Put an event into the stream. InvalidArgument: its topic, its size, or a value that JSON does not have."""
+        subject = subjects.event(self._node, envelope.namespace, envelope.topic)
+        try:
+            data = events.encode(envelope)
+        except ValueError as e:  # bytes that are no text, say
+            raise InvalidArgument(f"the event cannot be written as JSON: {e}") from None
         if len(data) > EVENT_BYTES_MAX:
             raise InvalidArgument(f"event of {len(data)} bytes is larger than {EVENT_BYTES_MAX}")
-        await events.publish(self._bus.transport, subject, data, envelope.id)
+        if b"NaN" in data or b"Infinity" in data:  # perhaps in a text
+            json.loads(data, parse_constant=_no_number)
+        await self._appender.append(events.Outgoing(subject, data, envelope.id))
+
+    # ---- reading
 
     async def bounds(self) -> Stream:
-        """The stream's epoch and its first and last number."""
+        """The stream's epoch, its first and last number, and the token of its end."""
         state = await self._log.state()
-        return Stream(epoch=state.epoch, first=state.first, last=state.last)
+        end = await self._end(state)
+        return Stream(epoch=state.epoch, first=state.first, last=state.last, token=end.token(state.epoch))
 
     async def replay(
-        self, namespace: str, *, since: datetime | None, token: str, filters: list[str], limit: int
-    ) -> Replay:
+        self, namespace: str, *, since: datetime | None, until: datetime | None, token: str, filters: list[str],
+        limit: int,
+    ) -> Replay:  # fmt: skip
         """A window of the stream. OutOfRange: what follows the token is gone, or it is of another stream."""
-        if since is not None and since.tzinfo is None:
-            raise InvalidArgument(f"since {since.isoformat()} has no time zone")
+        for name, time in (("since", since), ("until", until)):
+            if time is not None and time.tzinfo is None:
+                raise InvalidArgument(f"{name} {time.isoformat()} has no time zone")
         matches = compile_filters(filters)
-        limit = max(1, min(limit, LIMIT_MAX))
+        prefix = events.pattern(self._node, namespace, "")[:-1] if namespace else ""
         state = await self._log.state()
-        after = _position(token, state) if token else 0
-        stored = await self._log.read(
-            after=after, since=None if token else since, limit=limit,
-            subject=events.pattern(self._bus.node, namespace, "") if namespace else "",
+        window = _Window(state, until, max(1, min(limit, LIMIT_MAX)))
+        stored = await self._begin(window, token, since)
+        while stored:
+            for entry in stored:
+                if not window.reaches(entry):
+                    return window.replay()
+                envelope = events.decode(entry.data) if entry.subject.startswith(prefix) else None
+                window.take(entry, envelope if envelope is not None and matches(events.field_of(envelope)) else None)
+            if window.place.sequence >= state.last:
+                return window.replay()
+            stored = await self._log.read(after=window.place.sequence, limit=window.wanted(bool(filters or namespace)))
+        window.end()
+        return window.replay()
+
+    async def _begin(self, window: _Window, token: str, since: datetime | None) -> list[Stored]:
+        """Set the window to where it begins; what follows there."""
+        state = window.state
+        if token:
+            place = _Place.of(token, state)
+            if not place.digest or place.sequence < state.first:
+                window.begin(place)
+                return await self._log.read(after=place.sequence, limit=window.limit)
+            stored = await self._log.read(after=place.sequence - 1, limit=window.limit + 1)
+            if not stored or stored[0].sequence != place.sequence or _digest(stored[0].data) != place.digest:
+                raise OutOfRange("the stream lost the event that this token stands on: read the state again")
+            window.begin(place)
+            return stored[1:]
+        if since is None:
+            stored = await self._log.read(limit=window.limit)
+            first = state.first
+            if stored and stored[0].sequence > first:  # expired meanwhile, or lost
+                first = min((await self._log.state()).first, stored[0].sequence)
+            window.begin(_Place(max(first, 1) - 1))
+            return stored
+        stored = await self._log.read(since=since, limit=window.limit)
+        if not stored:
+            window.begin(await self._end(state))
+            return []
+        before = stored[0].sequence - 1
+        if before >= state.first and not await self._at(before):
+            before -= 1  # the one before the first is lost: perhaps it is of that time
+        window.begin(_Place(before))
+        return stored
+
+    async def _end(self, state: LogState) -> _Place:
+        """The place behind everything."""
+        last = await self._at(state.last) if state.last >= max(state.first, 1) else None
+        return _Place(state.last, _digest(last.data) if last else "")
+
+    async def _at(self, sequence: int) -> Stored | None:
+        """The event of that number, if the stream has it."""
+        found = await self._log.read(after=sequence - 1, limit=1)
+        return found[0] if found and found[0].sequence == sequence else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A place in the stream: behind the event of that number, whose digest tells it from another of the same number.
+
+    A stream that lost its end gives the numbers again. No digest: that event was not there to be read.
+    """
+
+    sequence: int
+    digest: str = ""
+
+    def token(self, epoch: str) -> str:
+        return f"{epoch}/{self.sequence}/{self.digest}"
+
+    @classmethod
+    def of(cls, token: str, state: LogState) -> _Place:
+        """The place that a token stands for. OutOfRange when the stream does not go on from there."""
+        epoch, _, digest = token.rpartition("/")
+        epoch, _, number = epoch.rpartition("/")
+        if not (number.isascii() and number.isdigit()) or len(number) > 19 or len(digest) not in (0, _DIGEST_LENGTH):
+            raise InvalidArgument("the token is not one of this service's")
+        position = int(number)
+        if epoch != state.epoch:
+            raise OutOfRange("the stream was made anew since this token was given: read the state again")
+        if position + 1 < state.first:
+            raise OutOfRange(f"{state.first - position - 1} events after this token are no longer kept")
+        if position > state.last:  # a crash took the stream's end: what comes next gets numbers that were read before
+            raise OutOfRange(f"the stream ends {position - state.last} events before this token: read the state again")
+        return cls(position, digest)
+
+
+class _Window:
+    """What one replay answers, as it grows. It ends before a hole: so a hole stands at a window's beginning, if any."""
+
+    def __init__(self, state: LogState, until: datetime | None, limit: int) -> None:
+        self.state = state
+        self.limit = limit
+        self.place = _Place(0)
+        self._until = until
+        self._found: list[Envelope] = []
+        self._tokens: list[str] = []
+        self._gap: Gap | None = None
+        self._scanned = self._size = 0
+        self._over = False  # nothing that follows is wanted
+
+    def begin(self, place: _Place) -> None:
+        self.place = place
+
+    def wanted(self, filtered: bool) -> int:
+        """How many more events to read."""
+        return LIMIT_MAX if filtered else self.limit - len(self._found)
+
+    def reaches(self, entry: Stored) -> bool:
+        """Whether the window goes on to this event."""
+        if self._until is not None and entry.at >= self._until:
+            self._over = True
+            return False
+        if self._scanned >= SCAN_MAX or len(self._found) >= self.limit:
+            return False
+        if self._found and self._size + len(entry.data) > WINDOW_BYTES:
+            return False
+        return entry.sequence == self.place.sequence + 1 or self._missing(entry.sequence - 1)
+
+    def _missing(self, last: int) -> bool:
+        """Note the hole that ends with this number; False when the window has to end before it."""
+        if self._scanned:
+            return False
+        self._gap = Gap(first=self.place.sequence + 1, last=last)
+        return True
+
+    def take(self, entry: Stored, envelope: Envelope | None) -> None:
+        """Go on behind this event, and give it to the reader unless it is None."""
+        self.place = _Place(entry.sequence, _digest(entry.data))
+        self._scanned += 1
+        if envelope is not None:
+            self._size += len(entry.data)
+            self._found.append(envelope)
+            self._tokens.append(self.place.token(self.state.epoch))
+
+    def end(self) -> None:
+        """Nothing more can be read: if the stream says that there is more, that is lost."""
+        if self.place.sequence < self.state.last and self._missing(self.state.last):
+            self.place = _Place(self.state.last)
+
+    def replay(self) -> Replay:
+        return Replay(
+            events=self._found, token=self.place.token(self.state.epoch), tokens=self._tokens, gap=self._gap,
+            more=not self._over and self.place.sequence < self.state.last,
         )  # fmt: skip
-        found: list[Envelope] = []
-        position, size = after, 0
-        for entry in stored:
-            if size and size + len(entry.data) > WINDOW_BYTES:
-                break
-            position, size = entry.sequence, size + len(entry.data)
-            envelope = events.decode(entry.data)
-            if envelope is not None and matches(events.field_of(envelope)):
-                found.append(envelope)
-        # An answer without an event still moves the token on, or a reader would never get past what is filtered out.
-        complete = len(stored) < limit and (not stored or position == stored[-1].sequence)
-        if complete:
-            position = max(position, state.last)
-        return Replay(events=found, token=f"{state.epoch}/{position}", more=position < state.last)
 
 
-def _position(token: str, state: LogState) -> int:
-    """The number that a token stands for. OutOfRange when the stream does not go on from there."""
-    of, _, number = token.rpartition("/")
-    if not (number.isascii() and number.isdigit()) or len(number) > 19:
-        raise InvalidArgument("the token is not one of this service's")
-    position = int(number)
-    if of != state.epoch:
-        raise OutOfRange("the stream was made anew since this token was given: read the state again")
-    if position + 1 < state.first:
-        raise OutOfRange(f"{state.first - position - 1} events after this token are no longer kept")
-    if position > state.last:  # a crash took the stream's end: what comes next would get numbers that were read before
-        raise OutOfRange(f"the stream ends {position - state.last} events before this token: read the state again")
-    return position
+_DIGEST_LENGTH = 12
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=_DIGEST_LENGTH // 2).hexdigest()
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise InvalidArgument(f"the event has {constant} in it, which JSON does not have")

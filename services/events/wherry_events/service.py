@@ -25,7 +25,7 @@ class EventsService(Events):
         namespace = context.namespace()
         if envelope.namespace != namespace:
             raise PermissionDenied(f"an event of namespace {envelope.namespace!r} cannot be forwarded in {namespace!r}")
-        await self._journal.append(envelope)
+        await self._journal.forward(envelope)
 
     async def replay(
         self,
@@ -33,11 +33,12 @@ class EventsService(Events):
         token: str = "",
         filters: list[str] = [],
         limit: int = 500,
+        until: datetime | None = None,
     ) -> Replay:
         namespace = context.current().namespace
         return await self._journal.replay(
-            "" if namespace == context.NO_NAMESPACE else namespace, since=since, token=token, filters=filters,
-            limit=limit,
+            "" if namespace == context.NO_NAMESPACE else namespace, since=since, until=until, token=token,
+            filters=filters, limit=limit,
         )  # fmt: skip
 
     async def stream(self) -> Stream:

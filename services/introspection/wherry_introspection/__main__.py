@@ -13,10 +13,11 @@ from .service import IntrospectionService
 
 async def build(host: Host) -> Introspection:
     """No settings of its own."""
-    root = host.settings.own_root
+    settings = host.settings
+    root = settings.own_root
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     host.lock(root / "lock")
-    return IntrospectionService(Node.open(root / "uuid", host.settings.node), host.bus)
+    return IntrospectionService(Node.open(root / "uuid", settings.node, settings.root, settings.state), host.bus)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

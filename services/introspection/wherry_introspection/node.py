@@ -12,19 +12,23 @@ from wherry_shared.files import write_atomic
 from wherry_shared.values import now
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+PID_NAMESPACE = Path("/proc/self/ns/pid")
 
 
 @dataclass(frozen=True)
 class Node:
-    """Who this node is."""
+    """Who this node is, and which directories it has."""
 
     id: str
     name: str
     boot_id: str
+    pid_namespace: int
     started_at: datetime
+    root: Path
+    state: Path
 
     @classmethod
-    def open(cls, path: Path, name: str) -> Node:
+    def open(cls, path: Path, name: str, root: Path = Path(), state: Path = Path()) -> Node:
         """Read the id, or make it. DataLoss when the file holds none: a node does not change who it is by itself."""
         if not path.exists():
             write_atomic(path, f"{uuid.uuid4()}\n".encode())
@@ -32,4 +36,4 @@ class Node:
             known = str(uuid.UUID(path.read_text().strip()))
         except ValueError:
             raise DataLoss(f"{path} holds no uuid: restore it, or remove it to make a new one") from None
-        return cls(known, name, BOOT_ID.read_text().strip(), now())
+        return cls(known, name, BOOT_ID.read_text().strip(), PID_NAMESPACE.stat().st_ino, now(), root, state)

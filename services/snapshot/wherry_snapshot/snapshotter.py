@@ -14,7 +14,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
-from wherry_shared.api.snapshot import INHERITED_PREFIX, REBASE_LABEL, REF_LABEL, Info, Kind, Usage
+from wherry_shared.api.snapshot import (
+    GID_LABEL,
+    INHERITED_PREFIX,
+    REBASE_LABEL,
+    REF_LABEL,
+    UID_LABEL,
+    Info,
+    Kind,
+    Usage,
+)
 from wherry_shared.catalog import LIMIT_MAX, PAGE_BYTES, check_mask, raise_if_replayed
 from wherry_shared.errors import (
     Aborted,
@@ -29,7 +38,7 @@ from wherry_shared.filters import compile_filters, fields
 from wherry_shared.sqlite import Database, Transaction
 from wherry_shared.values import Mount, Page, now, stored_labels, update_labels
 
-from .backends import REBASE, Backend, Snapshot
+from .backends import REBASE, REMAP_IDS, Backend, Snapshot
 from .metadata import Place, Row, Rows
 from .syncer import Syncer
 from .workers import Workers
@@ -109,6 +118,8 @@ class Snapshotter:
         self._syncer.check(chain, wish.parent)
         if not chain and wish.kind == "active" and REBASE_LABEL in wish.inherited:
             self._check_rebase(FailedPrecondition)
+        if wish.inherited.keys() & {UID_LABEL, GID_LABEL} and REMAP_IDS not in self._backend.capabilities:
+            raise FailedPrecondition(f"snapshotter {self.name!r} cannot map ids on this kernel and file system")
         number = await self._rows.number()
         snapshot = Snapshot(number, wish.kind, chain, wish.inherited)
         self._making.add(number)

@@ -17,6 +17,8 @@ from .backends import Launchers
 from .backends.oci import OciLauncher
 from .backends.shim import ShimLauncher
 from .bundles import Bundles
+from .recovery import remove_unused_fifos
+from .removals import Removals
 from .service import TaskService
 from .stdio.shelf import SWEEP_SECONDS
 from .stdio.streams import Streams
@@ -34,6 +36,7 @@ async def build(host: Host) -> Tasks:
     launcher = Launchers(OciLauncher(state), ShimLauncher(state))
     supervisor = Supervisor(database, launcher, Bundles(state), Streams(host.settings.own_root / "logs"))
     await supervisor.recover()
+    await asyncio.to_thread(remove_unused_fifos, host.settings.state / "fifo", supervisor.stdio())
 
     async def stop() -> None:
         await supervisor.stop(everything=host.immediate_stop)
@@ -44,9 +47,11 @@ async def build(host: Host) -> Tasks:
     allowed, loggers = (
         [path for path in host.settings.options.get(name, "").split(":") if path] for name in ("runtimes", "loggers")
     )
-    service = TaskService(
-        supervisor, host.bus.proxy(Containers), host.bus.proxy(Snapshots), host.settings.state, allowed, loggers
-    )  # fmt: skip
+    containers, snapshots = host.bus.proxy(Containers), host.bus.proxy(Snapshots)
+    removals = Removals(database, supervisor, containers, snapshots)
+    removals.recover()
+    host.on_stop(removals.stop)
+    service = TaskService(supervisor, containers, snapshots, host.settings.state, allowed, loggers, removals)
     sweeping = asyncio.get_running_loop().create_task(_sweep(service))
 
     async def stop_sweeping() -> None:

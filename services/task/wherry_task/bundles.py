@@ -46,8 +46,12 @@ class Bundles:
             (path / "rootfs").mkdir(mode=0o755)
             (path / SPEC).write_text(json.dumps(self._complete(spec, namespace, container)))
             (path / BINARY).write_text(binary)
+            _let_through(path, self._tasks.parents[1], _mapped_root(spec))
         except FileExistsError:
             raise FailedPrecondition(f"{path} is left from another task") from None
+        except FailedPrecondition:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
         except OSError as e:
             shutil.rmtree(path, ignore_errors=True)
             raise ResourceExhausted(f"bundle of {container}: {e.strerror}") from None
@@ -96,6 +100,30 @@ class Bundles:
                 for directory, _, _ in os.walk(base, topdown=False):
                     _rmdir(directory)
                 _rmdir(str(base.parent))
+
+
+def _mapped_root(spec: dict[str, Any]) -> int:
+    """Who the container's root is on the host, as a group; 0 where it is root there too."""
+    for each in (spec.get("linux") or {}).get("gidMappings") or ():
+        if each.get("containerID") == 0:
+            return int(each.get("hostID") or 0)
+    return 0
+
+
+def _let_through(path: Path, top: Path, gid: int) -> None:
+    """Let a root that is nobody on the host pass to its bundle, and nobody look around on the way (containerd's modes).
+
+    top: the highest of our directories. FailedPrecondition: one above it is closed.
+    """
+    if not gid:
+        return
+    os.chown(path, -1, gid)
+    path.chmod(0o710)
+    for each in path.parents:
+        if each == top or top in each.parents:
+            each.chmod(0o711)
+        elif not each.stat().st_mode & 0o001:
+            raise FailedPrecondition(f"a container with mapped ids cannot reach its root: {each} lets nobody through")
 
 
 def _rmdir(path: str) -> None:

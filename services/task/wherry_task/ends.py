@@ -147,6 +147,7 @@ class Ends:
         init = task.process("")
         if init.row.status == "created" and seen.running:
             init.row = replace(init.row, pid=seen.pid or init.row.pid, status="running")
+            init.untold = True
 
             def record(tx: Transaction) -> None:
                 metadata.put_process(tx, namespace, container, init.row)
@@ -157,6 +158,7 @@ class Ends:
             process = task.processes.get(exec_id)
             if process is not None and not process.row.pid:
                 process.row = replace(process.row, pid=pid, status="running")
+                process.untold = True
                 event = {"container_id": container, "exec_id": exec_id, "pid": pid}
                 await self._database.write(partial(_record_exec, namespace, container, process.row, event))
 

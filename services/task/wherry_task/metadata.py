@@ -20,6 +20,11 @@ MIGRATIONS = (
         status TEXT NOT NULL, spec TEXT NOT NULL, stdio TEXT NOT NULL, exit_status INTEGER, exited_ns INTEGER,
         PRIMARY KEY (namespace, container, exec)) WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE removals (
+        namespace TEXT NOT NULL, container TEXT NOT NULL, born TEXT NOT NULL,
+        PRIMARY KEY (namespace, container, born)) WITHOUT ROWID;
+    """,
 )
 
 
@@ -103,3 +108,18 @@ def delete_process(tx: Transaction, namespace: str, container: str, exec_id: str
     tx.execute(
         "DELETE FROM processes WHERE namespace = ? AND container = ? AND exec = ?", (namespace, container, exec_id)
     )
+
+
+def removals(database: Database) -> list[tuple[str, str, str]]:
+    """Containers that are to go when their tasks have ended: namespace, id, and when each was made."""
+    return list(database.all("SELECT namespace, container, born FROM removals"))
+
+
+def put_removal(tx: Transaction, namespace: str, container: str, born: str) -> None:
+    """Promise that a container goes with its task's end."""
+    tx.execute("INSERT OR IGNORE INTO removals VALUES (?, ?, ?)", (namespace, container, born))
+
+
+def delete_removal(tx: Transaction, namespace: str, container: str, born: str) -> None:
+    """The promise is kept."""
+    tx.execute("DELETE FROM removals WHERE namespace = ? AND container = ? AND born = ?", (namespace, container, born))

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
+import shutil
+import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from wherry_shared.api.task import Stdio
 from wherry_shared.errors import AlreadyExists, Unavailable, WherryError
 from wherry_shared.sqlite import Database
 from wherry_shared.values import check_identifier
@@ -16,11 +22,14 @@ from .backends import Bundle, Ended, Launcher
 from .bundles import Bundles
 from .ends import Ends
 from .metadata import TaskRow
+from .stdio import uris
 from .tasks import Key, Running, Task
 
 log = logging.getLogger("wherry.task")
 
 ADOPT_PARALLEL = 16
+# A process is asked for right after its FIFOs were made, and within the minute of its call.
+FIFO_SECONDS = 120.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -123,6 +132,19 @@ class Recovery:
                 log.info("the monitor of %s refuses to delete; waiting for its end", bundle.path)
             await shim.close()
         await asyncio.sleep(0.02)
+
+
+def remove_unused_fifos(folder: Path, used: Collection[Stdio]) -> None:
+    """Remove the directories of FIFOs in `folder` that belong to no process: a client that was killed left them."""
+    named = (Path(uris.parse(text).path) for each in used for text in (each.stdin, each.stdout, each.stderr))
+    kept = {parent for path in named for parent in path.parents}
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False) or Path(entry.path) in kept:
+                continue
+            if time.time() - entry.stat(follow_symlinks=False).st_mtime > FIFO_SECONDS:
+                log.info("removing %s: no process has these FIFOs", entry.path)
+                shutil.rmtree(entry.path, ignore_errors=True)
 
 
 class _Gone:

@@ -11,6 +11,7 @@ from wherry_shared import context
 from wherry_shared.api.container import Containers
 from wherry_shared.api.snapshot import Snapshots
 from wherry_shared.api.task import (
+    REMOVE_LABEL,
     CheckpointOptions,
     Exit,
     LogWindow,
@@ -23,11 +24,12 @@ from wherry_shared.api.task import (
     Tasks,
 )
 from wherry_shared.contract import immediate
-from wherry_shared.errors import InvalidArgument, Unimplemented
+from wherry_shared.errors import InvalidArgument, NotFound, Unimplemented
 from wherry_shared.values import Descriptor, Mount, Page
 
 from . import admission, runtimes
 from .backends import Creation
+from .removals import Removals, born_of
 from .stdio import rights
 from .supervisor import Supervisor
 
@@ -37,7 +39,7 @@ class TaskService(Tasks):
 
     def __init__(
         self, supervisor: Supervisor, containers: Containers, snapshots: Snapshots, state: Path,
-        allowed: Collection[str], loggers: Collection[str] = (),
+        allowed: Collection[str], loggers: Collection[str] = (), removals: Removals | None = None,
     ) -> None:  # fmt: skip
         self._supervisor = supervisor
         self._containers = containers
@@ -45,33 +47,41 @@ class TaskService(Tasks):
         self._state = state
         self._allowed = allowed
         self._loggers = loggers
+        self._removals = removals
 
     async def create(
         self, container_id: str, mounts: list[Mount] = [], stdio: Stdio = Stdio(), runtime: str = "",
         checkpoint: str = "",
     ) -> int:  # fmt: skip
         namespace, identity = context.namespace(), context.current().identity
-        rights.check(identity, stdio, self._state, self._loggers)
+        self._supervisor.once()
+        rights.check(identity, namespace, stdio, self._state, self._loggers)
         admission.check_checkpoint(identity, checkpoint)
         self._supervisor.expect()
         container = await self._containers.get(container_id)
         if container.spec is None:
             raise InvalidArgument(f"container {container_id} has no runtime specification")
+        binary = runtimes.find(runtime or container.runtime.name, self._allowed if identity.is_admin else ())
+        admission.check_options(identity, container.runtime.options, self._allowed)
         if not identity.is_admin:
             admission.check_spec(identity, container.spec)
             own = await self._snapshots.mounts(container.snapshotter, container.snapshot_key)
             admission.check_mounts(identity, mounts, own)
-        binary = runtimes.find(runtime or container.runtime.name, self._allowed if identity.is_admin else ())
-        admission.check_options(identity, container.runtime.options, self._allowed)
         creation = Creation(mounts, stdio, restore=checkpoint, options=container.runtime.options)
-        return await self._supervisor.create(
-            namespace, container_id, container.spec, binary, creation, container.created_at
+        removal = born_of(container) if container.labels.get(REMOVE_LABEL) == "true" else ""
+        pid = await self._supervisor.create(
+            namespace, container_id, container.spec, binary, creation, container.created_at, removal=removal
         )
+        if removal and self._removals is not None:
+            self._removals.expect(namespace, container_id, removal)
+        return pid
 
     async def start(self, container_id: str, exec_id: str = "") -> int:
+        self._supervisor.once()
         return await self._supervisor.start(context.namespace(), container_id, exec_id)
 
     async def delete(self, container_id: str, exec_id: str = "", force: bool = False) -> Exit:
+        self._supervisor.once()
         return await self._supervisor.delete(context.namespace(), container_id, exec_id, force=force)
 
     @immediate
@@ -87,6 +97,7 @@ class TaskService(Tasks):
     async def update(
         self, container_id: str, resources: dict[str, Any], annotations: dict[str, str] = {}
     ) -> None:  # fmt: skip
+        self._supervisor.once()
         admission.check_resources(context.current().identity, resources)
         await self._supervisor.update(context.namespace(), container_id, resources, annotations)
 
@@ -96,6 +107,7 @@ class TaskService(Tasks):
     async def checkpoint(
         self, container_id: str, options: CheckpointOptions = CheckpointOptions()
     ) -> list[Descriptor]:  # fmt: skip
+        self._supervisor.once()
         self._supervisor.task(context.namespace(), container_id)
         admission.check_checkpoint(context.current().identity, options.image, options.work)
         if not options.image:
@@ -104,14 +116,17 @@ class TaskService(Tasks):
 
     async def exec(self, container_id: str, exec_id: str, process: dict[str, Any], stdio: Stdio = Stdio()) -> None:
         identity = context.current().identity
-        rights.check(identity, stdio, self._state, self._loggers)
+        self._supervisor.once()
+        rights.check(identity, context.namespace(), stdio, self._state, self._loggers)
         admission.check_process(identity, process)
         await self._supervisor.exec(context.namespace(), container_id, exec_id, process, stdio)
 
     async def pause(self, container_id: str) -> None:
+        self._supervisor.once()
         await self._supervisor.pause(context.namespace(), container_id)
 
     async def resume(self, container_id: str) -> None:
+        self._supervisor.once()
         await self._supervisor.resume(context.namespace(), container_id)
 
     async def pids(self, container_id: str) -> list[ProcessInfo]:
@@ -143,11 +158,16 @@ class TaskService(Tasks):
         self, container_id: str, after: str = "", since: datetime | None = None, until: datetime | None = None,
         tail: int = -1, patience: float = 0.0,
     ) -> LogWindow:  # fmt: skip
-        # A log is its container's, and not that of an earlier one of the same name.
-        container = await self._containers.get(container_id)
-        return await self._supervisor.streams.logs(
-            context.namespace(), container_id, container.created_at, after, since, until, tail, patience
-        )
+        streams, namespace = self._supervisor.streams, context.namespace()
+        try:
+            # A log is its container's, and not that of an earlier one of the same name.
+            born = (await self._containers.get(container_id)).created_at
+        except NotFound:
+            if not after:
+                raise
+            # It went with its task under somebody who follows: the rest is still there for a moment.
+            born = streams.shelf.born(namespace, container_id)
+        return await streams.logs(namespace, container_id, born, after, since, until, tail, patience)
 
     async def sweep_logs(self) -> int:
         """Remove the logs of containers that are gone; answers how many went."""

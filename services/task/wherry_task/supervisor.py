@@ -15,6 +15,7 @@ from typing import Any
 
 from wherry_shared import context
 from wherry_shared.api.task import CheckpointOptions, Exit, MetricsV1, Process, ProcessInfo, Stats, Stdio, Taken
+from wherry_shared.catalog import raise_if_replayed
 from wherry_shared.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -63,15 +64,22 @@ class Supervisor:
 
     # ---- life
 
+    def once(self) -> None:
+        """Raise Replayed for a request that took effect in an earlier process: what it did may have been undone."""
+        raise_if_replayed(self._database)
+
     def expect(self) -> None:
         """A process is about to be asked for."""
         self._launcher.quicken()
 
     async def create(
         self, namespace: str, container: str, spec: dict[str, Any], binary: str, creation: Creation,
-        born: datetime | None = None,
+        born: datetime | None = None, *, removal: str = "",
     ) -> int:  # fmt: skip
-        """Make the container; it is there and answered only when it is on record. born: when its record was made."""
+        """Make the container; it is there and answered only when it is on record. born: when its record was made.
+
+        removal: of which birth the container is that goes with this task; "" when it stays.
+        """
         key = (namespace, container)
         if key in self._tasks or key in self._creating:
             raise AlreadyExists(f"task {container} exists")
@@ -81,7 +89,7 @@ class Supervisor:
             bundle = Bundle(path, container, binary, self._bundles.runtime_root(namespace, binary), namespace)
             try:
                 self.streams.make((*key, ""), path, creation.stdio, born)
-                return await self._create(key, bundle, _of_spec(creation, spec))
+                return await self._create(key, bundle, _of_spec(creation, spec), removal)
             except BaseException:
                 self.streams.retire((*key, ""))
                 await asyncio.shield(self._recovery.abandon(bundle))
@@ -89,7 +97,7 @@ class Supervisor:
         finally:
             self._creating.discard(key)
 
-    async def _create(self, key: Key, bundle: Bundle, creation: Creation) -> int:
+    async def _create(self, key: Key, bundle: Bundle, creation: Creation, removal: str) -> int:
         namespace, container = key
         real = self.streams.real((*key, ""), creation.stdio)
         shim, pid = await self._launcher.launch(bundle, replace(creation, stdio=real))
@@ -102,6 +110,8 @@ class Supervisor:
             def record(tx: Transaction) -> int:
                 metadata.put_task(tx, row)
                 metadata.put_process(tx, namespace, container, init.row)
+                if removal:
+                    metadata.put_removal(tx, namespace, container, removal)
                 tx.publish("/tasks/create", {
                     "container_id": container, "bundle": row.bundle,
                     "rootfs": [m.model_dump() for m in creation.mounts], "io": creation.stdio.model_dump(),
@@ -122,6 +132,9 @@ class Supervisor:
         task = self.task(namespace, container)
         async with task.lock:
             process = task.process(exec_id)
+            if process.untold:
+                process.untold, pid = False, process.row.pid
+                return await self._database.mutate(lambda tx: pid)
             if process.row.status != "created":
                 raise FailedPrecondition(f"cannot start a {process.row.status} process of task {container}")
             if exec_id:
@@ -235,6 +248,7 @@ class Supervisor:
             if task.process("").row.exit_status is not None:
                 raise FailedPrecondition(f"cannot update a stopped container: task {container}")
             await task.shim.update(resources, annotations)
+            await self._database.mutate(lambda tx: None)
 
     async def checkpoint(self, namespace: str, container: str, options: CheckpointOptions) -> list[Descriptor]:
         """Write the task's whole state into a directory."""
@@ -385,7 +399,7 @@ class Supervisor:
         return [ProcessInfo(pid=pid, exec_id=execs.get(pid, "")) for pid in found]
 
     async def stats(self, namespace: str, wanted: Collection[str], after: str, limit: int) -> Page[Stats]:
-        """What tasks use; those that have ended, have no cgroup or do not answer are missing."""
+        """What tasks use; those that have ended or have no cgroup are missing, those that do not answer say so."""
         limit = max(1, min(limit, STATS_MAX))
         chosen = set(wanted)
         names = sorted(
@@ -407,8 +421,11 @@ class Supervisor:
             async with asyncio.timeout(LOOK_SECONDS):
                 found = await task.shim.stats()
         except (WherryError, TimeoutError) as e:
+            if task.process("").row.exit_status is not None:
+                return None
             log.info("stats of %s: %s", container, e)
-            return None
+            reason = str(e) or f"it has not answered in {LOOK_SECONDS:.0f} s"
+            return Stats(container_id=container, timestamp=time_of(time.time_ns()), error=reason)
         if found is None:
             return None
         one = isinstance(found, MetricsV1)
@@ -457,6 +474,10 @@ class Supervisor:
             for row in [process.row for process in task.processes.values()]:
                 started, over = bool(row.pid), row.exit_status is not None
                 self.streams.find((*task.key, row.exec), task.bundle.path, row.stdio, started=started, over=over)
+
+    def stdio(self) -> list[Stdio]:
+        """The streams of every process."""
+        return [process.row.stdio for task in self._tasks.values() for process in task.processes.values()]
 
     async def stop(self, *, everything: bool) -> None:
         """At the service's end: let go of the shims, or with `everything` end every task first."""

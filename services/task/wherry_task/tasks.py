@@ -15,10 +15,12 @@ Key = tuple[str, str]
 
 
 class Running:
-    """One process that the supervisor knows: its row, and who waits for its end."""
+    """One process that the supervisor knows: its row, and who waits for its end. untold: it was started, and the
+    service died before it could say so; who asks again is answered then."""
 
     def __init__(self, row: ProcessRow) -> None:
         self.row = row
+        self.untold = False
         self.ended = asyncio.Event()
         if row.exit_status is not None:
             self.ended.set()

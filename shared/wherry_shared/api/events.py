@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Protocol
 
+from pydantic import ConfigDict
+
 from ..contract import Contract, endpoint
 from ..errors import OutOfRange, Unavailable
 from ..values import Identifier, Model
@@ -16,6 +18,9 @@ class Envelope(Model):
     id: unique; a subscriber who sees it twice has seen one event. topic: containerd's, `/tasks/exit`.
     """
 
+    # What JSON does not have shows in it, to be refused, and does not become null.
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
     id: str
     timestamp: datetime
     namespace: Identifier
@@ -24,23 +29,37 @@ class Envelope(Model):
     event: dict[str, Any] = {}
 
 
-class Replay(Model):
-    """A window of the stream. `token` continues after its last event; `more` tells whether more is there now."""
+class Gap(Model):
+    """Events that the stream has lost to damage: their numbers. What expired is no gap, but OutOfRange."""
 
-    events: list[Envelope]
-    token: str
-    more: bool = False
-
-
-class Stream(Model):
-    """What the stream holds. A changed epoch says that it was made anew: tokens of an old one are void."""
-
-    epoch: str
     first: int
     last: int
 
 
-class Events(Contract, Protocol, service="events", version="1.0.0", namespaced=None):
+class Replay(Model):
+    """A window of the stream. `token` continues after its last event; `more` tells whether more is there now.
+
+    tokens: for each of the events, what continues after it. gap: what is missing before the first of them; there is
+    never a hole inside of a window. It is told once: `token` goes on behind it.
+    """
+
+    events: list[Envelope]
+    token: str
+    more: bool = False
+    tokens: list[str] = []
+    gap: Gap | None = None
+
+
+class Stream(Model):
+    """What the stream holds, and the token of its end. A changed epoch says that it was made anew: tokens are void."""
+
+    epoch: str
+    first: int
+    last: int
+    token: str = ""
+
+
+class Events(Contract, Protocol, service="events", version="1.1.0", namespaced=None):
     """What happened, durably and replayably. In no namespace (`_`) a replay covers all of them."""
 
     @endpoint(Unavailable, mutates=True)
@@ -55,15 +74,22 @@ class Events(Contract, Protocol, service="events", version="1.0.0", namespaced=N
 
     @endpoint(OutOfRange, Unavailable)
     async def replay(
-        self, since: datetime | None = None, token: str = "", filters: list[str] = [], limit: int = 500
+        self,
+        since: datetime | None = None,
+        token: str = "",
+        filters: list[str] = [],
+        limit: int = 500,
+        until: datetime | None = None,
     ) -> Replay:
         """The events since a time, or after a token; from the first that is kept when neither is given.
 
-        OutOfRange: the token is of another stream, or what follows it is no longer kept.
+        until: only those that the stream got before. Times are the stream's; an event's own is a little earlier.
+        OutOfRange: the token is of another stream, of an event that the stream has lost, or what follows it is no
+        longer kept. Who follows the state by events has to read the state again then, and after a `gap`.
         """
         ...
 
     @endpoint(Unavailable)
     async def stream(self) -> Stream:
-        """The stream's epoch and bounds."""
+        """The stream's epoch and bounds, and the token from which what happens from now on follows."""
         ...

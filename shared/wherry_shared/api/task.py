@@ -18,6 +18,8 @@ from ..errors import (
 from ..values import Descriptor, Identifier, Model, Mount, Page
 
 Status = Literal["created", "running", "stopped", "paused", "pausing"]
+REMOVE_LABEL = "wherry/remove"
+"""Of a container: `true` has its next task, its snapshot and itself removed when that task has ended."""
 
 
 class Stdio(Model):
@@ -321,12 +323,16 @@ class MetricsV2(Model):
 
 
 class Stats(Model):
-    """What a task has used: `v1` or `v2`, by the cgroups of its node."""
+    """What a task has used: `v1` or `v2`, by the cgroups of its node; neither, but `error`, when it could not be asked.
+
+    error: why, "" when all is well. The task goes on, and may be asked again.
+    """
 
     container_id: str
     timestamp: datetime
     v1: MetricsV1 | None = None
     v2: MetricsV2 | None = None
+    error: str = ""
 
 
 class CheckpointOptions(Model):
@@ -492,7 +498,8 @@ class Tasks(Contract, Protocol, service="task", version="1.0.0", events=EVENTS):
     async def stats(self, container_ids: list[Identifier] = [], after: str = "", limit: int = 1000) -> Page[Stats]:
         """What tasks use now, those named or all of the namespace, in order of their containers' ids.
 
-        A task that has ended, or that has no cgroup of its own, is left out.
+        A task that has ended, or that has no cgroup of its own, is left out; one that does not answer within two
+        seconds is there with an `error`.
         """
         ...
 

@@ -9,6 +9,7 @@ import importlib
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -65,6 +66,11 @@ class Bus:
 
             open_door(server, self._direct, self._identity_of)
         return server
+
+    @property
+    def servers(self) -> Sequence[Server]:
+        """What is served here."""
+        return self._servers
 
     def proxy(self, contract: TypeForm[C], *, node: str = "", namespace: str = "", instance: str = "") -> C:
         """An object whose methods are the contract's operations over the bus.

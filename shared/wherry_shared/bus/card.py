@@ -5,23 +5,36 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
 from ..contract import Contract
-from ..errors import WherryError
+from ..errors import ERRORS, WherryError
+from ..process import memory
 
 
-@dataclass
+@dataclass(slots=True)
 class Stats:
-    """What `$SRV.STATS` tells of one endpoint."""
+    """What was answered by one endpoint. codes: how many errors of each code."""
 
     requests: int = 0
     errors: int = 0
     last_error: str = ""
     nanoseconds: int = 0
+    codes: list[int] = field(default_factory=lambda: [0] * (max(ERRORS) + 1))
+
+    @property
+    def by_class(self) -> dict[str, int]:
+        """Those of `codes` that there were, by the names of their classes."""
+        return {ERRORS[code].__name__: count for code, count in enumerate(self.codes) if count}
+
+    def fail(self, error: WherryError) -> None:
+        """Note an error."""
+        self.errors += 1
+        self.codes[error.code] += 1
+        self.last_error = f"{error.code}:{error}"
 
 
 class Card:
@@ -37,6 +50,8 @@ class Card:
         self._metadata = metadata
         self._started = datetime.now(UTC).isoformat()
         self.counted = {name: Stats() for name in contract.endpoints}
+        self.refused = Stats()
+        """Requests that reached no endpoint: malformed, not allowed, for one that is not there, too many."""
 
     def subjects(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         """The subjects to answer, and with what; a second contract of a process is not told of."""
@@ -53,8 +68,12 @@ class Card:
         stats.requests += 1
         stats.nanoseconds += nanoseconds
         if error is not None:
-            stats.errors += 1
-            stats.last_error = f"{error.code}:{error}"
+            stats.fail(error)
+
+    def refuse(self, error: WherryError) -> None:
+        """Note one that reached no endpoint."""
+        self.refused.requests += 1
+        self.refused.fail(error)
 
     def ping(self) -> dict[str, Any]:
         return self._identity("ping")
@@ -71,10 +90,13 @@ class Card:
                 "last_error": s.last_error,
                 "processing_time": s.nanoseconds,
                 "average_processing_time": s.nanoseconds // max(1, s.requests),
+                "data": {"errors": s.by_class},
             }
             for name, s in self.counted.items()
         ]
-        return {**self._identity("stats"), "started": self._started, "endpoints": endpoints}
+        taken = memory()
+        own = {"rss": taken.rss, "pss": taken.pss, "refused": self.refused.by_class}
+        return {**self._identity("stats"), "started": self._started, "endpoints": endpoints, "process": own}
 
     def _identity(self, kind: str) -> dict[str, Any]:
         return {

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from ..api.events import Envelope
-from ..errors import ResourceExhausted, Unavailable
+from ..errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from . import subjects
 from .transport import Message, NoResponders, Subscription, Transport
 
 MESSAGE_ID = "Nats-Msg-Id"
+BATCH_ID, BATCH_SEQUENCE, BATCH_COMMIT = "Nats-Batch-Id", "Nats-Batch-Sequence", "Nats-Batch-Commit"
 ACK_TIMEOUT = 5.0
 _REMEMBERED = 8192
 
@@ -33,21 +35,58 @@ def decode(data: bytes) -> Envelope | None:
         return None
 
 
-async def publish(transport: Transport, subject: str, data: bytes, event_id: str) -> int:
-    """Publish one event and wait until the stream has it; answers its number there. Unavailable when it has not.
+def id_of(message: Message) -> str:
+    """The id of the event that a message is; "" for what is none."""
+    found = (message.headers or {}).get(MESSAGE_ID)
+    if found is None:
+        envelope = decode(message.data)
+        found = "" if envelope is None else envelope.id
+    return found
 
-    The same `event_id` again is one event (the stream's duplicate window).
-    """
+
+class Outgoing(NamedTuple):
+    """An event on its way to the stream; the same `id` again is the same event (the stream's duplicate window)."""
+
+    subject: str
+    data: bytes
+    id: str
+
+
+async def publish(transport: Transport, event: Outgoing) -> int:
+    """Publish one event and wait until the stream has it; answers its number there. Unavailable when it has not."""
+    ack = await _ask(transport, event, {MESSAGE_ID: event.id})
     try:
-        answer = await transport.request(subject, data, headers={MESSAGE_ID: event_id}, timeout=ACK_TIMEOUT)
+        return int(ack["seq"])
+    except (KeyError, TypeError, ValueError):
+        raise Unavailable(f"the stream refused the event: {str(ack)[:200]}") from None
+
+
+async def publish_together(transport: Transport, events: Sequence[Outgoing]) -> bool:
+    """Publish events, up to 1000, that the stream stores in this order and syncs at once, all of them or none.
+
+    False when it refuses them as one (it has one of them already, say): publish them one after the other then.
+    Unavailable when nobody knows. Subscribers see them in either case (JetStream's atomic batches, ADR-50).
+    """
+    batch = secrets.token_hex(8)
+    for number, event in enumerate(events[:-1], 1):
+        headers = {MESSAGE_ID: event.id, BATCH_ID: batch, BATCH_SEQUENCE: str(number)}
+        transport.publish(event.subject, event.data, headers=headers)
+    last = events[-1]
+    headers = {MESSAGE_ID: last.id, BATCH_ID: batch, BATCH_SEQUENCE: str(len(events)), BATCH_COMMIT: "1"}
+    ack = await _ask(transport, last, headers)
+    return isinstance(ack, dict) and ack.get("error") is None
+
+
+async def _ask(transport: Transport, event: Outgoing, headers: dict[str, str]) -> Any:
+    try:
+        answer = await transport.request(event.subject, event.data, headers=headers, timeout=ACK_TIMEOUT)
+        return json.loads(answer.data)
     except NoResponders:
         raise Unavailable("no stream takes events: the events service is not up") from None
-    try:
-        ack: Any = json.loads(answer.data)
-        sequence = int(ack["seq"])
-    except (ValueError, KeyError, TypeError):
-        raise Unavailable(f"the stream refused the event: {answer.data[:200]!r}") from None
-    return sequence
+    except DeadlineExceeded:
+        raise Unavailable(f"the stream did not acknowledge an event within {ACK_TIMEOUT:g} s") from None
+    except ValueError:
+        raise Unavailable(f"the stream's answer to an event cannot be read: {answer.data[:200]!r}") from None
 
 
 class Subscriber:
@@ -60,7 +99,7 @@ class Subscriber:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._events: deque[Envelope] = deque()
+        self._events: deque[bytes] = deque()
         self._more = asyncio.Event()
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._missed = 0
@@ -76,14 +115,13 @@ class Subscriber:
         await transport.flush()
 
     def _on_message(self, message: Message) -> None:
-        envelope = decode(message.data)
-        if envelope is None or not self.first(envelope.id):
+        if not self.first(id_of(message)):
             return
         # After a hole nothing is taken until the reader knows of it: so it is told at the right place.
         if self._missed or self._interrupted or len(self._events) >= self._limit:
             self._missed += 1
         else:
-            self._events.append(envelope)
+            self._events.append(message.data)
         self._more.set()
 
     def _on_state(self, connected: bool) -> None:
@@ -93,7 +131,7 @@ class Subscriber:
 
     def first(self, event_id: str) -> bool:
         """Whether this event was not seen before; a publisher that lost an ack sends it again."""
-        if event_id in self._seen:
+        if not event_id or event_id in self._seen:
             return False
         self._seen[event_id] = None
         if len(self._seen) > _REMEMBERED:
@@ -104,17 +142,24 @@ class Subscriber:
         return self
 
     async def __anext__(self) -> Envelope:
-        while not self._events:
-            missed, interrupted, self._missed, self._interrupted = self._missed, self._interrupted, 0, False
-            if interrupted:
-                raise Unavailable("the connection to the bus dropped: events may have been missed; replay them")
-            if missed:
-                raise ResourceExhausted(f"the subscriber was too slow: {missed} events missed; replay them")
-            if self._closed:
-                raise StopAsyncIteration
-            self._more.clear()
-            await self._more.wait()
-        return self._events.popleft()
+        while True:
+            while not self._events:
+                self._tell()
+                if self._closed:
+                    raise StopAsyncIteration
+                self._more.clear()
+                await self._more.wait()
+            envelope = decode(self._events.popleft())
+            if envelope is not None:
+                return envelope
+
+    def _tell(self) -> None:
+        """Raise what has to be known before the next event."""
+        missed, interrupted, self._missed, self._interrupted = self._missed, self._interrupted, 0, False
+        if interrupted:
+            raise Unavailable("the connection to the bus dropped: events may have been missed; replay them")
+        if missed:
+            raise ResourceExhausted(f"the subscriber was too slow: {missed} events missed; replay them")
 
     async def close(self) -> None:
         """Take no more events; a reader comes to the end after those that it has not read."""

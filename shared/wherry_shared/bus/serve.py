@@ -172,6 +172,16 @@ class Server:
         """What was answered so far, by operation."""
         return self._card.counted
 
+    @property
+    def refused(self) -> Stats:
+        """What came in and reached no operation."""
+        return self._card.refused
+
+    @property
+    def in_hand(self) -> tuple[int, int, int]:
+        """How many requests run, how many of those that may wait for long do, and how many have to wait their turn."""
+        return len(self._running), len(self._waits), len(self._backlog)
+
     # ---- a request comes in
 
     def _on_message(self, message: Message) -> None:
@@ -197,6 +207,9 @@ class Server:
         try:
             request = self._admit(message, identity, back)
         except WherryError as e:
+            self._card.refuse(e)
+            if isinstance(e, PermissionDenied):
+                _audit(identity, message.subject, e)
             self._send(back, error_answer(e))
             return
         ctx = request.context
@@ -289,6 +302,7 @@ class Server:
             self._backlog_bytes += len(request.data)
         else:
             error = ResourceExhausted(f"{self._contract.service}: too many requests")
+            self._card.refuse(error)
             self._finish(request, error_answer(error), error)
 
     def _spawn(self, group: set[Request], request: Request) -> None:
@@ -387,6 +401,11 @@ def _deadline(header: str | None) -> float:
     if not 0 <= deadline < float("inf"):
         raise InvalidArgument(f"{DEADLINE} {header[:40]!r} is not a time")
     return min(deadline, time.time() + DEADLINE_MAX)
+
+
+def _audit(identity: Identity, subject: str, error: PermissionDenied) -> None:
+    """One line for each refusal, its values quoted: a subject is the caller's own text."""
+    log.warning("refused identity=%s role=%s subject=%a reason=%a", identity.name, identity.role, subject, error.message)
 
 
 def _stopping() -> Answer:

@@ -33,7 +33,7 @@ class JetStreamLog:
         config = {
             "name": self._name, "subjects": [self._subject], "retention": "limits", "storage": "file",
             "discard": "old", "num_replicas": 1, "max_age": int(max_age * 1e9), "max_bytes": max_bytes,
-            "max_msgs": -1, "max_consumers": -1, "allow_direct": True,
+            "max_msgs": -1, "max_consumers": -1, "allow_direct": True, "allow_atomic": True,
             "duplicate_window": int(min(DUPLICATE_WINDOW_SECONDS, max_age) * 1e9),
         }  # fmt: skip
         answer = await self._ask("STREAM.CREATE", config)
@@ -47,11 +47,9 @@ class JetStreamLog:
         state = answer["state"]
         return LogState(str(answer["created"]), int(state["first_seq"]), int(state["last_seq"]))
 
-    async def read(
-        self, *, after: int = 0, since: datetime | None = None, limit: int = 500, subject: str = ""
-    ) -> list[Stored]:
-        """Up to `limit` events after a sequence number, or since a time, on `subject` (a pattern; "" for all)."""
-        request: dict[str, Any] = {"batch": limit, "max_bytes": BATCH_BYTES, "next_by_subj": subject or self._subject}
+    async def read(self, *, after: int = 0, since: datetime | None = None, limit: int = 500) -> list[Stored]:
+        """Up to `limit` events (and about 8 MiB) after a sequence number, or since a time."""
+        request: dict[str, Any] = {"batch": limit, "max_bytes": BATCH_BYTES, "next_by_subj": self._subject}
         if after or since is None:
             request["seq"] = after + 1
         else:
@@ -68,7 +66,8 @@ class JetStreamLog:
             headers = message.headers or {}
             sequence = headers.get("Nats-Sequence")
             if sequence is not None:
-                found.append(Stored(int(sequence), headers.get("Nats-Subject", ""), bytes(message.data)))
+                at = datetime.fromisoformat(headers["Nats-Time-Stamp"])
+                found.append(Stored(int(sequence), headers.get("Nats-Subject", ""), bytes(message.data), at))
             elif headers.get("Status") in ("204", "404"):  # the batch's end; nothing (more) to find
                 end.set_result(None)
             else:

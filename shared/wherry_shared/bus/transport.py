@@ -101,11 +101,12 @@ class Transport(Publisher, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One event of the stream: its number there, and its body."""
+    """One event of the stream: its number there, its body, and when the stream got it."""
 
     sequence: int
     subject: str
     data: bytes
+    at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +127,9 @@ class EventLog(Protocol):
 
     async def state(self) -> LogState: ...
 
-    async def read(
-        self, *, after: int = 0, since: datetime | None = None, limit: int = 500, subject: str = ""
-    ) -> list[Stored]:
-        """Up to `limit` events after a sequence number, or since a time, on `subject` (a pattern; "" for all)."""
+    async def read(self, *, after: int = 0, since: datetime | None = None, limit: int = 500) -> list[Stored]:
+        """Up to `limit` events after a sequence number, or since a time; none means that there are none.
+
+        What the stream has lost is passed over: the numbers are what shows it.
+        """
         ...

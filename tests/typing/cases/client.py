@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import assert_type
 
@@ -45,7 +44,11 @@ async def used(client: wherry.Client) -> None:
     assert_type(await container.new_task(), wherry.Task)
     container.new_task(stdio="null")  # type: ignore[arg-type]
     client.new_container("redis", "docker.io/library/redis")  # type: ignore[arg-type]
-    assert_type(client.watch(since=datetime.now().astimezone()), AsyncIterator[Envelope])
+    assert_type(client.watch(since=datetime.now().astimezone()), wherry.Watch)
+    async for event in client.watch(token="", filters=['topic=="/tasks/exit"']):
+        assert_type(event, Envelope)
+    async for told in client.list_and_watch(lambda: client.images.get("redis")):
+        assert_type(told, wherry.Listed[Record] | Envelope)
     client.watch(since="10m")  # type: ignore[arg-type]
 
 

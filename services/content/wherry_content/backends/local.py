@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 THREADS = 16  # a few may sit in fsync while the others read
 OPEN_BLOBS = 64
+FREED = 100  # names removed in one hop to a thread
 INLINE_BYTES = 1 << 20  # up to here two copies out of the page cache are cheaper than the hop to a thread
 BLOCK = 1 << 20
 _inline = memoryview(bytearray(INLINE_BYTES))
@@ -104,8 +105,9 @@ class LocalBackend:
         return count
 
     async def purge(self) -> None:
-        for entry in await aiofiles.os.listdir(self._trash, executor=self._pool):
-            await self._in_thread(_free, self._trash / entry)
+        names = await aiofiles.os.listdir(self._trash, executor=self._pool)
+        for first in range(0, len(names), FREED):
+            await self._in_thread(_free, self._trash, names[first : first + FREED])
 
     def _discard(self, path: Path) -> None:
         with os_errors(str(path)), suppress(FileNotFoundError):
@@ -245,14 +247,19 @@ def _compute(blob: Blob, algorithm: str, fresh: bool) -> tuple[str, object]:
     return f"{algorithm}:{digest.hexdigest()}", blob.identity
 
 
-def _free(path: Path) -> None:
-    """Remove a file or directory; another replica may be at it, too."""
+def _free(directory: Path, names: Sequence[str]) -> None:
+    """Remove files and directories in one; another replica may be at them, too."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        path.unlink()
-    except IsADirectoryError:
-        shutil.rmtree(path, ignore_errors=True)
-    except FileNotFoundError:
-        return
+        for name in names:
+            try:
+                os.unlink(name, dir_fd=fd)
+            except IsADirectoryError:
+                shutil.rmtree(name, ignore_errors=True, dir_fd=fd)
+            except FileNotFoundError:
+                continue
+    finally:
+        os.close(fd)
 
 
 def make(root: Path) -> Backend:

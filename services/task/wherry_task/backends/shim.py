@@ -27,6 +27,7 @@ from wherry_shared.errors import (
 )
 
 from wherry_task.monitor import cgroups, mounts, operations
+from wherry_task.stdio import logwriter, uris
 
 from . import Bundle, Creation, Ended, Metrics, OnNotice, OutOfMemory, Seen, shimlog, shimstats, ttrpc
 from .protobuf import any_of, decode, encode, integer, nanoseconds, nested, octets, text
@@ -437,8 +438,11 @@ def _plain(uri: str) -> str:
     scheme, separator, path = uri.partition("://")
     if not separator or scheme in ("binary", "fifo"):
         return uri
+    if scheme == uris.LOG:
+        found = uris.parse(uri)
+        return logwriter.uri(found.path, *uris.log_limits(found.query))
     if scheme != "file":
-        raise Unimplemented(f"stdio {scheme}:// is not for shims: FIFOs, file:// and binary:// are")
+        raise Unimplemented(f"stdio {scheme}:// is not for shims: FIFOs, file://, log:// and binary:// are")
     try:
         Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600))

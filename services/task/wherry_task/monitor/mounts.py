@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import stat
 
-from wherry_task.monitor import libc, wire
+from wherry_task.monitor import idmapped, libc, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -133,11 +133,13 @@ def _mount(each: dict[str, Any], target: str) -> None:
         raise wire.Failure(wire.UNIMPLEMENTED, f"a mount below the root file system ({each['target']})")
     flags, propagation, data = parse_options(each.get("options") or [])
     kind, source = each["type"], each.get("source") or ""
-    words = ",".join(data)
-    if kind == "overlay" and len(words) >= _PAGE - 1:
-        _mount_long_overlay(target, data, flags)
+    maps = idmapped.mapping(data) if kind == "overlay" else None
+    if maps:
+        idmapped.mounted(target, data, maps, lambda given: _mount_overlay(target, given, flags))
+    elif kind == "overlay":
+        _mount_overlay(target, data, flags)
     else:
-        libc.mount(source or kind, target, kind, flags, words)
+        libc.mount(source or kind, target, kind, flags, ",".join(data))
     if flags & libc.MS_BIND and flags & ~(libc.MS_BIND | libc.MS_REC):
         # The first call binds and ignores every other flag; only a remount applies them.
         libc.mount(None, target, None, flags & ~libc.MS_REC | libc.MS_REMOUNT)
@@ -162,8 +164,12 @@ def parse_options(options: Sequence[str]) -> tuple[int, list[int], list[str]]:
     return flags, propagation, data
 
 
-def _mount_long_overlay(target: str, data: Sequence[str], flags: int) -> None:
+def _mount_overlay(target: str, data: Sequence[str], flags: int) -> None:
     """mount(2) takes one page of options: name the layers from the directory they share, else use fsopen(2)."""
+    words = ",".join(data)
+    if len(words) < _PAGE - 1:
+        libc.mount("overlay", target, "overlay", flags, words)
+        return
     layers = next((option[9:].split(":") for option in data if option.startswith("lowerdir=")), [])
     base = os.path.commonpath(layers)
     short = [option for option in data if not option.startswith("lowerdir=")]

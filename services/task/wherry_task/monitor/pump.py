@@ -9,9 +9,18 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Protocol
 
-    from wherry_task.monitor.monitor import Monitor
+    class Loop(Protocol):
+        """What turns a pump: the monitor, or a log writer of its own."""
+
+        pending: list[Callable[[], bool]]
+        logs: dict[str, LogFile]
+
+        def watch(self, fd: int, events: int, handler: Callable[[int, int], None]) -> None: ...
+
+        def unwatch(self, fd: int) -> None: ...
 
     class Sink(Protocol):
         """Where bytes go. `write` takes what it can and returns the rest; `fd` tells when to try again."""
@@ -26,20 +35,21 @@ if TYPE_CHECKING:
 _CHUNK = 32768
 _LINE = 16384
 _SECOND = 10**9
+_STAMP = 30
 _PARTIAL_TICKS = 2  # the first comes at once, the others 20 ms apart
 
 
 class Pump:
     """Reads only while nothing is pending, so a sink that does not take bytes stops the writer behind the source."""
 
-    def __init__(self, monitor: Monitor, source: int, sink: Sink) -> None:
+    def __init__(self, loop: Loop, source: int, sink: Sink) -> None:
         self.source = source
         self.sink = sink
-        self._monitor = monitor
+        self._loop = loop
         self._pending = b""
         self.open = True
         os.set_blocking(source, False)
-        monitor.watch(source, select.POLLIN, self._readable)
+        loop.watch(source, select.POLLIN, self._readable)
 
     def _readable(self, fd: int, events: int) -> None:
         try:
@@ -56,8 +66,8 @@ class Pump:
     def _push(self, data: bytes) -> None:
         self._pending = self.sink.write(data)
         if self._pending:
-            self._monitor.unwatch(self.source)
-            self._monitor.watch(self.sink.fd, select.POLLOUT, self._writable)
+            self._loop.unwatch(self.source)
+            self._loop.watch(self.sink.fd, select.POLLOUT, self._writable)
 
     def _writable(self, fd: int, events: int) -> None:
         before = len(self._pending)
@@ -65,8 +75,8 @@ class Pump:
         if self._pending and len(self._pending) == before and events & (select.POLLHUP | select.POLLERR):
             self.close()  # a hung-up terminal takes nothing and would wake us for ever
         elif not self._pending:
-            self._monitor.unwatch(self.sink.fd)
-            self._monitor.watch(self.source, select.POLLIN, self._readable)
+            self._loop.unwatch(self.sink.fd)
+            self._loop.watch(self.source, select.POLLIN, self._readable)
 
     def release(self) -> None:
         """The writers have ended: an unread FIFO is no longer to stop the pump."""
@@ -87,7 +97,7 @@ class Pump:
         """Close both ends; what is pending is lost. A second call does nothing."""
         if self.open:
             self.open = False
-            self._monitor.unwatch(self.sink.fd if self._pending else self.source)
+            self._loop.unwatch(self.sink.fd if self._pending else self.source)
             os.close(self.source)
             self.sink.close()
 
@@ -121,17 +131,21 @@ class FifoSink:
 
 
 class FileSink:
-    """A plain file, appended to. A full disk loses bytes, never blocks the container."""
+    """A plain file, appended to. A full disk loses bytes, never blocks the container; the file says how many."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self._lost = 0
 
     def write(self, data: bytes) -> bytes:
         try:
+            if self._lost:
+                os.write(self.fd, b"[%d bytes lost]\n" % self._lost)
+                self._lost = 0
             while data:
                 data = data[os.write(self.fd, data) :]
         except OSError:
-            return b""
+            self._lost += len(data)
         return b""
 
     def close(self) -> None:
@@ -150,44 +164,65 @@ class LogFile:
         self._max_size = max_size
         self._max_files = max_files
         self._users = 0
+        self._lost, self._lost_at = 0, ""
         self._last = self._second = 0
         self._prefix = ""
         fcntl.flock(fd, fcntl.LOCK_SH)
         self._size = os.fstat(fd).st_size
 
     def append(self, lines: list[bytes]) -> None:
-        """Whole lines; rotates whenever the next would pass the size. A full disk loses them."""
-        ready: list[bytes] = []
-        room = self._max_size - self._size
+        """Whole lines; rotates whenever the next would pass the size. A full disk loses them; the log says how much."""
+        if self._lost:
+            lines = [f"{self._lost_at} stdout F [{self._lost} bytes lost]\n".encode(), *lines]
+        begin, room = 0, self._max_size - self._size
+        for end, line in enumerate(lines):
+            if len(line) > room and self._max_size and (end > begin or self._size):
+                if not (self._put(lines[begin:end]) and self._rotate()):
+                    self._lose(lines[end:])
+                    return
+                begin, room = end, self._max_size
+            room -= len(line)
+        self._put(lines[begin:])
+
+    def _put(self, lines: list[bytes]) -> bool:
+        """All of them or none."""
+        data = whole = b"".join(lines)
         try:
-            for line in lines:
-                if len(line) > room and self._max_size and (ready or self._size):
-                    self._put(b"".join(ready))
-                    self._rotate()
-                    ready, room = [], self._max_size
-                ready.append(line)
-                room -= len(line)
-            self._put(b"".join(ready))
+            while data:
+                data = data[os.write(self.fd, data) :]
         except OSError:
-            return
+            if os.fstat(self.fd).st_size == self._size + len(whole) - len(data):
+                os.ftruncate(self.fd, self._size)
+            self._lose(lines)
+            return False
+        if whole:
+            self._size += len(whole)
+            self._lost = 0
+        return True
 
-    def _put(self, data: bytes) -> None:
-        self._size += len(data)
-        while data:
-            data = data[os.write(self.fd, data) :]
+    def _lose(self, lines: list[bytes]) -> None:
+        if not self._lost:
+            self._lost_at = lines[0][:_STAMP].decode()
+        elif lines[0].startswith(self._lost_at.encode()):
+            lines = lines[1:]  # says what is counted already
+        self._lost += sum(len(line.split(b" ", 3)[3]) for line in lines)
 
-    def _rotate(self) -> None:
+    def _rotate(self) -> bool:
+        fresh = f"{self.path}.new"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            fd = os.open(fresh, flags, 0o600)
+        except OSError:
+            return False  # before anything has another name
+        fcntl.flock(fd, fcntl.LOCK_SH)
         for number in range(self._max_files - 1, 0, -1):
             older = self.path if number == 1 else f"{self.path}.{number - 1}"
             if os.path.exists(older):
                 os.rename(older, f"{self.path}.{number}")
-        if self._max_files <= 1:
-            os.unlink(self.path)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        fresh, old = os.open(self.path, flags, 0o600), self.fd
-        fcntl.flock(fresh, fcntl.LOCK_SH)
-        self.fd, self._size = fresh, 0
-        os.close(old)
+        os.rename(fresh, self.path)
+        os.close(self.fd)
+        self.fd, self._size = fd, 0
+        return True
 
     def stamp(self) -> str:
         """The time, later than that of every line before: files of a log are known by the time of their first line."""
@@ -200,10 +235,10 @@ class LogFile:
             self._second, self._prefix = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         return f"{self._prefix}.{rest:09d}Z"
 
-    def sink(self, monitor: Monitor, stream: str) -> LogSink:
+    def sink(self, loop: Loop, stream: str) -> LogSink:
         """One stream's way into the file; the file is closed with the last of them."""
         self._users += 1
-        return LogSink(monitor, self, stream)
+        return LogSink(loop, self, stream)
 
     def release(self) -> None:
         self._users -= 1
@@ -222,8 +257,8 @@ class LogSink:
     So the log has everything that the container wrote: a prompt, and a last line without an end.
     """
 
-    def __init__(self, monitor: Monitor, file: LogFile, stream: str) -> None:
-        self._monitor = monitor
+    def __init__(self, loop: Loop, file: LogFile, stream: str) -> None:
+        self._loop = loop
         self._ticks = 0
         self._file = file
         self._stream = stream
@@ -240,7 +275,7 @@ class LogSink:
             self._file.append(out)
         if self._rest and not self._ticks:
             self._ticks = _PARTIAL_TICKS
-            self._monitor.pending.append(self._waited)
+            self._loop.pending.append(self._waited)
         return b""
 
     def _waited(self) -> bool:
@@ -263,7 +298,7 @@ class LogSink:
         self._file.release()
 
 
-def make(monitor: Monitor, role: bytes, fds: list[int]) -> Pump:
+def make(loop: Loop, role: bytes, fds: list[int]) -> Pump:
     """The pump that a worker's role describes, with its descriptors taken from the front of `fds`.
 
     `input` (source, sink), `file` (source, sink), `fifo` (source, sink, held reader), and
@@ -271,15 +306,15 @@ def make(monitor: Monitor, role: bytes, fds: list[int]) -> Pump:
     """
     source, out = fds.pop(0), fds.pop(0)
     if role == b"fifo":
-        return Pump(monitor, source, FifoSink(out, fds.pop(0)))
+        return Pump(loop, source, FifoSink(out, fds.pop(0)))
     if role == b"input":
-        return Pump(monitor, source, FifoSink(out))
+        return Pump(loop, source, FifoSink(out))
     if role == b"file":
-        return Pump(monitor, source, FileSink(out))
+        return Pump(loop, source, FileSink(out))
     _, stream, size, files, path = role.decode().split(":", 4)
-    file = monitor.logs.get(path)
+    file = loop.logs.get(path)
     if file is None or not file.users:
-        file = monitor.logs[path] = LogFile(out, path, int(size), int(files))
+        file = loop.logs[path] = LogFile(out, path, int(size), int(files))
     else:
         os.close(out)  # both streams of a process, and those of its execs, share one file and one rotation
-    return Pump(monitor, source, file.sink(monitor, stream))
+    return Pump(loop, source, file.sink(loop, stream))

@@ -150,7 +150,8 @@ def _settle(path: str) -> int:
     folder, name = os.path.split(os.path.abspath(path))
     os.chdir(folder)
     status = os.stat(".")
-    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+    # Only through it may others pass (0711), on the way to a container that has ids of its own.
+    if status.st_uid != os.geteuid() or status.st_mode & 0o066:
         raise wire.Failure(wire.DENIED, f"{folder} is not a directory of mode 0700 of our own")
     lock = os.open(f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:

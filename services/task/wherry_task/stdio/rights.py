@@ -15,10 +15,11 @@ from . import uris
 from .uris import Uri
 
 
-def check(identity: Identity, stdio: Stdio, state: Path, loggers: Collection[str]) -> None:
+def check(identity: Identity, namespace: str, stdio: Stdio, state: Path, loggers: Collection[str]) -> None:
     """Hold a process's streams against its maker's rights.
 
-    state: the node's, in which tenants' FIFOs lie. loggers: directories of programs that `binary://` may name.
+    state: the node's; a tenant's FIFOs lie in its `fifo/<namespace>:<name>/`. loggers: directories of programs that
+    `binary://` may name.
     PermissionDenied: a path or program that is not for this caller. Unimplemented: an unknown scheme. InvalidArgument.
     NotFound: no such program.
     """
@@ -31,7 +32,7 @@ def check(identity: Identity, stdio: Stdio, state: Path, loggers: Collection[str
         if uri.scheme in ("", uris.BUS):
             _plain_bus(uri, text)
         elif uri.scheme in (uris.FIFO, uris.FILE):
-            _check_path(identity, uri, text, state)
+            _check_path(identity, uri, text, state / "fifo", namespace)
         elif uri.scheme == uris.LOG:
             _check_log(identity, uri, text)
         elif uri.scheme == uris.BINARY:
@@ -46,12 +47,19 @@ def _plain_bus(uri: Uri, text: str) -> None:
         raise InvalidArgument(f"stdio {text!r}: bus:// has neither path nor options")
 
 
-def _check_path(identity: Identity, uri: Uri, text: str, state: Path) -> None:
+def _check_path(identity: Identity, uri: Uri, text: str, fifos: Path, namespace: str) -> None:
     path = Path(uri.path)
     if not path.is_absolute() or ".." in path.parts:
         raise PermissionDenied(f"stdio {text!r} is not an absolute path")
-    if not identity.is_admin and not path.is_relative_to(state / "fifo"):
-        raise PermissionDenied(f"{identity.name} may not use stdio {text!r}: only what lies in {state / 'fifo'}")
+    if identity.is_admin:
+        return
+    if uri.scheme == uris.FILE:
+        # Root would write it, without a bound, and its owner could not read it.
+        raise PermissionDenied(
+            f"{identity.name} may not use stdio {text!r}: file:// is for admins, log:// for everybody"
+        )
+    if path.parent.parent != fifos or not path.parent.name.startswith(f"{namespace}:"):
+        raise PermissionDenied(f"{identity.name} may not use stdio {text!r}: only FIFOs in {fifos}/{namespace}:<name>")
 
 
 def _check_log(identity: Identity, uri: Uri, text: str) -> None:

@@ -54,6 +54,13 @@ class Shelf:
         directory = self._root / namespace / container
         return directory / LOG if self._owner(directory) == _text(born) else None
 
+    def born(self, namespace: str, container: str) -> datetime | None:
+        """When the container was created whose log lies here."""
+        try:
+            return datetime.fromisoformat(self._owner(self._root / namespace / container))
+        except ValueError:
+            return None
+
     async def sweep(self, busy: Callable[[str, str], bool], born: Born) -> int:
         """Remove the logs of containers that are gone, looking at a few hundred; answers how many went."""
         removed = 0

@@ -1,0 +1,140 @@
+"""What is broken on a node, why, and what to do: `wherry doctor`.
+
+What services can tell is asked over the bus, from anywhere. On the node itself its files, processes and kernel are
+looked at too; what could not be looked at is said. Nothing is ever changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wherry_shared import context
+from wherry_shared.api import contracts
+from wherry_shared.bus import discovery
+from wherry_shared.errors import FailedPrecondition, Unauthenticated, Unavailable, WherryError
+from wherry_shared.runtime import NODE_FILE
+
+from ..client import DEFAULT_STATE, connect
+from ..together import each
+from . import afar, files, host, leftovers
+from .findings import Check, Finding, LeftOut, Patient, Place, Report
+
+if TYPE_CHECKING:
+    from ..client import Client
+
+__all__ = ["Finding", "LeftOut", "Report", "examine"]
+
+CALL_SECONDS = 5.0
+PARALLEL = 4
+ANSWER_SECONDS, SECOND_ANSWER_SECONDS = 0.25, 1.0
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+CHECKS: tuple[Check, ...] = (*afar.CHECKS, *host.CHECKS, *files.CHECKS, *leftovers.CHECKS)
+
+
+async def examine(*, state: str = "", nats: str = "", node: str = "", creds: str = "") -> Report:
+    """Look at all of a node; it is found as by `wherry.connect`, and need not be up."""
+    report = Report()
+    try:
+        client = await connect(state=state, nats=nats, node=node, creds=creds)
+    except (Unavailable, Unauthenticated, FailedPrecondition) as e:
+        report.findings.append(_no_bus(e))
+        directory = Path(state or os.environ.get("WHERRY_STATE", DEFAULT_STATE))
+        await _look(Patient(None, _place_on_disk(directory)), report)
+        return report
+    async with client:
+        place = await _place(client)
+        patient = Patient(client, place, await _answers(client))
+        await _look(patient, report)
+    return report
+
+
+def _no_bus(e: WherryError) -> Finding:
+    todo = {
+        Unauthenticated: "give the admin's seed file (--creds of `wherry.connect`, WHERRY_CREDS) to its owner, mode 0600",
+        FailedPrecondition: "bring nats-server up to date: 2.12.7 or 2.14.0 at least",
+    }.get(type(e), "start the node (`wherry up`, or systemctl start wherry.target); look at nats-server's log")
+    return Finding("broken", "bus", "the bus cannot be reached", str(e), todo)
+
+
+async def _answers(client: Client) -> dict[str, list[dict[str, object]]]:
+    """What the node's services tell of themselves; who did not answer at once is asked again."""
+    wanted = {contract.service for contract in contracts()}
+    found: dict[str, list[dict[str, object]]] = {}
+    for wait in (ANSWER_SECONDS, SECOND_ANSWER_SECONDS):
+        found = {}
+        for answer in await discovery.ask_all(client.bus.transport, "STATS", wait=wait):
+            metadata = answer.get("metadata")
+            if isinstance(metadata, dict) and metadata.get("node") == client.address.node:
+                found.setdefault(str(answer["name"]), []).append(answer)
+        if wanted <= set(found):
+            break
+    return found
+
+
+# ---- where the node is
+
+
+async def _place(client: Client) -> Place | None:
+    """The node's directories, if they are on this host: proved by the id that its introspection service keeps there."""
+    try:
+        with context.use(timeout=CALL_SECONDS):
+            server = await client.introspection.server()
+    except WherryError:
+        on_disk = _place_on_disk(client.address.state)
+        return on_disk if on_disk is not None and on_disk.node == client.address.node else None
+    place = Place(server.node, Path(server.root), Path(server.state))
+    try:
+        same = server.boot_id == BOOT_ID.read_text().strip()
+        same = same and (place.root / "introspection" / "uuid").read_text().strip() == server.id
+    except OSError:
+        return None
+    return place if same else None
+
+
+def _place_on_disk(state: Path) -> Place | None:
+    """As the node's supervisor wrote it down; without that, what the environment says."""
+    try:
+        known = json.loads((state / NODE_FILE).read_text())
+        return Place(str(known["node"]), Path(known["root"]), state)
+    except (OSError, ValueError, KeyError, TypeError):
+        root = Path(os.environ.get("WHERRY_ROOT", "/var/lib/wherry"))
+        there = (root / "introspection").is_dir()
+        return Place(os.environ.get("WHERRY_NODE", ""), root, state) if there else None
+
+
+# ---- the examination
+
+
+async def _look(patient: Patient, report: Report) -> None:
+    async def one(check: Check) -> tuple[list[Finding], str]:
+        reason = _reason(check, patient)
+        if reason:
+            return [], reason
+        try:
+            with context.use(timeout=CALL_SECONDS):
+                return list(await check.look(patient)), ""
+        except (WherryError, OSError, sqlite3.Error) as e:
+            return [], str(e)
+
+    for check, (found, reason) in zip(CHECKS, await each(one, CHECKS, PARALLEL), strict=True):
+        report.findings += found
+        if reason:
+            report.left_out.append(LeftOut(check.part, reason))
+        else:
+            report.looked_at.append(check.part)
+
+
+def _reason(check: Check, patient: Patient) -> str:
+    """Why a check cannot be made; "" when it can."""
+    if check.here and patient.place is None:
+        return "the node's files are not on this host, or not this user's to read"
+    if check.here and os.geteuid() != 0:
+        return "only root may look at it"
+    if patient.client is None and (check.needs or not check.here):
+        return "the bus cannot be reached"
+    silent = [name for name in check.needs if name not in patient.answers]
+    return f"{', '.join(silent)} does not answer" if silent else ""

@@ -1,0 +1,247 @@
+"""What services can tell, from wherever the bus reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from wherry_shared.api import contracts
+from wherry_shared.api.container import Container
+from wherry_shared.api.image import Image as Record
+from wherry_shared.api.introspection import Plugin
+from wherry_shared.errors import InvalidArgument, NotFound, Unimplemented, WherryError
+from wherry_shared.values import now
+
+from ..client import Client
+from ..image import Image
+from ..paging import walk
+from ..together import each
+from ..usage import SNAPSHOTTER_PLUGIN, Inspect
+from .findings import Check, Finding, Patient
+
+# An answer of these says that something is wrong with the service or its files, not with the request.
+ALARMING = ("Internal", "DataLoss")
+SKEW_WARNING, SKEW_BROKEN = 2.0, 60.0
+SERVICE_PLUGIN = "io.wherry.service.v1"
+_NAMED_MAX = 5
+
+
+async def services(patient: Patient) -> Iterable[Finding]:
+    """All that should answer do, speak the same, and tell of no bugs."""
+    found: list[Finding] = []
+    packages: dict[str, list[str]] = {}
+    for contract in contracts():
+        name, answers = contract.service, patient.answers.get(contract.service, [])
+        if not answers:
+            found.append(
+                Finding(
+                    "broken", "services", f"{name} does not answer", "no process of it is on the bus, or it hangs",
+                    f"look at its log (journalctl -u wherry@{name}, or what `wherry up` prints) and start it again",
+                )
+            )  # fmt: skip
+        for answer in answers:
+            found += _service(name, contract.version, answer)
+            metadata: Any = answer.get("metadata")
+            packages.setdefault(str(metadata.get("package", "")), []).append(name)
+    packages.pop("", None)
+    if len(packages) > 1:
+        listed = "; ".join(f"{version}: {', '.join(sorted(set(names)))}" for version, names in packages.items())
+        found.append(
+            Finding("warning", "services", "services of several versions run", listed, "restart those of the old one")
+        )
+    return found
+
+
+def _service(name: str, version: str, answer: dict[str, Any]) -> Iterable[Finding]:
+    theirs = str(answer.get("version", ""))
+    if theirs.partition(".")[0] != version.partition(".")[0]:
+        yield Finding(
+            "broken", "services", f"{name} speaks {theirs}", f"this client speaks {version}",
+            "install the same version on both sides",
+        )  # fmt: skip
+    errors: dict[str, int] = {}
+    for endpoint in answer.get("endpoints", []):
+        for code, count in endpoint.get("data", {}).get("errors", {}).items():
+            errors[code] = errors.get(code, 0) + count
+    alarming = {code: errors[code] for code in ALARMING if code in errors}
+    if alarming:
+        listed = ", ".join(f"{count} times {code}" for code, count in alarming.items())
+        yield Finding(
+            "warning", "services", f"{name} had errors of its own since it was started", listed,
+            "its log has the reasons; `verify` of content finds rotten blobs",
+        )  # fmt: skip
+
+
+async def clock(patient: Patient) -> Iterable[Finding]:
+    """Leases, deadlines and events go by the time."""
+    before = now()
+    told = (await patient.bus.introspection.server()).time
+    after = now()
+    if told is None:
+        return []
+    apart = abs((told - (before + (after - before) / 2)).total_seconds())
+    if apart < SKEW_WARNING + (after - before).total_seconds():
+        return []
+    return [
+        Finding(
+            "broken" if apart > SKEW_BROKEN else "warning", "clock", f"the node's clock is {apart:.0f} s off this one's",
+            "requests carry a time to be answered by, and leases end at a time", "keep both with NTP (chrony)",
+        )
+    ]  # fmt: skip
+
+
+# ---- plugins
+
+
+async def plugins(patient: Patient) -> Iterable[Finding]:
+    """What did not come up. It is broken where a namespace or a container wants it."""
+    client = patient.bus
+    broken = [p for p in await client.introspection.plugins() if p.init_error and p.type != SERVICE_PLUGIN]
+    if not broken:
+        return []
+    wanted = {await client.within(name).default_snapshotter() for name in await namespaces(client)}
+    return [_plugin(plugin, plugin.type == SNAPSHOTTER_PLUGIN and plugin.id in wanted) for plugin in broken]
+
+
+def _plugin(plugin: Plugin, wanted: bool) -> Finding:
+    what = f"{plugin.type} {plugin.id} is not to be had"
+    if wanted:
+        return Finding(
+            "broken", "plugins", what, plugin.init_error,
+            "make the host fit for it, or label the namespaces containerd.io/defaults/snapshotter with another",
+        )  # fmt: skip
+    return Finding("note", "plugins", what, plugin.init_error, "nothing, unless you want to use it")
+
+
+# ---- images and containers
+
+
+async def images(patient: Patient) -> Iterable[Finding]:
+    """Every image is whole: what its documents name is in content."""
+    found: list[Finding] = []
+    for namespace in await namespaces(patient.bus):
+        client = patient.bus.within(namespace)
+        inspect = Inspect(client)
+
+        async def look(record: Record, client: Client = client, inspect: Inspect = inspect) -> list[str]:
+            missing = await _missing(inspect, Image(client, record))
+            if not missing:
+                return []
+            try:  # it may have been removed meanwhile
+                record = await client.images.get(record.name)
+            except NotFound:
+                return []
+            return await _missing(Inspect(client), Image(client, record))
+
+        records = await walk(client.images.walk)
+        for record, missing in zip(records, await each(look, records, 8), strict=True):
+            if missing:
+                found.append(_incomplete(namespace, record, missing))
+    return found
+
+
+async def _missing(inspect: Inspect, image: Image) -> list[str]:
+    """What an image lacks. Artifacts that are no images are taken as they are."""
+    try:
+        state = await inspect.state(image)
+    except (InvalidArgument, Unimplemented):
+        return []
+    except WherryError as e:
+        return [str(e)]
+    missing = [f"{part.kind} {part.descriptor.digest}" for part in state.missing]
+    return missing or ([] if state.platforms else [f"manifest {absent.digest}" for absent in state.absent])
+
+
+def _incomplete(namespace: str, record: Record, missing: list[str]) -> Finding:
+    more = f" and {len(missing) - _NAMED_MAX} more" if len(missing) > _NAMED_MAX else ""
+    return Finding(
+        "broken", "images", f"image {record.name} of namespace {namespace} is incomplete",
+        f"not in content: {', '.join(missing[:_NAMED_MAX])}{more}",
+        f"wherry pull -n {namespace} {record.name}, or remove it: wherry images rm -n {namespace} {record.name}",
+    )  # fmt: skip
+
+
+async def containers(patient: Patient) -> Iterable[Finding]:
+    """Every container has its snapshot, and every task its container."""
+    found: list[Finding] = []
+    for namespace in await namespaces(patient.bus):
+        client = patient.bus.within(namespace)
+        tasks = {process.container_id for process in await walk(client.tasks.walk)}
+        records = await walk(client.containers.walk)
+        errors = await each(partial(_snapshot_error, client), records)
+        found += [_without_snapshot(namespace, r.id, e) for r, e in zip(records, errors, strict=True) if e]
+        orphans = sorted(tasks - {record.id for record in records})
+        found += [_without_container(namespace, id) for id in orphans if await _is_orphan(client, id)]
+    return found
+
+
+def _without_snapshot(namespace: str, id: str, error: str) -> Finding:
+    return Finding(
+        "broken", "containers", f"container {id} of namespace {namespace} has no snapshot", error,
+        f"its files are lost; wherry rm -f -n {namespace} {id}",
+    )  # fmt: skip
+
+
+def _without_container(namespace: str, id: str) -> Finding:
+    return Finding(
+        "broken", "containers", f"task {id} of namespace {namespace} has no container",
+        "its container was deleted while it was there: nothing lists it any more",
+        f"end it: `client.tasks.delete({id!r}, force=True)` of a client of that namespace",
+    )  # fmt: skip
+
+
+async def _snapshot_error(client: Client, record: Container) -> str:
+    if not record.snapshot_key:
+        return ""
+    try:
+        await client.snapshots.stat(record.snapshotter, record.snapshot_key)
+    except (NotFound, InvalidArgument) as e:
+        try:
+            await client.containers.get(record.id)
+        except NotFound:  # it went meanwhile, with its snapshot
+            return ""
+        return str(e)
+    return ""
+
+
+async def _is_orphan(client: Client, id: str) -> bool:
+    """A container is there before its task is made, and goes after it."""
+    try:
+        await client.containers.get(id)
+    except NotFound:
+        try:
+            await client.tasks.get(id)
+        except NotFound:
+            return False
+        return True
+    return False
+
+
+async def events(patient: Patient) -> Iterable[Finding]:
+    """The stream of events is there."""
+    try:
+        await patient.bus.events.stream()
+    except WherryError as e:
+        return [
+            Finding(
+                "broken", "events", "the stream of events cannot be read", str(e),
+                "events wait in the services' outboxes meanwhile: look at nats-server's log and its disk",
+            )
+        ]  # fmt: skip
+    return []
+
+
+async def namespaces(client: Client) -> list[str]:
+    known = {namespace.name for namespace in await walk(client.namespaces.walk)}
+    return sorted({client.namespace, *known})
+
+
+CHECKS = (
+    Check("services", services),
+    Check("clock", clock, ("introspection",)),
+    Check("plugins", plugins, ("introspection", "namespace")),
+    Check("images", images, ("namespace", "image", "content", "introspection", "snapshot")),
+    Check("containers", containers, ("namespace", "container", "task", "snapshot")),
+    Check("events", events, ("events",)),
+)

@@ -1,0 +1,71 @@
+"""Containers whose root is nobody on the node: their files, their commands, and what becomes an image."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from node import Node
+
+FIRST, GROUP = 100_000, 200_000
+REMAP = ["--userns-remap", f"{FIRST}:{GROUP}:65536"]
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Node]:
+    """On a path that anybody may pass, as /run is: pytest's own directories are closed."""
+    base = Path(tempfile.mkdtemp(prefix="wherry-userns-"))
+    base.chmod(0o711)
+    try:
+        with Node(base) as made:
+            yield made
+    finally:
+        shutil.rmtree(base)
+
+
+@pytest.fixture
+def ns(namespace: str) -> list[str]:
+    return ["-n", namespace]
+
+
+@pytest.fixture
+def pulled(node: Node, ns: list[str], busybox_ref: str) -> str:
+    node.run("pull", *ns, busybox_ref)
+    return busybox_ref
+
+
+def upper(node: Node, ns: list[str], key: str) -> Path:
+    (mount,) = node.json("snapshot", "mounts", *ns, key)
+    return Path(next(o for o in mount["options"] if o.startswith("upperdir=")).partition("=")[2])
+
+
+def owners(path: Path) -> tuple[int, int]:
+    found = path.lstat()
+    return found.st_uid, found.st_gid
+
+
+@pytest.mark.parametrize("runtime", ["crun", "runc"])
+def test_root_is_nobody_on_the_node_and_owns_its_files(
+    node: Node, ns: list[str], pulled: str, runtime: str
+) -> None:
+    script = (
+        "echo x >> /etc/passwd; echo new > /new; mkdir /dir;"
+        "chown 5:6 /dir; rm /bin/true; exec sleep 1000"
+    )
+    node.run("run", *ns, "-d", "--runtime", runtime, *REMAP, "--name", "mapped", pulled, "sh", "-c", script)
+    try:
+        inside = node.run("exec", *ns, "mapped", "sh", "-c", "id -u; cat /new; grep -c x /etc/passwd; ls -ldn /dir")
+        said = inside.stdout.split()
+        assert said[:3] == ["0", "new", said[2]] and int(said[2]) > 0 and said[5:7] == ["5", "6"]
+        pid = next(c["pid"] for c in node.json("ps", *ns) if c["id"] == "mapped")
+        status = Path(f"/proc/{pid}/status").read_text()
+        assert f"Uid:\t{FIRST}\t" in status and f"Gid:\t{GROUP}\t" in status
+        layer = upper(node, ns, "mapped")
+        assert owners(layer / "new") == owners(layer / "etc/passwd") == owners(layer) == (FIRST, GROUP)
+        assert owners(layer / "dir") == (FIRST + 5, GROUP + 6)
+    finally:
+        node.run("rm", *ns, "-f", "mapped")

@@ -1,0 +1,141 @@
+"""A command line that the node's own process runs: the caller cannot tell the difference, but by the clock."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from node import WHERRY, Node, children, eventually
+
+
+@pytest.fixture
+def command(node: Node, namespace: str) -> Any:
+    """Starts `wherry ARGUMENTS` and answers the process; all are ended with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+        env = {**node.environment, "WHERRY_NAMESPACE": namespace, **options.pop("env", {})}
+        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        made = subprocess.Popen([WHERRY, *arguments], text=True, env=env, **options)
+        started.append(made)
+        return made
+
+    yield start
+    for each in started:
+        each.kill()
+        each.communicate()
+
+
+def runners(node: Node) -> set[int]:
+    """The processes that run command lines now."""
+    return set(children(node.service_pid("cli")))
+
+
+def following(node: Node, command: Any) -> tuple[subprocess.Popen[str], int]:
+    """`wherry events`, which stays, and the process that runs it."""
+    before = runners(node)
+    process = command("events")
+    (runner,) = eventually(lambda: runners(node) - before, "nothing runs the command")
+    eventually(lambda: "socket" in " ".join(_open(runner)), "it does not follow")
+    return process, runner
+
+
+def _open(pid: int) -> list[str]:
+    return [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("arguments", [["ps", "-a"], ["images"], ["frobnicate"], ["rm", "nobody"], ["run", "--help"]])
+def test_as_if_it_ran_here(command: Any, arguments: list[str]) -> None:
+    def outcome(**env: str) -> tuple[int, str, str]:
+        process = command(*arguments, env=env)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    assert outcome() == outcome(WHERRY_WARM="0")
+
+
+def test_streams_directory_environment_and_exit_code(command: Any, busybox_ref: str, tmp_path: Path) -> None:
+    (tmp_path / "some.env").write_text("FROM_FILE=1\n")
+    process = command(
+        "run", "--rm", "-i", "--env-file", "some.env", "-e", "GIVEN", busybox_ref, "sh", "-c",
+        "cat; echo $GIVEN $FROM_FILE >&2; exit 7",
+        stdin=subprocess.PIPE, cwd=tmp_path, env={"GIVEN": "mine"},
+    )  # fmt: skip
+    out, err = process.communicate("typed\n", timeout=60)
+    assert (process.returncode, out, err.splitlines()[-1]) == (7, "typed\n", "mine 1")
+
+
+def test_a_file_it_makes_has_the_callers_umask(node: Node, command: Any, busybox_ref: str, tmp_path: Path) -> None:
+    made = tmp_path / "id"
+    for mask, mode in ((0o022, 0o644), (0o027, 0o640)):
+        process = command("create", "--cidfile", str(made), busybox_ref, "true", umask=mask)
+        assert process.wait(60) == 0, process.communicate()
+        assert made.stat().st_mode & 0o777 == mode
+        made.unlink()
+
+
+def test_an_interrupt_reaches_it(node: Node, command: Any) -> None:
+    process, runner = following(node, command)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    eventually(lambda: not alive(runner), "it goes on")
+
+
+def test_stopped_and_continued(node: Node, command: Any) -> None:
+    process, runner = following(node, command)
+
+    def state(pid: int) -> str:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    process.send_signal(signal.SIGTSTP)
+    eventually(lambda: state(runner) == state(process.pid) == "T", "they are not stopped")
+    process.send_signal(signal.SIGCONT)
+    eventually(lambda: "T" not in (state(runner), state(process.pid)), "they do not go on")
+    process.terminate()
+    assert process.wait(20) == -signal.SIGTERM
+    eventually(lambda: not alive(runner), "it goes on")
+
+
+def test_it_ends_with_its_caller(node: Node, command: Any) -> None:
+    process, runner = following(node, command)
+    process.kill()
+    eventually(lambda: not alive(runner), "it goes on")
+
+
+def test_killed_like_its_command(node: Node, command: Any) -> None:
+    process, runner = following(node, command)
+    os.kill(runner, signal.SIGKILL)
+    assert process.wait(20) == -signal.SIGKILL
+
+
+def test_another_installation_runs_it_itself(node: Node, command: Any, tmp_path: Path) -> None:
+    import wherry
+
+    assert wherry.__file__ is not None
+    copy = tmp_path / "wherry"
+    shutil.copytree(Path(wherry.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    before = runners(node)
+    process = command("events", env={"PYTHONPATH": str(tmp_path)})
+    eventually(lambda: "socket" in " ".join(_open(process.pid)), "it does not run")
+    assert runners(node) <= before
+
+
+def test_nobody_else_is_served(node: Node) -> None:
+    path = node.state / "cli.sock"
+    assert path.stat().st_mode & 0o777 == 0o600
+    with socket.socket(socket.AF_UNIX) as idle, socket.socket(socket.AF_UNIX) as rubbish:
+        idle.connect(str(path))  # says nothing, and holds up nobody
+        rubbish.connect(str(path))
+        rubbish.sendall(b"\xff" * 64)
+        assert node.run("ps").stdout.startswith("ID")
+        assert rubbish.recv(16) == b""
