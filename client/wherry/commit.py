@@ -10,6 +10,7 @@ import shlex
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from wherry_shared.api.diff import UNCOMPRESSED_LABEL, Change
@@ -46,7 +47,8 @@ class Wish:
 
     pause: a running container stands still meanwhile, so that the layer is one moment's. changes: instructions as in
     a Dockerfile: CMD, ENTRYPOINT, ENV, WORKDIR, USER, LABEL, EXPOSE, VOLUME, STOPSIGNAL. compression: of the layer,
-    `gzip`, `zstd` or `none`. unpack: make the image's snapshot too.
+    `gzip`, `zstd` or `none`. unpack: make the image's snapshot too. source_date_epoch: seconds since 1970 that stand
+    for now, and that no file of the layer is newer than: the same changes then give the same image.
     """
 
     author: str = ""
@@ -55,6 +57,7 @@ class Wish:
     compression: str = "gzip"
     pause: bool = True
     unpack: bool = False
+    source_date_epoch: int | None = None
 
     def check(self) -> Wish:
         """Itself; InvalidArgument when it asks for what there is not."""
@@ -128,7 +131,9 @@ class Commit:
         client, record = self._client, self._container.record
         media_type = _LAYERS[self._wish.compression]
         async with viewed(client, record.snapshotter, parent) as left, self._still():
-            layer = await client.diff.compare(left, await self._container.mounts(), media_type)
+            layer = await client.diff.compare(
+                left, await self._container.mounts(), media_type, source_date_epoch=self._wish.source_date_epoch
+            )
         if media_type == _LAYER:
             return layer, layer.digest
         info = await client.content.info(layer.digest)
@@ -155,7 +160,9 @@ class Commit:
 
     def _config(self, config: dict[str, Any], diff_id: str) -> dict[str, Any]:
         """The image config with the changes and the layer in it; unknown fields stay."""
-        wish, created = self._wish, now().isoformat(timespec="microseconds").replace("+00:00", "Z")
+        wish, epoch = self._wish, self._wish.source_date_epoch
+        at = now() if epoch is None else datetime.fromtimestamp(epoch, UTC)
+        created = at.isoformat(timespec="microseconds").replace("+00:00", "Z")
         config["created"] = created
         if wish.author:
             config["author"] = wish.author

@@ -109,7 +109,7 @@ class Collection(Collectable):
         return Activity(deletions=deletions, changes=changes)
 
     async def begin(self, epoch: str, seconds: float) -> None:
-        await self._database.collect(lambda tx: epochs.begin(tx.execute, epoch, seconds))
+        await self._database.collect(lambda tx: epochs.begin(tx.execute, epoch, seconds), durable=False)
 
     async def nodes(self, after: bytes = b"") -> bytes:
         return await self._database.aside(lambda connection: self._page(connection, after))
@@ -126,7 +126,7 @@ class Collection(Collectable):
         return page.encode(b"")
 
     async def freeze(self, epoch: str, seconds: float) -> None:
-        await self._database.collect(lambda tx: epochs.freeze(tx.execute, epoch, seconds))
+        await self._database.collect(lambda tx: epochs.freeze(tx.execute, epoch, seconds), durable=False)
 
     async def changed(self, epoch: str, after: int = 0) -> bytes:
         return await self._database.aside(lambda connection: self._changes(connection, epoch, after))
@@ -157,11 +157,11 @@ class Collection(Collectable):
         return await self._database.collect(remove)
 
     async def thaw(self, epoch: str) -> None:
-        await self._database.collect(lambda tx: epochs.thaw(tx.execute, epoch))
+        await self._database.collect(lambda tx: epochs.thaw(tx.execute, epoch), durable=False)
 
     async def end(self, epoch: str) -> None:
         await self._database.checkpoint()
-        await self._database.collect(lambda tx: epochs.end(tx.execute, epoch))
+        await self._database.collect(lambda tx: epochs.end(tx.execute, epoch), durable=False)
 
     async def reap(self) -> None:
         if self._reap is not None:

@@ -75,14 +75,15 @@ class Transaction:
 class _Write:
     """A queued write: its function, the context it was asked in, and where its result goes."""
 
-    __slots__ = ("context", "error", "frees", "function", "future", "passes", "remember", "result")
+    __slots__ = ("context", "durable", "error", "frees", "function", "future", "passes", "remember", "result")
 
     def __init__(
         self, function: Callable[[Transaction], Any], future: asyncio.Future[Any], *, frees: bool, remember: bool,
-        passes: bool,
+        passes: bool, durable: bool,
     ) -> None:  # fmt: skip
         self.function = function
         self.passes = passes
+        self.durable = durable
         self.remember = remember
         self.future = future
         self.frees = frees
@@ -154,9 +155,9 @@ class Database:
         """
         return await self._enqueue(function, frees=frees, remember=True)
 
-    async def collect(self, function: Callable[[Transaction], T]) -> T:
-        """A write of the garbage collector's: no freeze holds it."""
-        return await self._enqueue(function, frees=True, remember=False, passes=True)
+    async def collect(self, function: Callable[[Transaction], T], *, durable: bool = True) -> T:
+        """A write of the garbage collector's: no freeze holds it. durable: False for what is void after a reboot."""
+        return await self._enqueue(function, frees=True, remember=False, passes=True, durable=durable)
 
     def prepare_sweep(self) -> None:
         """Within a write of `collect`, until its epoch ends: many pages change, and go to their places later."""
@@ -188,12 +189,14 @@ class Database:
                 raise translate(e, self.path) from None
 
     async def _enqueue(
-        self, function: Callable[[Transaction], T], *, frees: bool, remember: bool, passes: bool = False
-    ) -> T:
+        self, function: Callable[[Transaction], T], *, frees: bool, remember: bool, passes: bool = False,
+        durable: bool = True,
+    ) -> T:  # fmt: skip
         if self._closed:
             raise Unavailable(f"database {self.path} is closed")
         future: asyncio.Future[T] = self._loop.create_future()
-        self._queue.put(_Write(function, future, frees=frees, remember=remember, passes=passes))
+        write = _Write(function, future, frees=frees, remember=remember, passes=passes, durable=durable)
+        self._queue.put(write)
         return await future
 
     async def close(self) -> None:
@@ -304,6 +307,16 @@ class Database:
         return 0
 
     def _transact(self, group: list[_Write]) -> int:
+        if any(write.durable for write in group):
+            return self._transact_now(group)
+        # In the log's order with all others, but not waited for: a flush costs more than all the rest of a freeze.
+        self._writer.execute("PRAGMA synchronous=NORMAL")
+        try:
+            return self._transact_now(group)
+        finally:
+            self._writer.execute("PRAGMA synchronous=FULL")
+
+    def _transact_now(self, group: list[_Write]) -> int:
         connection = self._writer
         connection.execute("BEGIN IMMEDIATE")
         try:

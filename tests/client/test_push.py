@@ -562,7 +562,10 @@ async def test_what_refers_to_it_goes_along(client: Client, store: Store, trap: 
     store.put(layout, index, "old/app")
     inside = next(d for d, data in layout.blobs.items() if b'"layers"' in data)
     child = {"mediaType": MANIFEST, "digest": inside, "size": len(layout.blobs[inside])}
-    known = {index["digest"]: store.refer(index, b"signature", "old/app"), inside: store.refer(child, b"sbom", "old/app")}
+    known = {
+        index["digest"]: store.refer(index, b"signature", "old/app"),
+        inside: store.refer(child, b"sbom", "old/app"),
+    }
     await client.pull(f"{trap.address}/old/app:v1", all_platforms=True, referrers=True)
     store.referrers = api
     for _ in range(2):  # again: nothing is listed twice

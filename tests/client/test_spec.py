@@ -207,6 +207,13 @@ def test_what_an_image_may_not_say_is_dropped_and_told(caplog: pytest.LogCapture
     assert all(key[:20] in caplog.text for key in reserved)
 
 
+def test_an_images_volumes_take_nothing_from_the_node() -> None:
+    """CVE-2022-23648: they are neither mounted nor filled, wherever they point."""
+    usual = made()
+    assert made(config=image(volumes=("/../../../etc", "/data", "/proc"))) == usual
+    assert all(mount["type"] != "bind" for mount in usual["mounts"])
+
+
 @pytest.mark.parametrize(
     "text", ["seccomp", "seccomp=/nowhere", "label=type:x", "no-new-privileges=maybe", "systempaths=x", ""]
 )

@@ -301,8 +301,8 @@ async def test_a_replay_ends_at_a_time(events: Events) -> None:
     assert (numbers(window), window.more) == ([0], False)
     assert numbers(await events.replay(since=cut, until=cut + timedelta(hours=1))) == [1]
     assert numbers(await events.replay(token=window.token)) == [1]
-    with pytest.raises(InvalidArgument, match="until .* no time zone"):
-        await events.replay(until=datetime(2024, 1, 1))  # noqa: DTZ001
+    with pytest.raises(InvalidArgument, match="zone|tzinfo"):
+        await events.replay(until=datetime(2024, 1, 1))
 
 
 async def test_values_that_json_does_not_have_are_refused(events: Events) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
+import subprocess
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -28,10 +30,11 @@ from wherry_shared.api.gc import Collections
 from wherry_shared.api.introspection import Introspection
 from wherry_shared.api.lease import Leases
 from wherry_shared.bus import Bus
-from wherry_shared.errors import InvalidArgument, NotFound, Unimplemented
+from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, Unimplemented
 from wherry_shared.runtime import package_version
 from wherry_shared.sqlite import Database
 
+RUNTIME_TYPE = "io.containerd.runtime.v2"
 OVERLAY = {
     "type": "io.containerd.snapshotter.v1", "id": "overlay", "capabilities": ["remap-ids"],
     "platforms": [{"os": "linux", "architecture": "amd64"}], "exports": {"root": "/r"},
@@ -75,7 +78,9 @@ class House:
 
     async def introspect(self) -> None:
         own = await self.place("introspection")
-        await own.serve(IntrospectionService(Node.open(self.root / "uuid", self.bus.node), own), instance="i1")
+        await own.serve(
+            IntrospectionService(Node.open(self.root / "uuid", self.bus.node, self.root), own), instance="i1"
+        )
 
     async def start(self) -> None:
         self.databases = [
@@ -125,7 +130,11 @@ async def test_the_node_tells_who_it_is(house: House, introspection: Introspecti
     assert (told.node, told.version) == (house.bus.node, package_version("wherry-introspection"))
     assert told.boot_id == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     assert told.started_at.tzinfo is not None
-    assert await introspection.server() == told
+    assert (told.pid, told.pid_namespace) == (os.getpid(), os.stat("/proc/self/ns/pid").st_ino)
+    assert told.root == str(house.root)
+    again = await introspection.server()
+    assert told.time is not None and again.time is not None and again.time > told.time
+    assert again.model_copy(update={"time": told.time}) == told
 
 
 async def test_the_id_survives_restarts_and_the_start_does_not(house: House, introspection: Introspection) -> None:
@@ -138,7 +147,8 @@ async def test_the_id_survives_restarts_and_the_start_does_not(house: House, int
 
 
 async def test_it_belongs_to_no_namespace(house: House) -> None:
-    assert await house.bus.proxy(Introspection, namespace="default").server() == await house.introspection.server()
+    told = await house.bus.proxy(Introspection, namespace="default").server()
+    assert told.id == (await house.introspection.server()).id
 
 
 async def test_every_process_is_listed_with_its_statistics(house: House, introspection: Introspection) -> None:
@@ -156,13 +166,48 @@ async def test_every_process_is_listed_with_its_statistics(house: House, introsp
     assert (lease.id, lease.requests, lease.errors) == ("l1", 2, 1)
     assert lease.average_ns > 0
     assert lease.started_at
+    assert 0 < lease.uptime < 120
+    assert 0 < lease.pss <= lease.rss
+    assert lease.rss == pytest.approx(resident(), rel=0.5)
 
 
-async def test_a_service_that_is_gone_is_not_listed(house: House, introspection: Introspection) -> None:
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def test_errors_are_counted_by_class_and_operation(house: House, introspection: Introspection) -> None:
+    leases = house.bus.proxy(Leases, namespace="default")
+    await leases.create("one")
+    with pytest.raises(AlreadyExists):
+        await leases.create("one")
+    for _ in range(2):
+        with pytest.raises(NotFound):
+            await leases.get("two")
+    lease = next(s for s in await introspection.services() if s.name == "lease")
+    assert lease.error_codes == {"AlreadyExists": 1, "NotFound": 2}
+    told = {e.name: (e.requests, e.errors, e.error_codes) for e in lease.endpoints if e.requests}
+    assert told == {"create": (2, 1, {"AlreadyExists": 1}), "get": (2, 2, {"NotFound": 2})}
+    assert set(told) < {e.name for e in lease.endpoints}
+    assert all(e.average_ns > 0 for e in lease.endpoints if e.requests)
+    assert lease.refused == {}
+
+
+async def test_what_reaches_no_operation_is_counted_too(house: House, introspection: Introspection) -> None:
+    transport = house.bus.transport
+    subject = f"wherry.rpc.v1.{house.bus.node}.default.lease.no_such"
+    await transport.request(subject, b"", timeout=5.0)
+    lease = next(s for s in await introspection.services() if s.name == "lease")
+    assert (lease.refused, lease.requests) == ({"Unimplemented": 1}, 0)
+
+
+async def test_a_service_that_is_gone_is_said_to_be(house: House, introspection: Introspection) -> None:
     await house.stop()
     await house.introspect()
     assert [s.name for s in await introspection.services()] == ["introspection"]
-    assert [(p.type, p.id) for p in await introspection.plugins()] == [("io.wherry.service.v1", "introspection")]
+    found = await introspection.plugins()
+    assert [(p.type, p.id) for p in found] == [("io.wherry.service.v1", name) for name in NAMES]
+    silent = {p.id for p in found if p.init_error == "it does not answer on the bus"}
+    assert silent == {*NAMES} - {"introspection"}
 
 
 async def test_plugins_are_told_once_and_in_order(introspection: Introspection) -> None:
@@ -176,6 +221,10 @@ async def test_plugins_are_told_once_and_in_order(introspection: Introspection) 
     assert broken.init_error == "no btrfs"
     assert overlay.model_dump(exclude_defaults=True) == OVERLAY
     assert service.exports == {"version": "1.0.0"}
+    assert service.init_error == ""
+    requires = {p.id: p.requires for p in found}
+    assert requires["snapshot"] == ["io.wherry.service.v1.lease"]
+    assert requires["container"] == []
 
 
 async def test_plugins_are_filtered(introspection: Introspection) -> None:
@@ -189,6 +238,50 @@ async def test_plugins_are_filtered(introspection: Introspection) -> None:
     assert len(await ids("nothing", "")) == len(NAMES) + 2
     with pytest.raises(InvalidArgument, match="position"):
         await introspection.plugins(["id=x"])
+
+
+@pytest.fixture
+async def runtimes(house: House, tmp_path: Path) -> dict[str, Path]:
+    """A second task process, which tells of runtimes as the real one does."""
+    programs = {name: Path(found) for name in ("runc", "crun") if (found := shutil.which(name))}
+    programs["io.containerd.mute.v2"] = tmp_path / "mute"
+    programs["io.containerd.loose.v2"] = tmp_path / "loose"
+    for path, mode in ((tmp_path / "mute", 0o700), (tmp_path / "loose", 0o777)):
+        path.write_text("#!/bin/sh\nexit 1\n")
+        path.chmod(mode)
+    programs["io.containerd.gone.v2"] = tmp_path / "nowhere"
+    plugins = [{"type": RUNTIME_TYPE, "id": name, "exports": {"path": str(path)}} for name, path in programs.items()]
+    contract = next(c for c in contracts() if c.service == "task")
+    place = await house.place("task")
+    await place.serve(refusing(contract), instance="t2", metadata={"plugins": json.dumps(plugins)})
+    return programs
+
+
+@pytest.mark.parametrize("name", ["runc", "crun"])
+async def test_a_runtime_tells_its_version_and_features(
+    introspection: Introspection, runtimes: dict[str, Path], name: str
+) -> None:
+    if name not in runtimes:
+        pytest.skip(f"{name} is not installed")
+    told = await introspection.runtime(name)
+    said = subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout
+    assert told.version and told.revision
+    assert f"version {told.version}" in said and f"commit: {told.revision}" in said
+    assert told.path == str(runtimes[name])
+    asked = subprocess.run([name, "features"], capture_output=True, text=True, check=False)
+    assert told.features == (json.loads(asked.stdout) if asked.returncode == 0 else {})
+    assert await introspection.runtime(name) == told
+
+
+async def test_a_runtime_that_cannot_be_asked_says_why(introspection: Introspection, runtimes: dict[str, Path]) -> None:
+    with pytest.raises(NotFound, match="none that the task service tells of"):
+        await introspection.runtime("youki")
+    with pytest.raises(NotFound, match="No such file"):
+        await introspection.runtime("io.containerd.gone.v2")
+    with pytest.raises(NotFound, match="can be changed by others"):
+        await introspection.runtime("io.containerd.loose.v2")
+    with pytest.raises(Unavailable, match="does not tell its version"):
+        await introspection.runtime("io.containerd.mute.v2")
 
 
 async def test_other_nodes_and_strangers_on_the_bus_are_left_out(house: House, introspection: Introspection) -> None:

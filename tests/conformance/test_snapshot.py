@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from shelves import Shelf, put
 from snapshot_rig import needs_root, tree
+from wherry_shared.api.snapshot import GID_LABEL, UID_LABEL
 from wherry_shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
 pytestmark = needs_root
@@ -194,3 +195,18 @@ async def test_namespaces_do_not_see_each_other(shelf: Shelf) -> None:
         assert tree(root) == {}
     assert [i.name for i in (await other.walk(shelf.name)).items] == ["base"]
     assert (await other.walk(shelf.name)).items[0].kind == "active"
+
+
+# ---- other owners
+
+
+async def test_ids_are_mapped_or_the_wish_is_refused(shelf: Shelf) -> None:
+    """A container must not run on files whose owners are not what it asked for."""
+    await shelf.layer("base", "", put(a="1"))
+    labels = {UID_LABEL: "0:100000:65536", GID_LABEL: "0:200000:65536"}
+    if "remap-ids" not in shelf.capabilities:
+        with pytest.raises(FailedPrecondition, match="map ids"):
+            await shelf.api.prepare(shelf.name, "mapped", "base", labels=labels)
+        return
+    (mount,) = await shelf.api.prepare(shelf.name, "mapped", "base", labels=labels)
+    assert mount.options[:2] == ["uidmap=0:100000:65536", "gidmap=0:200000:65536"]

@@ -95,6 +95,9 @@ def test_changes_of_the_config(node: Node, ns: list[str], changed: tuple[str, li
     script = "pwd; id -u; echo $GREETING $X"
     said = node.run("run", *ns, "--rm", "--entrypoint", "sh", "made:config", "-c", script).stdout
     assert said.split("\n") == ["/srv", "12", "hi 1 2", ""]
+    when = {"env": {**node.environment, "SOURCE_DATE_EPOCH": "1000000000"}}
+    again = [node.run("commit", *ns, "-q", name, f"made:{n}", **when).stdout for n in ("one", "two")]
+    assert again[0] == again[1]
     refused = node.run("commit", *ns, "-c", "RUN rm -rf /", name, "made:no", check=False)
     assert refused.returncode == 1 and "RUN" in refused.stderr
 

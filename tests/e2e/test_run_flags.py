@@ -120,7 +120,7 @@ def test_a_device_is_as_much_as_was_given(node: Node, ns: list[str], pulled: str
         (["--device", "/etc/passwd"], "not a device"),
         (["--memory", "1m"], "less than"),
         (["--rm", "-d"], "--rm with --detach"),
-        (["--userns-remap", "100000"], "mapped ids"),
+        (["--userns-remap", "100000"], "lets nobody through"),
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_nothing(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -49,13 +48,8 @@ def owners(path: Path) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("runtime", ["crun", "runc"])
-def test_root_is_nobody_on_the_node_and_owns_its_files(
-    node: Node, ns: list[str], pulled: str, runtime: str
-) -> None:
-    script = (
-        "echo x >> /etc/passwd; echo new > /new; mkdir /dir;"
-        "chown 5:6 /dir; rm /bin/true; exec sleep 1000"
-    )
+def test_root_is_nobody_on_the_node_and_owns_its_files(node: Node, ns: list[str], pulled: str, runtime: str) -> None:
+    script = "echo x >> /etc/passwd; echo new > /new; mkdir /dir;chown 5:6 /dir; rm /bin/true; exec sleep 1000"
     node.run("run", *ns, "-d", "--runtime", runtime, *REMAP, "--name", "mapped", pulled, "sh", "-c", script)
     try:
         inside = node.run("exec", *ns, "mapped", "sh", "-c", "id -u; cat /new; grep -c x /etc/passwd; ls -ldn /dir")
@@ -67,5 +61,10 @@ def test_root_is_nobody_on_the_node_and_owns_its_files(
         layer = upper(node, ns, "mapped")
         assert owners(layer / "new") == owners(layer / "etc/passwd") == owners(layer) == (FIRST, GROUP)
         assert owners(layer / "dir") == (FIRST + 5, GROUP + 6)
+        # What becomes an image has the container's numbers again.
+        node.run("commit", *ns, "mapped", f"made:{runtime}")
+        look = "stat -c %u:%g /new /etc/passwd /dir; ls /bin/true"
+        seen = node.run("run", *ns, "--rm", f"made:{runtime}", "sh", "-c", look, check=False)
+        assert seen.stdout.split() == ["0:0", "0:0", "5:6"] and "No such file" in seen.stderr
     finally:
         node.run("rm", *ns, "-f", "mapped")

@@ -17,6 +17,8 @@ _SNAPSHOT, _FULL = "snapshot/test_crash.py", "snapshot/test_full_disk.py"
 _SQLITE, _CREDS, _TENANTS = "shared/test_sqlite.py", "shared/test_credentials.py", "e2e/test_tenants.py"
 _STDIO = "e2e/test_stdio.py"
 _MONITOR, _MONITOR_FAULTS = "task/test_monitor.py", "task/test_monitor_faults.py"
+_TASK, _TASKS, _SPEC = "conformance/test_task.py", "faults/test_tasks.py", "client/test_spec.py"
+_OPERATIONS, _RECOVERY, _STDIO = (f"conformance/test_task_{name}.py" for name in ("operations", "recovery", "stdio"))
 
 FAULTS: dict[str, tuple[str, ...]] = {
     "1 content killed during an ingest": (
@@ -49,12 +51,56 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "5 image killed during a pull": (
         f"{_STORAGE}::test_image_killed_during_a_pull",
         f"{_PULL}::test_an_interrupted_pull_is_taken_up_by_the_next",
+        "client/test_pull_node.py::test_an_interrupted_pull_is_taken_up_after_a_collection",
         f"{_GC}::test_a_lease_keeps_until_it_is_deleted",
     ),
     "11 the bus goes under an attached terminal": (
         f"{_STDIO}::test_a_terminal_survives_the_bus",
         f"{_STDIO}::test_a_hundred_megabytes",
         "conformance/test_task_stdio.py::test_where_bytes_are_missing_a_client_writes_how_many",
+    ),
+    "12 an end while the bus is down": (
+        "faults/test_watch.py::test_an_end_while_the_bus_is_down_is_told_once_and_with_its_time",
+        "shared/test_outbox.py::test_the_bus_is_killed_and_comes_back",
+        "shared/test_outbox.py::test_the_bus_is_killed_in_the_middle",
+        "shared/test_outbox.py::test_stopping_without_a_bus_leaves_it_for_the_next",
+    ),
+    "6 container killed when it had taken effect": (
+        "faults/test_deliveries.py::test_three_deliveries_and_one_to_the_next_process",
+        "conformance/test_container.py::test_all_is_there_after_a_restart_and_a_key_is_one_effect",
+        f"{_OUTAGE}::test_an_answer_that_got_lost_is_given_again_by_the_next_process",
+    ),
+    "7 task killed while much runs": (
+        f"{_TASKS}::test_ends_while_the_task_service_is_dead",
+        f"{_RECOVERY}::test_a_start_whose_record_was_lost",
+        f"{_RECOVERY}::test_a_reboot_ends_everything_once",
+        f"{_TASK}::test_what_a_restart_finds",
+        f"{_STDIO}::test_a_restart_of_the_service_loses_and_repeats_nothing",
+    ),
+    "8 a monitor killed or hanging": (
+        f"{_TASK}::test_a_killed_monitor",
+        f"{_RECOVERY}::test_a_monitor_that_hangs_costs_its_own_container_only",
+        f"{_RECOVERY}::test_everything_of_a_killed_node",
+        f"{_TASKS}::test_a_node_that_is_killed_altogether",
+        f"{_MONITOR_FAULTS}::test_after_a_killed_monitor_nothing_is_left",
+        f"{_MONITOR_FAULTS}::test_a_monitor_and_its_zygote_gone_leave_a_cleaner_enough",
+        "faults/test_services.py::test_a_monitor_that_dies_costs_its_own_container_only",
+    ),
+    "10 the bus killed": (
+        f"{_TASKS}::test_ends_while_the_bus_is_down",
+        f"{_OUTAGE}::test_what_is_asked_while_the_bus_is_down_is_never_done",
+        f"{_OUTAGE}::test_what_a_frozen_bus_holds_back_is_dropped_as_late",
+        "faults/test_services.py::test_a_killed_bus",
+    ),
+    "11 the bus restarted under a terminal": (
+        "e2e/test_stdio.py::test_a_terminal_survives_the_bus",
+        "e2e/test_stdio.py::test_a_hundred_megabytes",
+        f"{_STDIO}::test_who_stays_away_is_told_what_is_lost",
+    ),
+    "12 an exit while the bus is down": (
+        f"{_TASKS}::test_ends_while_the_bus_is_down",
+        "shared/test_outbox.py::test_the_bus_is_killed_and_comes_back",
+        "shared/test_outbox.py::test_a_crash_between_the_publish_and_the_forgetting",
     ),
     "13 power cut": (
         f"{_STORAGE}::test_the_power_is_cut_when_a_pull_was_answered",
@@ -109,11 +155,33 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "content/test_process.py::test_two_processes_on_one_root",
         "e2e/test_nodes.py::test_a_second_node_on_the_same_root_is_refused",
     ),
+    "23 names that are none": (
+        f"{_INPUT}::test_invalid_namespaces_never_reach_the_bus",
+        f"{_INPUT}::test_tokens_are_validated_again_by_the_service",
+        f"{_INPUT}::test_namespaces_with_dots",
+        f"{_OPERATIONS}::test_names_are_identifiers_and_namespaces_apart",
+        "conformance/test_container.py::test_an_id_is_an_identifier",
+    ),
     "24 another namespace than one's own": (
         f"{_INPUT}::test_tokens_are_validated_again_by_the_service",
         f"{_CREDS}::test_a_tenant_publishes_in_its_own_namespace_only",
         f"{_CREDS}::test_wildcards_in_ones_own_prefix_are_refused_by_the_service",
+        f"{_CREDS}::test_a_caller_is_known_by_the_inbox_that_it_wants_the_answer_in",
         f"{_TENANTS}::test_another_namespace_is_closed",
+    ),
+    "25 others' events, inboxes and streams": (
+        f"{_CREDS}::test_a_tenant_sees_its_own_namespace_only",
+        f"{_CREDS}::test_a_tenants_events_are_those_of_its_namespace",
+        f"{_CREDS}::test_a_caller_is_known_by_the_inbox_that_it_wants_the_answer_in",
+        f"{_CREDS}::test_an_answer_goes_to_who_asked_and_once",
+        f"{_CREDS}::test_inbox_prefixes_are_secrets_of_the_seeds",
+    ),
+    "25 what belongs to another tenant": (
+        f"{_CREDS}::test_a_tenant_sees_its_own_namespace_only",
+        f"{_CREDS}::test_a_tenants_events_are_those_of_its_namespace",
+        f"{_CREDS}::test_a_caller_is_known_by_the_inbox_that_it_wants_the_answer_in",
+        f"{_CREDS}::test_an_answer_goes_to_who_asked_and_once",
+        "events/test_process.py::test_a_tenant_sees_and_makes_events_of_its_own_namespace_only",
     ),
     "26 bodies and headers that are none": (
         f"{_INPUT}::test_malformed_bodies",
@@ -127,9 +195,34 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "27 duplicate deliveries": (
         "faults/test_deliveries.py::test_three_deliveries_and_one_to_the_next_process",
         "faults/test_deliveries.py::test_every_mutation_of_the_storage_half_is_here",
+        "faults/test_task_deliveries.py::test_three_deliveries_and_one_to_the_next_process",
+        "faults/test_task_deliveries.py::test_every_mutation_of_the_runtime_half_is_here",
         f"{_BUS}::test_three_deliveries_have_one_effect_and_equal_answers",
         f"{_BUS}::test_two_members_of_a_queue_on_one_database",
         "content/test_replicas.py::test_an_open_that_is_delivered_to_both_has_one_answer",
+    ),
+    "28 a slow subscriber": (
+        "conformance/test_events.py::test_a_slow_subscriber_is_told_and_catches_up_by_its_token",
+        "shared/test_outbox.py::test_a_slow_subscriber_is_told_where_its_hole_is",
+        "events/test_watch.py::test_a_slow_reader_misses_nothing",
+        "events/test_watch.py::test_what_expired_is_told_and_the_rest_comes",
+    ),
+    "28 a slow subscriber": (
+        "shared/test_outbox.py::test_a_slow_subscriber_is_told_where_its_hole_is",
+        "shared/test_outbox.py::test_an_outage_is_a_hole_too",
+        "conformance/test_events.py::test_a_replay_goes_on_where_its_token_says",
+    ),
+    "30 strangers at the port": (
+        "faults/test_strangers.py::test_a_container_on_the_hosts_network",
+        "faults/test_strangers.py::test_another_user_of_the_machine",
+        "faults/test_strangers.py::test_a_flood_of_strangers",
+        f"{_CREDS}::test_nobody_gets_in_without_credentials",
+        f"{_CREDS}::test_everything_is_its_owners_alone",
+    ),
+    "31 an old or open server": (
+        f"{_CONNECTION}::test_FIXME",
+        f"{_CREDS}::test_the_table_is_one_that_the_server_takes",
+        "e2e/test_deploy.py::test_nats_server_accepts_a_nodes_configuration_and_no_anonymous_one",
     ),
     "32 a connection that breaks off": (
         f"{_PULL}::test_a_layer_that_breaks_off_is_resumed",
@@ -176,7 +269,14 @@ FAULTS: dict[str, tuple[str, ...]] = {
         f"{_ESCAPES}::test_nothing_outside_changes_whatever_the_entries",
         f"{_FUZZ}::test_a_bounded_run",
     ),
-    "40 collection": (
+    "38 want of memory": (
+        f"{_OPERATIONS}::test_want_of_memory_is_told_and_marked",
+        f"{_MONITOR}::test_too_much_memory_is_told_before_the_exit",
+        f"{_MONITOR}::test_an_exec_that_runs_out_of_memory_is_told_while_the_container_runs",
+    ),
+    "40 lists and collection": (
+        "faults/test_listing.py::test_ps_among_ten_thousand",
+        "conformance/test_container.py::test_ten_thousand_are_walked_while_others_are_served",
         "lease/test_model.py::test_what_lives_stays_and_what_is_dead_goes",
         f"{_GC}::test_a_pull_with_a_collection_between_any_two_steps",
         f"{_GC}::test_a_collection_with_a_service_away_removes_nothing",
@@ -298,8 +398,6 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 OPEN: dict[str, str] = {
-    "20 a flipped bit in the event stream": "a hole in the middle, and a cut that grew over, are not told (xfail)",
-    "24 another namespace than one's own": "refused, but not audited: there is no audit yet",
     "27 duplicate deliveries": "the task service's mutations belong to the runtime half",
     "CVE-2021-21334": "runtime half: no environment of another container, in a thousand concurrent starts",
     "CVE-2021-43816": "runtime half: nothing relabels host paths, and no test looks",

@@ -44,6 +44,7 @@ VERBS = {
     "commit": "Make an image of what a container changed.",
     "events": "Print what happens, and what happened.",
     "info": "Tell what runs on the node.",
+    "doctor": "Find what is broken on the node, and say what to do.",
     "content": "Look at the blobs.",
     "snapshot": "Look at the snapshots.",
     "lease": "Manage leases.",

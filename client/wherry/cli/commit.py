@@ -27,13 +27,18 @@ def command(
     ] = [],  # noqa: B006
     compression: Annotated[str, typer.Option(help="Of the new layer: gzip, zstd or none.")] = "gzip",
     unpack: Annotated[bool, typer.Option(help="Make the image's snapshot too.")] = False,
+    source_date_epoch: Annotated[
+        int | None,
+        typer.Option(envvar="SOURCE_DATE_EPOCH", help="Seconds since 1970 that stand for now: a build that repeats."),
+    ] = None,
     namespace: NamespaceOption = "default",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the image's digest only.")] = False,
 ) -> None:  # fmt: skip
     async def work(client: Client) -> Image:
         return await (await client.container(container)).commit(
-            name, author=author, message=message, changes=change, compression=compression, pause=pause, unpack=unpack
-        )
+            name, author=author, message=message, changes=change, compression=compression, pause=pause, unpack=unpack,
+            source_date_epoch=source_date_epoch,
+        )  # fmt: skip
 
     image = with_client(namespace, work)
     print(image.target.digest if quiet else f"{clean(image.name)} {image.target.digest}")

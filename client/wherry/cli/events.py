@@ -14,8 +14,9 @@ import typer
 from .common import Format, FormatOption, NamespaceOption, clean, with_client
 
 if TYPE_CHECKING:
-    from wherry import Client, Watch
     from wherry_shared.api.events import Envelope
+
+    from wherry import Client, Watch
 
 
 def command(

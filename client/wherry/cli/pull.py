@@ -28,9 +28,7 @@ UserOption = Annotated[str, typer.Option("--user", "-u", envvar="WHERRY_USER", h
 PasswordOption = Annotated[
     bool, typer.Option("--password-stdin", help="Read its password from stdin; WHERRY_PASSWORD serves, too.")
 ]
-ForeignOption = Annotated[
-    bool, typer.Option("--foreign-layers", help="Layers that are not to be handed on, too.")
-]
+ForeignOption = Annotated[bool, typer.Option("--foreign-layers", help="Layers that are not to be handed on, too.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the image's digest only.")]
 PlatformsOption = Annotated[
     list[str], typer.Option("--platform", help="os/architecture[/variant]; may be repeated. This host's unless given.")

@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wherry_shared import context
 from wherry_shared.api import contracts
@@ -54,16 +54,16 @@ async def examine(*, state: str = "", nats: str = "", node: str = "", creds: str
 
 def _no_bus(e: WherryError) -> Finding:
     todo = {
-        Unauthenticated: "give the admin's seed file (--creds of `wherry.connect`, WHERRY_CREDS) to its owner, mode 0600",
+        Unauthenticated: "WHERRY_CREDS names the admin's seed; it has to be its owner's alone, mode 0600",
         FailedPrecondition: "bring nats-server up to date: 2.12.7 or 2.14.0 at least",
     }.get(type(e), "start the node (`wherry up`, or systemctl start wherry.target); look at nats-server's log")
     return Finding("broken", "bus", "the bus cannot be reached", str(e), todo)
 
 
-async def _answers(client: Client) -> dict[str, list[dict[str, object]]]:
+async def _answers(client: Client) -> dict[str, list[dict[str, Any]]]:
     """What the node's services tell of themselves; who did not answer at once is asked again."""
     wanted = {contract.service for contract in contracts()}
-    found: dict[str, list[dict[str, object]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for wait in (ANSWER_SECONDS, SECOND_ANSWER_SECONDS):
         found = {}
         for answer in await discovery.ask_all(client.bus.transport, "STATS", wait=wait):

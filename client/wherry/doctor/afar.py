@@ -42,8 +42,7 @@ async def services(patient: Patient) -> Iterable[Finding]:
             )  # fmt: skip
         for answer in answers:
             found += _service(name, contract.version, answer)
-            metadata: Any = answer.get("metadata")
-            packages.setdefault(str(metadata.get("package", "")), []).append(name)
+            packages.setdefault(str(answer["metadata"].get("package", "")), []).append(name)
     packages.pop("", None)
     if len(packages) > 1:
         listed = "; ".join(f"{version}: {', '.join(sorted(set(names)))}" for version, names in packages.items())
@@ -85,7 +84,8 @@ async def clock(patient: Patient) -> Iterable[Finding]:
         return []
     return [
         Finding(
-            "broken" if apart > SKEW_BROKEN else "warning", "clock", f"the node's clock is {apart:.0f} s off this one's",
+            "broken" if apart > SKEW_BROKEN else "warning", "clock",
+            f"the node's clock is {apart:.0f} s off this one's",
             "requests carry a time to be answered by, and leases end at a time", "keep both with NTP (chrony)",
         )
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 import stat
@@ -15,8 +16,10 @@ from wherry_shared.backup import INTERVAL, backup_of, check_log
 from wherry_shared.bus import DIRECT, sockets, subjects
 from wherry_shared.bus.credentials import CALLS, IDENTITIES
 from wherry_shared.contract import OWNERS
-from wherry_shared.errors import DataLoss
+from wherry_shared.errors import DataLoss, NotFound
 
+from ..paging import walk
+from .afar import namespaces
 from .findings import Check, Finding, Patient, Place, aside
 
 DATABASE = "metadata.db"
@@ -111,7 +114,7 @@ def _waiting(place: Place) -> Iterator[Finding]:
             oldest = connection.execute("SELECT count(*), min(at) FROM outbox").fetchone()
         if oldest[0] and _age(oldest[1]) > WAITING_SECONDS:
             yield Finding(
-                "broken", "events", f"{oldest[0]} events of {service} wait to be told",
+                "broken", "outboxes", f"{oldest[0]} events of {service} wait to be told",
                 f"the first is of {oldest[1]}", "the service has to run and the stream to take them: see their logs",
             )  # fmt: skip
 
@@ -132,6 +135,44 @@ def _leases(place: Place) -> Iterator[Finding]:
             "broken", "leases", f"{overdue} leases have expired and are still there", "what only they keep stays",
             "the lease service has to run; `wherry gc` collects now",
         )  # fmt: skip
+
+
+# ---- blobs
+
+
+async def _blobs(patient: Patient) -> Iterable[Finding]:
+    """Behind every record of a blob is a file of its size."""
+    folder = patient.here.root / "content" / "blobs"
+    known: dict[str, tuple[str, int]] = {}
+    for namespace in await namespaces(patient.bus) if folder.is_dir() else ():
+        found = await walk(patient.bus.within(namespace).content.walk)
+        known |= {info.digest: (namespace, info.size) for info in found}
+    short = await asyncio.to_thread(lambda: {d: _file(folder, d, size) for d, (_, size) in known.items()})
+    return [
+        Finding(
+            "broken", "blobs", f"the file of blob {digest} is gone or short", why,
+            f"pull its image again; until then it cannot be read (namespace {known[digest][0]})",
+        )
+        for digest, why in short.items() if why and await _is_known(patient, known[digest][0], digest)
+    ]  # fmt: skip
+
+
+def _file(folder: Path, digest: str, size: int) -> str:
+    """What is wrong with a blob's file."""
+    path = folder.joinpath(*digest.split(":"))
+    try:
+        found = path.stat().st_size
+    except OSError as e:
+        return f"{path}: {e.strerror}"
+    return "" if found == size else f"{path}: it has {found} of {size} bytes"
+
+
+async def _is_known(patient: Patient, namespace: str, digest: str) -> bool:
+    try:
+        await patient.bus.within(namespace).content.info(digest)
+    except (NotFound, DataLoss) as e:
+        return isinstance(e, DataLoss)
+    return True
 
 
 # ---- who may read and write
@@ -226,6 +267,7 @@ CHECKS = (
     Check("databases", aside(_damage), here=True),
     Check("outboxes", aside(_waiting), here=True),
     Check("leases", aside(_leases), here=True),
+    Check("blobs", _blobs, ("namespace", "content"), here=True),
     Check("permissions", aside(_permissions), here=True),
     Check("direct path", _direct, here=True),
     Check("put aside", aside(_rotten), here=True),

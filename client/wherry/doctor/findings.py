@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from ..client import Client
@@ -66,7 +66,7 @@ class Patient:
 
     client: Client | None
     place: Place | None
-    answers: dict[str, list[dict[str, object]]] = field(default_factory=dict)
+    answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def bus(self) -> Client:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from wherry_shared.api.task import Process
 from wherry_shared.bus import sockets
-from wherry_shared.errors import NotFound
+from wherry_shared.errors import InvalidArgument, NotFound
 
 from ..client import Client
 from ..paging import walk
@@ -112,8 +111,9 @@ async def leftovers(patient: Patient) -> Iterable[Finding]:
 async def _without_task(client: Client, found: dict[str, Left]) -> dict[str, Left]:
     known: set[Key] = set()
     for namespace in {left.key[0] for left in found.values()}:
-        tasks = client.within(namespace).tasks.walk
-        known |= {(namespace, process.container_id) for process in await walk(tasks)}
+        with suppress(InvalidArgument):  # it is no namespace: nothing in it is a task's
+            tasks = await walk(client.within(namespace).tasks.walk)
+            known |= {(namespace, process.container_id) for process in tasks}
     return {where: left for where, left in found.items() if left.key not in known}
 
 
@@ -194,6 +194,7 @@ async def mounts(patient: Patient) -> Iterable[Finding]:
 
 async def _unknown(patient: Patient, seen: dict[Key, str]) -> dict[Key, str]:
     """Those that no snapshot's mounts name. A committed snapshot is not mounted by itself."""
+    known: set[Key] = set()
     for namespace in await namespaces(patient.bus) if seen else ():
         client = patient.bus.within(namespace)
         for snapshotter in {name for name, _ in seen}:
@@ -201,16 +202,19 @@ async def _unknown(patient: Patient, seen: dict[Key, str]) -> dict[Key, str]:
                 if info.kind != "committed":
                     with suppress(NotFound):
                         for mount in await client.snapshots.mounts(snapshotter, info.name):
-                            for known in _SNAPSHOT.findall(" ".join([mount.source, *mount.options]).replace(":", " ")):
-                                seen = {key: where for key, where in seen.items() if key != known}
-    return seen
+                            known |= _named([mount.source, *mount.options])
+    return {key: where for key, where in seen.items() if key not in known}
+
+
+def _named(words: Iterable[str]) -> set[Key]:
+    return {key for word in words for path in word.split(":") for key in _SNAPSHOT.findall(path)}
 
 
 def _mounted(place: Place) -> dict[Key, str]:
     """The snapshots' directories that are mounted, by snapshotter and number: by which process, and where."""
     found: dict[Key, str] = {}
     looked: set[str] = set()
-    root = str(place.root / "snapshot")
+    roots = _roots(place.root)
     for pid in [os.getpid(), *pids()]:
         with suppress(OSError):
             namespace = os.readlink(f"/proc/{pid}/ns/mnt")
@@ -218,22 +222,29 @@ def _mounted(place: Place) -> dict[Key, str]:
                 continue
             looked.add(namespace)
             for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines():
-                for key in uppers(line, root):
+                for key in uppers(line, roots):
                     found.setdefault(key, f"{line.split(' ')[4]} in the mount namespace of process {pid}")
     return found
 
 
-def uppers(line: str, root: str) -> list[Key]:
-    """The snapshots' directories below `root` that a line of mountinfo (proc(5)) stands on at the top: an overlay's
-    upper directory, or the source of a bind mount."""
+def _roots(root: Path) -> set[str]:
+    """How mountinfo may name the directory: by its path, or by that on its file system."""
+    top = next(parent for parent in (root, *root.parents) if os.path.ismount(parent))
+    inside = root.relative_to(top)
+    return {str(root), f"/{inside}" if inside.parts else ""}
+
+
+def uppers(line: str, roots: Iterable[str]) -> list[Key]:
+    """The snapshots' directories that a line of mountinfo (proc(5)) stands on at the top: an overlay's upper directory,
+    or the source of a bind mount. roots: what may stand before `/snapshot`."""
     before, _, after = line.partition(" - ")
-    words, options = before.split(" "), after.split(" ")[-1]
     if after.startswith("overlay "):
-        paths = [option[len("upperdir=") :] for option in options.split(",") if option.startswith("upperdir=")]
+        options = after.split(" ")[-1].split(",")
+        paths = [option.removeprefix("upperdir=") for option in options if option.startswith("upperdir=")]
     else:
-        paths = [words[3]] if len(words) > 4 and words[3] != "/" else []
-    below = [path for path in paths if path.startswith(root) or root.endswith(path[: path.find("/snapshot/")])]
-    return [found for path in below for found in _SNAPSHOT.findall(path)[:1]]
+        paths = before.split(" ")[3:4]
+    found = [(path[: match.start()], match[1], match[2]) for path in paths if (match := _SNAPSHOT.search(path))]
+    return [(name, number) for root, name, number in found if root in roots]
 
 
 CHECKS = (

@@ -409,7 +409,7 @@ class Store:
                 for name, writer in list(self._writers.items()):
                     await self._let_go_if_idle(name, writer)
                 await self._backend.tidy()
-            except WherryError:
+            except (WherryError, OSError):  # it goes on: what failed is tried again
                 log.exception("looking after the open ingests failed")
 
     async def _let_go_if_idle(self, name: tuple[str, str], writer: Writer) -> None:

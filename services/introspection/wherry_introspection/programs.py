@@ -32,11 +32,16 @@ class Programs:
         self._known: dict[tuple[str, str], tuple[_Stamp, Runtime]] = {}
 
     async def describe(self, name: str, path: str) -> Runtime:
-        """Ask a runtime's binary. NotFound: it is not to be seen from here. Unavailable: it does not tell its version."""
+        """Ask a runtime's binary, which must be root's or ours alone to write: its path was told on the bus.
+
+        NotFound: there is no such binary to be seen from here. Unavailable: it does not tell its version.
+        """
         try:
             info = os.stat(path)
         except OSError as e:
             raise NotFound(f"runtime {name}: {path}: {e.strerror}, as the introspection service sees it") from None
+        if info.st_uid not in (0, os.geteuid()) or info.st_mode & 0o022 or not path.startswith("/"):
+            raise NotFound(f"runtime {name}: {path} can be changed by others: it is not run")
         stamp = info.st_mtime_ns, info.st_size, info.st_ino
         known = self._known.get((name, path))
         if known is None or known[0] != stamp:

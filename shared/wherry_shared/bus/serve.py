@@ -405,7 +405,9 @@ def _deadline(header: str | None) -> float:
 
 def _audit(identity: Identity, subject: str, error: PermissionDenied) -> None:
     """One line for each refusal, its values quoted: a subject is the caller's own text."""
-    log.warning("refused identity=%s role=%s subject=%a reason=%a", identity.name, identity.role, subject, error.message)
+    log.warning(
+        "refused identity=%s role=%s subject=%a reason=%a", identity.name, identity.role, subject, error.message
+    )
 
 
 def _stopping() -> Answer:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from wherry_shared.api.diff import Diff
+from typing import Protocol
+
 from wherry_shared.api.introspection import Introspection, Plugin, Server, ServiceStatus
 from wherry_shared.bus import Bus
+from wherry_shared.contract import Contract, endpoint
+from wherry_shared.errors import NotFound
 from wherry_shared.values import Descriptor, Mount
 
 
-class Whole(Diff):
+class Layers(Contract, Protocol, service="layers", version="1.0.0"):
+    @endpoint(NotFound, mutates=True)
+    async def apply(self, descriptor: Descriptor, mounts: list[Mount], standalone: bool = False) -> Descriptor:
+        """A contract of somebody's own."""
+        ...
+
+
+class Whole(Layers):
     async def apply(self, descriptor: Descriptor, mounts: list[Mount], standalone: bool = False) -> Descriptor:
         return descriptor
 
@@ -21,7 +31,7 @@ class Partial(Introspection):
         return []
 
 
-class Narrower(Diff):
+class Narrower(Layers):
     async def apply(self, descriptor: Descriptor, mounts: list[Mount]) -> Descriptor:  # type: ignore[override]
         return descriptor
 

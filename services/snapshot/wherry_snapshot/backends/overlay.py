@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from wherry_shared.api.snapshot import UPPERDIR_LABEL, Usage
-from wherry_shared.errors import FailedPrecondition
 from wherry_shared.values import Mount
 
 from . import REMAP_IDS, Check, Snapshot, idmap
@@ -28,8 +27,6 @@ class OverlayBackend(Layered):
 
     def create(self, snapshot: Snapshot, check: Check) -> None:
         mapping = idmap.of(snapshot.inherited)
-        if mapping is not None and REMAP_IDS not in self.capabilities:
-            raise FailedPrecondition(f"the kernel cannot map ids of files in {self.snapshots}")
         owner = mapping.root if mapping else self._owner(snapshot)
         self.make(snapshot.number, lambda new: self.fill(new, snapshot, owner))
 

@@ -1,4 +1,4 @@
-"""Overlays whose layers show their files under other owners (options `uidmap=` and `gidmap=`, as `container:host:size`).
+"""Overlays whose layers show their files under other owners: options `uidmap=` and `gidmap=` (`container:host:size`).
 
 The directory that all layers share is mounted once more with mapped ids (mount_setattr(2), MOUNT_ATTR_IDMAP; overlay
 takes such layers from Linux 5.19 on), and the overlay is mounted on that. It keeps copies of the mounts that it needs,

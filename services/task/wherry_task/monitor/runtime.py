@@ -16,6 +16,8 @@ _LOG_TAIL = 1 << 16
 # How the waiting init of a runtime is let go: crun's reads a byte from exec.fifo, runc's writes one into it.
 _FIFO_READS = {"runc": os.O_RDONLY, "crun": os.O_WRONLY}
 _RELEASE_MS = 10_000
+# Verbs that start no process of the container's, but hooks.
+_HOOKS_ONLY = ("start", "delete")
 
 
 class Runtime:
@@ -42,7 +44,7 @@ class Runtime:
         path = log or f"log-{os.getpid()}.json"
         line = [self.binary, *self._options, "--log", path, "--log-format", "json", verb, *arguments, self._container]
         start = os.path.getsize(path) if log and os.path.exists(path) else 0
-        pid = self._spawn([*line, tail] if tail else line, stdio or (self._null,) * 3)
+        pid = self._spawn([*line, tail] if tail else line, stdio or (self._null,) * 3, hooks_only=verb in _HOOKS_ONLY)
         if verb in ("create", "exec", "restore"):
             cgroups.quicken()
         try:
@@ -54,13 +56,15 @@ class Runtime:
             if not log:
                 records.remove(path)
 
-    def _spawn(self, line: list[str], stdio: Sequence[int]) -> int:
+    def _spawn(self, line: list[str], stdio: Sequence[int], *, hooks_only: bool) -> int:
+        # crun dies of it when a hook ends before it has read the state. A container must not inherit it ignored.
+        default = (libc.SIGXFSZ,) if hooks_only else (libc.SIGPIPE, libc.SIGXFSZ)
         actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)]
         try:
             # The environment is bare: the container's comes from its spec, and ours is none of its business.
             return os.posix_spawnp(
                 self.binary, line, {"PATH": os.environ.get("PATH", _PATH)},
-                file_actions=actions, setsigmask=(), setsigdef=(libc.SIGPIPE, libc.SIGXFSZ),
+                file_actions=actions, setsigmask=(), setsigdef=default,
             )  # fmt: skip
         except OSError as error:
             raise wire.failure_of(error, f"OCI runtime {self.binary} cannot be run") from None

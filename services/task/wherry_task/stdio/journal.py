@@ -17,6 +17,8 @@ PATIENCE_MAX = 20.0
 # How long to wait for a file that nobody may write to any more, where the kernel has no word for it.
 LOOK_SECONDS = 0.05
 SLOW_SECONDS = 1.0
+# Shims v2 keep their logger's pipe open until their task is deleted: so long is waited for what was still in it.
+GRACE_SECONDS = 2.0
 
 
 class Journal:
@@ -26,12 +28,14 @@ class Journal:
         self.path = path
         self._watching = watching
         self.over = over
+        self._silent = asyncio.get_running_loop().time() + GRACE_SECONDS
         with Log.open(path) as log:
             self._start = log.end()
 
     def ended(self) -> None:
         """The process has ended."""
         self.over = True
+        self._silent = asyncio.get_running_loop().time() + GRACE_SECONDS
         self._watching.tell(self.path.parent)
 
     async def read(self, after: str, patience: float) -> Output:
@@ -60,7 +64,7 @@ class Journal:
         with self._watching.on(self.path.parent) as watched:
             while True:
                 # Asked first: what is written before the last writer lets go is seen by the reading behind.
-                closed = self.over and not _written(self.path)
+                closed = self.over and (loop.time() > self._silent or not _written(self.path))
                 with Log.open(self.path) as log:
                     lines, place, gap = log.read(place)
                 if lines or gap or closed:
