@@ -560,7 +560,7 @@ async def test_a_foreign_layer_stays_where_it_is(client: Client, store: Store, t
 async def test_what_refers_to_it_goes_along(client: Client, store: Store, trap: Trap, api: bool) -> None:
     layout, index = platforms()
     store.put(layout, index, "old/app")
-    inside = next(d for d, data in layout.blobs.items() if b'"layers"' in data)
+    inside = next(d for d, data in layout.blobs.items() if b'"layers":[' in data)
     child = {"mediaType": MANIFEST, "digest": inside, "size": len(layout.blobs[inside])}
     known = {
         index["digest"]: store.refer(index, b"signature", "old/app"),

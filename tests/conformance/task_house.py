@@ -129,8 +129,10 @@ async def house_of(bus: Bus, root: Path, runtime: str) -> AsyncIterator[House]:
     """A house that leaves no mount behind."""
     made = House(bus, root, runtime)
     await made.start()
-    yield made
-    await made.stop()
+    try:
+        yield made
+    finally:
+        await made.stop()
     assert str(root) not in Path("/proc/self/mountinfo").read_text()
 
 

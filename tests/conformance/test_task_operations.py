@@ -299,6 +299,7 @@ async def test_what_cannot_be_made_leaves_nothing(house: House) -> None:
         (None, house.mounts, InvalidArgument, "no runtime specification"),
         ({"ociVersion": "1.0.2"}, house.mounts, InvalidArgument, "with a process"),
         ({**record.spec, "ociVersion": ""}, house.mounts, InvalidArgument, "with a process"),
+        ({**record.spec, "linux": []}, house.mounts, InvalidArgument, "is no object"),
         (record.spec, [Mount(type="bind", source="/no/such/root", options=["rbind"])], WherryError, "such/root|mount"),
         (record.spec, [Mount(type="nosuchfs", source="x")], WherryError, ""),
     ]  # fmt: skip

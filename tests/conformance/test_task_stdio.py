@@ -474,17 +474,33 @@ async def test_attaching_to_a_container_that_logs(house: House) -> None:
 async def test_the_log_of_a_shim_v2(bus: Bus, tmp_path: Path) -> None:
     """A log writer of its own writes it, as the monitor would."""
     async with house_of(bus, tmp_path, SHIM) as house:
-        stdio = LOG.model_copy(update={"stdin": "bus://"})
-        id = await house.running(*SH, "echo out; cat; echo err >&2; echo -n end", stdio=stdio)
-        await house.tasks.input(id, "w", 0, b"in\n", eof=True)
+        wanted = [(b"stdout", b"out"), (b"stderr", b"err"), (b"stdout", b"end")]
+        id = await house.running(*SH, "echo out; sleep 0.1; echo err >&2; sleep 0.1; echo -n end", stdio=LOG)
         assert await house.exit(id) == 0
-        after, found = "", b""
-        async with asyncio.timeout(20):
-            while not (window := await house.tasks.logs(id, after, patience=5.0)).ended:
-                found, after = found + window.lines, window.next
-        wanted = {b"stdout": [b"out", b"in", b"end"], b"stderr": [b"err"]}
-        assert {s: [t for stream, t in lines_of(found) if stream == s] for s in wanted} == wanted
+        assert await followed(house, id) == wanted
         await house.tasks.delete(id)
+        assert lines_of(await all_logs(house, id)) == wanted
+        terminal = Stdio(stdin="bus://", stdout="log://", terminal=True)
+        record = await house.containers.get(await house.container("/bin/cat"))
+        assert record.spec is not None
+        record.spec["process"]["terminal"] = True
+        await house.containers.update(record, ["spec"])
+        await house.tasks.create(record.id, house.mounts, terminal)
+        await house.tasks.start(record.id)
+        await house.tasks.input(record.id, "w", 0, b"in\n\x04")
+        assert await house.exit(record.id) == 0
+        assert await followed(house, record.id) == [(b"stdout", b"in\r")] * 2
+        with pytest.raises(Unimplemented, match="only with a terminal"):
+            await house.created("/bin/cat", stdio=LOG.model_copy(update={"stdin": "bus://"}))
+
+
+async def followed(house: House, id: str) -> list[tuple[bytes, bytes]]:
+    """What a log has, up to its end."""
+    after, found = "", b""
+    async with asyncio.timeout(20):
+        while not (window := await house.tasks.logs(id, after, patience=5.0)).ended:
+            found, after = found + window.lines, window.next
+    return lines_of(found)
 
 
 async def test_a_follower_reads_on_when_the_container_is_removed(house: House) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from node import Node, eventually
+from node import SERVICES, Node, eventually
 
 Report = dict[str, Any]
 ON_THE_NODE = {
@@ -202,11 +202,13 @@ def test_a_database_that_is_damaged(node: Node, tmp_path: Path) -> None:
         file.seek(4096)
         file.write(os.urandom(12 << 10))
     (root / "container" / "metadata.db-wal").write_bytes(os.urandom(8192))
+    before = sorted(path.name for path in damaged.parent.iterdir())
     report = examine(node, WHERRY_STATE=str(state))
     assert set(broken(report)) == {
         "the bus cannot be reached", "the database of image is damaged", "the database of container is damaged",
         "the database of lease is gone",
     }  # fmt: skip
+    assert sorted(path.name for path in damaged.parent.iterdir()) == before, "it leaves nothing behind"
     assert all("restore=backup" in f["todo"] for f in report["findings"] if f["part"] == "databases")
     assert {left["part"] for left in report["left_out"]} == FROM_AFAR | {
         "blobs", "direct path", "monitors", "left over", "mounts"
@@ -395,3 +397,31 @@ def test_a_mount_of_no_snapshot(node: Node, namespace: str, container: str, tmp_
     found = next(f for f in report["findings"] if f["part"] == "mounts")
     assert found["why"] == f"{target} in the mount namespace of process {holder.pid}"
     assert examine(node)["healthy"]
+
+
+def test_a_hole_in_the_stream_of_events(node: Node) -> None:
+    """The last of these: the node has it from then on. The supervisor stands still while the disk does its worst."""
+    (nats,) = (pid for name, pid in node.pids().items() if name == "nats-server")
+    for number in range(3):
+        node.run("ns", "create", f"hole-{number}")
+    os.kill(node.pid, signal.SIGSTOP)
+    try:
+        os.kill(nats, signal.SIGKILL)
+        time.sleep(0.1)
+        (block,) = (node.root / "nats").rglob("*.blk")
+        for index in (node.root / "nats").rglob("index.db"):
+            index.unlink()
+        with block.open("r+b") as file:
+            file.seek(block.stat().st_size // 2)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 4]))
+    finally:
+        os.kill(node.pid, signal.SIGCONT)
+    eventually(lambda: len(node.services()) == len(SERVICES), "the services do not come back")
+    report = eventually(lambda: holes(examine(node)), "no hole is found")
+    assert report[0].startswith("the stream of events has lost "), report
+
+
+def holes(report: Report) -> list[str]:
+    return [f["what"] for f in report["findings"] if f["part"] == "events" and "has lost" in f["what"]]

@@ -220,7 +220,9 @@ FAULTS: dict[str, tuple[str, ...]] = {
         f"{_CREDS}::test_everything_is_its_owners_alone",
     ),
     "31 an old or open server": (
-        f"{_CONNECTION}::test_FIXME",
+        "shared/test_connection.py::test_an_old_server_is_refused_before_credentials_leave",
+        "shared/test_connection.py::test_a_server_that_lets_everybody_in_is_refused",
+        "shared/test_connection.py::test_versions_that_will_not_do",
         f"{_CREDS}::test_the_table_is_one_that_the_server_takes",
         "e2e/test_deploy.py::test_nats_server_accepts_a_nodes_configuration_and_no_anonymous_one",
     ),
@@ -291,6 +293,7 @@ ATTACKS: dict[str, tuple[str, ...]] = {
         f"{_MONITOR_FAULTS}::test_the_zygote_keeps_no_children_and_no_sockets_are_abstract",
         f"{_CREDS}::test_nobody_gets_in_without_credentials",
     ),
+    "CVE-2021-21334": (f"{_OPERATIONS}::test_each_has_its_own_environment",),
     "CVE-2021-32760": (f"{_ESCAPES}::test_hard_links_over_symlinks_are_never_followed",),
     "CVE-2021-41103, CVE-2024-25621": (
         "conformance/test_snapshot_once.py::test_nobody_else_can_walk_into_the_snapshots",
@@ -304,13 +307,30 @@ ATTACKS: dict[str, tuple[str, ...]] = {
         f"{_DOCUMENTS}::test_an_ambiguous_document_is_refused",
         f"{_FUZZ}::test_a_bounded_run",
     ),
-    "CVE-2022-23471, CVE-2025-64329": (f"{_MONITOR}::test_execs_leave_no_descriptors_behind",),
+    "CVE-2021-43816": ("client/test_volumes.py::test_nothing_of_the_host_is_labelled_anew",),
+    "CVE-2022-23471, CVE-2025-64329": (
+        f"{_MONITOR}::test_execs_leave_no_descriptors_behind",
+        f"{_STDIO}::test_readers_that_vanish_leave_nothing",
+        "e2e/test_stdio.py::test_clients_that_vanish",
+    ),
+    "CVE-2022-23648": (f"{_SPEC}::test_an_images_volumes_take_nothing_from_the_node",),
+    "CVE-2022-24769": (
+        f"{_SPEC}::test_the_default_is_confined",
+        "e2e/test_run_flags.py::test_a_container_is_confined_unless_told_otherwise",
+    ),
+    "CVE-2022-31030": ("e2e/test_stdio.py::test_a_collected_output_is_capped",),
+    "CVE-2023-25173": ("client/test_users.py::test_groups_are_added",),
     "CVE-2023-25153": (
         f"{_IMPORT}::test_a_document_of_a_gibibyte_is_refused_at_its_header",
         f"{_IMPORT}::test_a_pax_header_of_many_mebibytes",
     ),
     "CVE-2024-40635": ("e2e/test_cli.py::test_run_refuses_what_would_escape",),
     "CVE-2024-21626": ("e2e/test_cli.py::test_run_refuses_what_would_escape",),
+    "CVE-2026-47262": ("client/test_users.py::test_a_passwd_of_2_gib_is_refused_unread",),
+    "CVE-2026-53488": (
+        f"{_SPEC}::test_what_an_image_may_not_say_is_dropped_and_told",
+        f"{_STDIO}::test_streams_that_are_refused",
+    ),
     "CVE-2026-50195, CVE-2026-53492, CVE-2026-53489": (
         f"{_IMPORT}::test_checkpoints",
         f"{_IMPORT}::test_containerds_own_checkpoints",
@@ -398,15 +418,6 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 OPEN: dict[str, str] = {
-    "27 duplicate deliveries": "the task service's mutations belong to the runtime half",
-    "CVE-2021-21334": "runtime half: no environment of another container, in a thousand concurrent starts",
-    "CVE-2021-43816": "runtime half: nothing relabels host paths, and no test looks",
-    "CVE-2022-23648": "runtime half: an image's volumes are not populated",
-    "CVE-2022-24769": "runtime half: the default specification's inheritable capabilities",
-    "CVE-2022-31030": "runtime half: ten gibibytes of a collected output",
-    "CVE-2023-25173": "runtime half: supplementary groups of the image",
     "CVE-2025-47291": "runtime half: limits in a user namespace",
-    "CVE-2026-47262": "runtime half: a passwd of gibibytes",
-    "CVE-2026-53488": "no label starts a program here; no test says so of a container that runs",
     "CVE-2026-53495": "its text was not to be had",
 }

@@ -8,10 +8,11 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import nats.js.api
 import pytest
-from natsd import NatsServer
+from natsd import NatsServer, make_key
 from wherry_shared.bus.connection import Connection, Message, NoResponders, check_version
 from wherry_shared.bus.transport import Message as AnyMessage
 from wherry_shared.errors import (
@@ -392,6 +393,12 @@ async def test_an_old_server_is_refused_before_credentials_leave(connect: Connec
     listener.close()
     await listener.wait_closed()
     assert bytes(heard) == b""
+
+
+async def test_a_server_that_lets_everybody_in_is_refused(tmp_path: Path) -> None:
+    """Who has a seed would not be asked for it there, and whoever has none could say to be him."""
+    with NatsServer(tmp_path) as server, pytest.raises(FailedPrecondition, match="asks nobody for an nkey"):
+        await Connection.connect([server.url], name="x", inbox_prefix="_INBOX.x", seed=make_key().seed)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,10 @@ async def test_wrong_seed_and_no_seed(guarded: NatsServer, connect: Connect) -> 
         await connect(guarded, connect_timeout=60)
 
 
-@pytest.mark.parametrize("seed", [b"", b"SU", b"not base32 !", b"\xff\xfe", make_key().public.encode()])
+@pytest.mark.parametrize(
+    "seed", [b"", b"SU", b"not base32 !", b"\xff\xfe", make_key().public.encode()],
+    ids=["empty", "short", "not base32", "bytes", "a public key"],
+)  # fmt: skip
 async def test_malformed_seeds_are_not_repeated_in_the_error(
     shared_server: NatsServer, connect: Connect, seed: bytes
 ) -> None:

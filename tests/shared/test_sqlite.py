@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grounds import btrfs_disk
 from wherry_shared import context, schema, sqlite
 from wherry_shared.context import Context, Replayed
 from wherry_shared.errors import (
@@ -507,3 +508,50 @@ async def test_no_room_at_the_first_start(small: Path) -> None:
         await Database.open(small / "things.db", SCHEMA)
     empty(small)
     await (await Database.open(small / "things.db", SCHEMA)).close()
+
+
+# Fills the disk, so that what is written back of the mapped index finds no new place for its next change.
+ON_A_FULL_DISK = """
+import asyncio, os, sys
+from contextlib import suppress
+from pathlib import Path
+from wherry_shared.errors import ResourceExhausted
+from wherry_shared.sqlite import Database
+
+def fill(path):
+    with suppress(OSError), path.open("ab", buffering=0) as file:
+        for size in (1 << 20, 4096):
+            with suppress(OSError):
+                while True:
+                    file.write(b"x" * size)
+    os.sync()
+
+async def main(disk):
+    database = await Database.open(disk / "things.db", ("CREATE TABLE things (data BLOB)",))
+    insert = lambda tx: tx.execute("INSERT INTO things VALUES (?)", (os.urandom(3000),)).rowcount
+    for _ in range(100):
+        await database.write(insert)
+    for number in range(2):
+        fill(disk / f"filler{number}")
+    refused = 0
+    for _ in range(50):
+        try:
+            await database.write(insert)
+        except ResourceExhausted:
+            refused += 1
+    print(refused > 0, database.one("SELECT count(*) >= 100 FROM things")[0])
+    await database.close()
+
+asyncio.run(main(Path(sys.argv[1])))
+"""
+
+
+@needs_root
+def test_a_full_btrfs_costs_writes_and_not_the_process(tmp_path: Path) -> None:
+    try:
+        with btrfs_disk(tmp_path / "disk", 128 << 20) as disk:
+            command = [sys.executable, "-c", ON_A_FULL_DISK, str(disk)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except OSError as e:
+        pytest.skip(str(e))
+    assert (done.returncode, done.stdout) == (0, "True 1\n"), done.stderr

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 from wherry_shared.api import contracts
 from wherry_shared.api.container import Container
+from wherry_shared.api.events import Events, Gap
 from wherry_shared.api.image import Image as Record
 from wherry_shared.api.introspection import Plugin
-from wherry_shared.errors import InvalidArgument, NotFound, Unimplemented, WherryError
+from wherry_shared.errors import InvalidArgument, NotFound, OutOfRange, Unimplemented, WherryError
 from wherry_shared.values import now
 
 from ..client import Client
@@ -24,6 +26,9 @@ from .findings import Check, Finding, Patient
 ALARMING = ("Internal", "DataLoss")
 SKEW_WARNING, SKEW_BROKEN = 2.0, 60.0
 SERVICE_PLUGIN = "io.wherry.service.v1"
+READ_SECONDS = 10.0
+# Its windows are of what is looked at, not of what is sent.
+NO_EVENT = 'topic=="/none"'
 _NAMED_MAX = 5
 
 
@@ -219,9 +224,19 @@ async def _is_orphan(client: Client, id: str) -> bool:
 
 
 async def events(patient: Patient) -> Iterable[Finding]:
-    """The stream of events is there."""
+    """The stream of events is there, and has no holes; it is read through, for as long as READ_SECONDS."""
+    source = patient.bus.bus.proxy(Events)
+    token, more, until = "", True, time.monotonic() + READ_SECONDS
+    gaps: list[Gap] = []
     try:
-        await patient.bus.events.stream()
+        while more:
+            window = await source.replay(token=token, filters=[NO_EVENT])
+            gaps += [window.gap] if window.gap is not None else []
+            token, more = window.token, window.more
+            if time.monotonic() > until:
+                return [*_holes(gaps), _too_long(token)]
+    except OutOfRange:  # what was read meanwhile expired
+        return _holes(gaps)
     except WherryError as e:
         return [
             Finding(
@@ -229,7 +244,27 @@ async def events(patient: Patient) -> Iterable[Finding]:
                 "events wait in the services' outboxes meanwhile: look at nats-server's log and its disk",
             )
         ]  # fmt: skip
-    return []
+    return _holes(gaps)
+
+
+def _holes(gaps: list[Gap]) -> list[Finding]:
+    if not gaps:
+        return []
+    count = sum(gap.last - gap.first + 1 for gap in gaps)
+    ranges = ", ".join(f"{gap.first} to {gap.last}" for gap in gaps[:_NAMED_MAX])
+    return [
+        Finding(
+            "broken", "events", f"the stream of events has lost {count} events", f"their numbers: {ranges}",
+            "look after the disk under nats-server; who follows events has to read the state again",
+        )
+    ]  # fmt: skip
+
+
+def _too_long(token: str) -> Finding:
+    return Finding(
+        "note", "events", "the stream of events was not read to its end", f"it is long; it was read up to {token}",
+        "a smaller max_bytes or max_age of the events service, if so many need not be kept",
+    )  # fmt: skip
 
 
 async def namespaces(client: Client) -> list[str]:

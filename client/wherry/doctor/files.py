@@ -16,7 +16,7 @@ from wherry_shared.backup import INTERVAL, backup_of, check_log
 from wherry_shared.bus import DIRECT, sockets, subjects
 from wherry_shared.bus.credentials import CALLS, IDENTITIES
 from wherry_shared.contract import OWNERS
-from wherry_shared.errors import DataLoss, NotFound
+from wherry_shared.errors import DataLoss, NotFound, Unavailable
 
 from ..paging import walk
 from .afar import namespaces
@@ -39,8 +39,10 @@ def _databases(place: Place) -> Iterator[tuple[str, Path]]:
 
 
 def _open(path: Path) -> sqlite3.Connection:
-    """To read only, beside the service that has it open."""
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+    """To read only, beside the service that has it open. Where nobody has, not even a log is made."""
+    alone = "" if path.with_name(f"{DATABASE}-wal").exists() else "&immutable=1"
+    address = f"{path.absolute().as_uri()}?mode=ro{alone}"
+    return sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
 
 
 # ---- damage
@@ -110,8 +112,11 @@ def _backup(service: str, path: Path) -> Iterator[Finding]:
 
 def _waiting(place: Place) -> Iterator[Finding]:
     for service, path in _databases(place):
-        with closing(_open(path)) as connection:
-            oldest = connection.execute("SELECT count(*), min(at) FROM outbox").fetchone()
+        try:
+            with closing(_open(path)) as connection:
+                oldest = connection.execute("SELECT count(*), min(at) FROM outbox").fetchone()
+        except sqlite3.DatabaseError:  # which `databases` tells of; the others are looked at all the same
+            continue
         if oldest[0] and _age(oldest[1]) > WAITING_SECONDS:
             yield Finding(
                 "broken", "outboxes", f"{oldest[0]} events of {service} wait to be told",
@@ -218,6 +223,8 @@ def _closed(path: Path, forbidden: int, owners: Iterable[int] = ()) -> Iterator[
 
 async def _direct(patient: Patient) -> Iterable[Finding]:
     """Each process that serves here has a socket here, and is reached by it."""
+    if patient.client is None:
+        raise Unavailable("the bus cannot be reached")
     if os.environ.get(DIRECT) == "0":
         return [Finding("note", "direct path", "requests go by NATS alone", f"{DIRECT} is 0", "unset it, to save time")]
     found = []

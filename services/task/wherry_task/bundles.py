@@ -37,14 +37,16 @@ class Bundles:
         return self._runtimes / Path(binary).name / namespace
 
     def make(self, namespace: str, container: str, spec: dict[str, Any], binary: str) -> Path:
-        """Write a new bundle. FailedPrecondition when one is there; ResourceExhausted on a full disk."""
+        """Write a new bundle. FailedPrecondition when one is there; ResourceExhausted on a full disk; InvalidArgument:
+        the specification is none."""
         path = self.path(namespace, container)
+        text = json.dumps(self._complete(spec, namespace, container))
         try:
             self.runtime_root(namespace, binary).mkdir(parents=True, exist_ok=True, mode=0o700)
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             path.mkdir(mode=0o700)
             (path / "rootfs").mkdir(mode=0o755)
-            (path / SPEC).write_text(json.dumps(self._complete(spec, namespace, container)))
+            (path / SPEC).write_text(text)
             (path / BINARY).write_text(binary)
             _let_through(path, self._tasks.parents[1], _mapped_root(spec))
         except FileExistsError:
@@ -63,6 +65,8 @@ class Bundles:
         if not isinstance(full.get("process"), dict) or not full.get("ociVersion"):
             raise InvalidArgument(f"container {container} has no runtime specification with a process")
         linux = full.setdefault("linux", {})
+        if not isinstance(linux, dict):
+            raise InvalidArgument(f"container {container}: `linux` of its runtime specification is no object")
         if not linux.get("cgroupsPath"):
             linux["cgroupsPath"] = f"{self.cgroup}/{namespace}/{container}"
         full.setdefault("root", {"path": "rootfs"})

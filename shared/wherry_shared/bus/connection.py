@@ -124,8 +124,8 @@ class Connection:
         seed: an nkey user seed; user_credentials: path of a JWT credentials file. inbox_prefix: where answers come in.
         Later outages are repaired for ever, with 50 ms to 1 s between attempts.
         Raises Unavailable when none answers in time, Unauthenticated when one refuses the credentials,
-        FailedPrecondition when one is too old or offers no TLS though `tls` is given, InvalidArgument for a bad
-        address, seed or prefix.
+        FailedPrecondition when one is too old, does not ask for the nkey, or offers no TLS though `tls` is given,
+        InvalidArgument for a bad address, seed or prefix.
         """
         link = await dial(
             servers,

@@ -279,6 +279,11 @@ class Link(Client):
         _, writer = self._streams()
         try:
             check_version(str(self._server_info.get("version", "")))
+            if self._signature_cb is not None and "nonce" not in self._server_info:
+                raise FailedPrecondition(
+                    "nats-server asks nobody for an nkey: whoever reaches its port could act as anybody. Give it the"
+                    " generated users (authorization)"
+                )
             if self._must_encrypt and writer.get_extra_info("sslcontext") is None:
                 raise FailedPrecondition("TLS is asked for, and nats-server does not offer it")
         except WherryError as error:

@@ -429,6 +429,8 @@ def _for_shims(stdio: Stdio) -> Stdio:
     it takes "" for all streams or for none.
     """
     plain = {name: _plain(getattr(stdio, name)) for name in ("stdin", "stdout", "stderr")}
+    if plain["stdin"] and plain["stdout"].startswith("binary://") and not stdio.terminal:
+        raise Unimplemented("runc's shim gives a process that has a logger, or logs, a stdin only with a terminal")
     if any(plain.values()) and not stdio.terminal:
         plain |= {name: plain[name] or os.devnull for name in ("stdout", "stderr")}
     return stdio.model_copy(update=plain)
