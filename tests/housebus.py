@@ -183,5 +183,8 @@ class _Log:
     async def state(self) -> LogState:
         return await (await self._log()).state()
 
+    async def renew(self) -> None:
+        await (await self._log()).renew()
+
     async def read(self, **window: Any) -> list[Stored]:
         return await (await self._log()).read(**window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
@@ -22,7 +23,7 @@ from wherry_shared.errors import (
 )
 from wherry_shared.values import LABEL_MAX, Mount, check_identifier
 
-from . import capabilities, limits, spec, users
+from . import capabilities, limits, restarts, spec, users
 from .logs import LogLine, logs
 from .spec import Options
 from .stdio import Stdio
@@ -180,6 +181,38 @@ class Container:
         """
         return logs(self.client, self.id, follow=follow, since=since, until=until, tail=tail)
 
+    async def start(self, *, stdin: bool | None = None, again: int = 0) -> None:
+        """Run it in the background, its output logged; one that runs is left as it is, what is left of one that has
+        ended is removed. When it does not start, no task is left.
+
+        stdin: whether it stays open for who attaches; unless said, it does for a terminal. again: how often its policy
+        has made it start since somebody did.
+        """
+        if changes := restarts.on_start(self.record.labels, again):
+            await self.label(changes)
+        with contextlib.suppress(NotFound):
+            status = (await self.client.tasks.get(self.id)).status
+            if status == "created":
+                await self.client.tasks.start(self.id)
+            if status != "stopped":
+                return
+            await self.client.tasks.delete(self.id)
+        terminal = bool(((self.record.spec or {}).get("process") or {}).get("terminal"))
+        stdio = Stdio.logged(stdin=terminal if stdin is None else stdin, terminal=terminal)
+        task = await self.new_task(stdio=stdio)
+        try:
+            await task.start()
+        except BaseException:
+            with contextlib.suppress(WherryError):
+                await asyncio.shield(task.delete(force=True))
+            raise
+        task.detach()
+
+    async def leave_stopped(self) -> None:
+        """Its restart policy is not to start it again once it ends."""
+        if changes := restarts.on_stop(self.record.labels):
+            await self.label(changes)
+
     async def task(self) -> Task:
         """Its task, when there is one. NotFound."""
         state = await self.client.tasks.get(self.id)
@@ -272,11 +305,18 @@ class NewContainer:
         self._options = replace(self._options, namespaces={**self._options.namespaces, **paths})
         self._labels = {**self._labels, **{JOIN_LABEL + kind: other for kind, other in self._join.items()}}
 
-    async def _create(self) -> Container:
+    async def _ground(self) -> dict[str, str]:
+        """The defaults of a namespace that is known."""
         await self._client.ensure_namespace()
+        return {} if self._runtime and self._snapshotter else await self._client.defaults()
+
+    async def _create(self) -> Container:
+        if self._image is None:
+            defaults = await self._ground()
+        else:  # what the image says is read meanwhile, and the image remembers it
+            defaults, _ = await asyncio.gather(self._ground(), self._image.resolve())
         if self._join:
             await self._joined()
-        defaults = {} if self._runtime and self._snapshotter else await self._client.defaults()
         runtime = Runtime(name=self._runtime or defaults.get("runtime", DEFAULT_RUNTIME))
         self._snapshotter = self._snapshotter or defaults.get("snapshotter", DEFAULT_SNAPSHOTTER)
         if self._image is None:

@@ -10,10 +10,9 @@ from typing import Any
 
 from wherry_shared.errors import InvalidArgument, NotFound
 
-from . import cdi, devices, limits, seccomp, spec, volumes
+from . import cdi, devices, limits, restarts, seccomp, spec, volumes
 
 FILE_MAX = 1 << 20
-RESTART_STATUS, RESTART_POLICY = "containerd.io/restart.status", "containerd.io/restart.policy"
 Given = Mapping[str, Any]
 """What was typed, by the name of the flag with `_` for `-`; what was not, is absent or empty."""
 
@@ -55,18 +54,8 @@ def labels(given: Given) -> dict[str, str]:
     lines = [line for path in given.get("label_file", ()) for line in _lines(path)]
     made = dict(text.partition("=")[::2] for text in [*lines, *given.get("label", ())])
     if restart := given.get("restart", ""):
-        made |= restart_labels(restart)
+        made |= restarts.labels_for(restart)
     return made
-
-
-def restart_labels(policy: str) -> dict[str, str]:
-    """The labels of a restart policy, as containerd's restart monitor reads them; `no` takes them out."""
-    name, _, count = policy.partition(":")
-    if name not in ("no", "always", "unless-stopped", "on-failure") or (count and name != "on-failure"):
-        raise InvalidArgument(f"restart {policy[:40]!r} is not no, always, unless-stopped or on-failure[:N]")
-    if count and not (count.isdigit() and count.isascii() and len(count) < 7):
-        raise InvalidArgument(f"restart {policy[:40]!r}: how often is a number")
-    return {RESTART_STATUS: "" if name == "no" else "running", RESTART_POLICY: "" if name == "no" else policy}
 
 
 def environment(files: Sequence[str], items: Sequence[str]) -> list[str]:

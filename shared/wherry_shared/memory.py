@@ -180,6 +180,9 @@ class MemoryLog:
     async def ensure(self, *, max_age: float, max_bytes: int) -> None:
         return None
 
+    async def renew(self) -> None:
+        self._epoch = f"{random.SystemRandom().getrandbits(64):016x}"
+
     async def state(self) -> LogState:
         return LogState(self._epoch, 1 if self._stored else 0, len(self._stored))
 

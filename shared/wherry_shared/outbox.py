@@ -21,6 +21,8 @@ from .sqlite import Database, Transaction
 log = logging.getLogger("wherry.outbox")
 
 BATCH = 128
+# From so many on one batch, synced once, is quicker than one after the other: it takes some 6 ms whatever its size.
+TOGETHER = 10
 PAUSE_FIRST, PAUSE_LAST = 0.05, 2.0
 
 
@@ -75,14 +77,19 @@ class Outbox:
             "SELECT seq, id, namespace, topic, at, event FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?",
             (self._sent, BATCH),
         )
-        waiting = [(row[0], self._outgoing(row)) for row in rows]
-        together = len(waiting) > 1
-        if together and await events.publish_together(self._bus.transport, [event for _, event in waiting]):
+        if len(rows) >= TOGETHER and await events.publish_together(
+            self._bus.transport, [self._outgoing(row) for row in rows]
+        ):
             await self._forget(rows[-1][0])
             return len(rows)
-        for sequence, event in waiting:  # alone, or the stream has some of them already: what comes first goes first
-            await events.publish(self._bus.transport, event)
-            await self._forget(sequence)
+        taken = 0
+        try:
+            for row in rows:  # a second one never before the first, also when the stream begins to take them meanwhile
+                await events.publish(self._bus.transport, self._outgoing(row))
+                taken = row[0]
+        finally:
+            if taken:
+                await self._forget(taken)
         return len(rows)
 
     def _outgoing(self, row: Any) -> events.Outgoing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import shutil
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from wherry_container import metadata as container_metadata
 from wherry_container.catalog import Catalog
 from wherry_container.service import ContainerService
 from wherry_shared.api.container import Container, Containers, Runtime
+from wherry_shared.api.content import Content
 from wherry_shared.api.snapshot import Snapshots
 from wherry_shared.api.task import Stdio, Tasks
 from wherry_shared.bus import Bus
@@ -25,6 +27,7 @@ from wherry_task.backends import Launchers
 from wherry_task.backends.oci import OciLauncher
 from wherry_task.backends.shim import ShimLauncher
 from wherry_task.bundles import Bundles
+from wherry_task.checkpoints import Checkpoints
 from wherry_task.service import TaskService
 from wherry_task.stdio.streams import Streams
 from wherry_task.supervisor import Supervisor
@@ -64,8 +67,11 @@ class House:
         launcher = Launchers(OciLauncher(self.state), ShimLauncher(self.state))
         self.supervisor = Supervisor(self.database, launcher, Bundles(self.state), Streams(self.root / "logs"))
         await self.supervisor.recover()
+        checkpoints = Checkpoints(self.root / "checkpoints", self.bus.proxy(Content))
+        await asyncio.to_thread(checkpoints.sweep, self.supervisor.waits)
         self.service = TaskService(
-            self.supervisor, self.bus.proxy(Containers), self.bus.proxy(Snapshots), self.state, self.allowed
+            self.supervisor, self.bus.proxy(Containers), self.bus.proxy(Snapshots), self.state, checkpoints,
+            self.allowed,
         )  # fmt: skip
         self.server = await self.bus.serve(self.service)
 

@@ -34,7 +34,7 @@ from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound, Unava
 from wherry_shared.runtime import package_version
 from wherry_shared.sqlite import Database
 
-RUNTIME_TYPE = "io.containerd.runtime.v2"
+RUNTIME_TYPE, SHIM = "io.containerd.runtime.v2", "io.containerd.runc.v2"
 OVERLAY = {
     "type": "io.containerd.snapshotter.v1", "id": "overlay", "capabilities": ["remap-ids"],
     "platforms": [{"os": "linux", "architecture": "amd64"}], "exports": {"root": "/r"},
@@ -244,6 +244,8 @@ async def test_plugins_are_filtered(introspection: Introspection) -> None:
 async def runtimes(house: House, tmp_path: Path) -> dict[str, Path]:
     """A second task process, which tells of runtimes as the real one does."""
     programs = {name: Path(found) for name in ("runc", "crun") if (found := shutil.which(name))}
+    if found := shutil.which("containerd-shim-runc-v2"):
+        programs[SHIM] = Path(found)
     programs["io.containerd.mute.v2"] = tmp_path / "mute"
     programs["io.containerd.loose.v2"] = tmp_path / "loose"
     for path, mode in ((tmp_path / "mute", 0o700), (tmp_path / "loose", 0o777)):
@@ -271,6 +273,15 @@ async def test_a_runtime_tells_its_version_and_features(
     asked = subprocess.run([name, "features"], capture_output=True, text=True, check=False)
     assert told.features == (json.loads(asked.stdout) if asked.returncode == 0 else {})
     assert await introspection.runtime(name) == told
+
+
+async def test_a_shim_tells_its_version(introspection: Introspection, runtimes: dict[str, Path]) -> None:
+    if SHIM not in runtimes:
+        pytest.skip("no shim v2 is installed")
+    told = await introspection.runtime(SHIM)
+    said = subprocess.run([runtimes[SHIM], "-v"], capture_output=True, text=True, check=True).stdout
+    assert told.version and told.version in said and told.revision in said
+    assert told.features == {}
 
 
 async def test_a_runtime_that_cannot_be_asked_says_why(introspection: Introspection, runtimes: dict[str, Path]) -> None:

@@ -88,8 +88,8 @@ async def test_three_deliveries_and_one_to_the_next_process(half: Half, tmp_path
             await client.containers.create(Container(id=ID, runtime=Runtime(name="default"), spec=spec))
         first = await _all(client, "a", [(n, {**a, **(given if n == "create" else {})}) for n, a in STEPS], shared)
         await _again(half, client, first)
-        pids = sorted(p.exec_id for p in await client.tasks.pids(ID))
-        assert pids == ["", "e"] and (await client.tasks.get(ID)).status == "running"
+        assert [p.exec_id for p in await client.tasks.pids(ID)].count("e") == 1
+        assert (await client.tasks.get(ID)).status == "running"
         assert _pids_max((await client.tasks.get(ID)).pid) == "60"
         assert (shared / "got").read_text().split() == ["ready", "got", "said"]
         first += await _all(client, "b", END, shared)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
+import signal
 import stat
 import subprocess
 import time
@@ -13,11 +15,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from faults.half import Half
+from wherry import Client
+from wherry_shared.api.introspection import ServiceStatus
 from wherry_shared.bus import Bus
 from wherry_shared.contract import Contract, endpoint
-from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound
+from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from wherry_shared.memory import MemoryTransport
 from wherry_shared.metrics import CONTENT_TYPE, GUESTS_MAX, HEAD_MAX, Exporter
+from wherry_shared.runtime import Settings, package_version
 
 ABOUT = {"service": "image", "version": "0.1.0", "node": 'a "node"\\\n'}
 LABELS = r'\{((?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)*)\}'
@@ -250,3 +256,54 @@ async def test_who_does_not_ask_does_not_keep_others_out(exporter: Exporter) -> 
     await scrape(where)
     for _, other in silent:
         other.close()
+
+
+async def test_a_process_tells_where_it_is_scraped(tmp_path: Path) -> None:
+    """Two services as they are deployed: one on a port, one on a socket, which introspection names."""
+    path = tmp_path / "image.sock"
+    half = Half(tmp_path, services=("image", "introspection"))
+    half.settings = {"image": (f"metrics={path}",), "introspection": ("metrics=127.0.0.1:0",)}
+    with half:
+        async with half.client() as client:
+            services = await _both(client)
+            assert services["image"].metrics == str(path)
+            assert services["introspection"].metrics.startswith("http://127.0.0.1:")
+            for name, told in services.items():
+                assert told.package == package_version(f"wherry-{name}")
+                found = await scrape(told.metrics)
+                labels = {"service": name, "version": told.package, "node": client.address.node, "instance": told.id}
+                assert value(found, "wherry_build_info", **labels) == 1
+                assert value(found, "process_resident_memory_bytes") == pytest.approx(told.rss, rel=0.3)
+            plugins = await client.introspection.plugins(["id==image"])
+            assert plugins[0].exports["metrics"] == str(path)
+            asked = value(await scrape(services["introspection"].metrics), "wherry_requests_total",
+                          service="introspection", operation="plugins", code="OK")  # fmt: skip
+            assert asked == 1
+        half.kill("image", signal.SIGTERM)
+        assert not path.exists()
+
+
+async def _both(client: Client) -> dict[str, ServiceStatus]:
+    async with asyncio.timeout(20):
+        while True:
+            with contextlib.suppress(Unavailable):
+                found = {s.name: s for s in await client.introspection.services()}
+                if len(found) == 2:
+                    return found
+            await asyncio.sleep(0.05)
+
+
+def test_a_service_that_may_not_listen_there_says_so(tmp_path: Path) -> None:
+    half = Half(tmp_path, services=("image",))
+    half.settings = {"image": ("metrics=0.0.0.0:9100",)}
+    with half:
+        assert half.processes["image"].wait(20) == 1
+
+
+def test_one_setting_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings.parse("image", []).metrics == ""
+    monkeypatch.setenv("WHERRY_METRICS", "127.0.0.1:0")
+    assert Settings.parse("image", []).metrics == "127.0.0.1:0"
+    monkeypatch.setenv("WHERRY_IMAGE_METRICS", "/own.sock")
+    assert Settings.parse("image", []).metrics == "/own.sock"
+    assert Settings.parse("image", ["--set", "metrics="]).metrics == ""

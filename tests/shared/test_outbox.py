@@ -277,12 +277,12 @@ async def test_nothing_ends_the_relay(
             raise trouble
         return await together(*arguments)
 
-    await write(database, *range(5))
+    await write(database, *range(20))
     monkeypatch.setattr(events, "publish_together", troubled)
     outbox.start()
     await drained(database)
     assert next(troubles, None) is None
-    assert numbers(await stored(stream)) == list(range(5))
+    assert numbers(await stored(stream)) == list(range(20))
 
 
 async def test_the_stream_takes_an_id_once(image: Bus, stream: EventLog) -> None:

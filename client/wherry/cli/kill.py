@@ -24,6 +24,8 @@ def command(
 
     async def work(client: Client) -> None:
         async def kill(container: Container) -> None:
+            if number in _MEANT:
+                await container.leave_stopped()
             await client.tasks.kill(container.id, number, "", all)
 
         await on_each(client, ids, kill)
@@ -55,6 +57,10 @@ async def on_each(client: Client, names: list[str], work: Callable[[Container], 
             print(name)
     if any(said):
         raise typer.Exit(1)
+
+
+# Whoever sends one of these does not want it back.
+_MEANT = (signals.SIGKILL, signals.SIGTERM)
 
 
 def parse_signal(text: str) -> int:

@@ -30,6 +30,7 @@ def command(
                     raise FailedPrecondition(
                         f"container {container.id} is {state.status}: kill it first, or use --force"
                     )
+                await container.leave_stopped()
                 await client.tasks.delete(container.id, "", force)
             with contextlib.suppress(NotFound):  # it went by itself with its task (`run --rm`)
                 await container.delete(snapshot=True)

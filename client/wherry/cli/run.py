@@ -43,6 +43,8 @@ async def _run(client: Client, reference: str, args: list[str], given: dict[str,
     detach, rm, interactive, terminal = (bool(given.get(name)) for name in ("detach", "rm", "interactive", "tty"))
     if rm and given.get("restart", "no") != "no":
         raise InvalidArgument("--rm with --restart: what is removed is not started again")
+    if not detach and given.get("restart", "no") != "no":
+        raise InvalidArgument("--restart without --detach: what is started again has other streams than these")
     if rm and (detach or terminal):
         # It may end when nobody is here any more: the node removes it.
         given = {**given, "label": [*given.get("label", ()), f"{REMOVE_LABEL}=true"]}
@@ -51,30 +53,12 @@ async def _run(client: Client, reference: str, args: list[str], given: dict[str,
         keys = given.get("detach_keys", DETACH_KEYS)
         return await foreground(container, interactive=interactive, terminal=terminal, fresh=True, rm=rm, keys=keys)
     try:
-        await background(container, stdin=interactive)
+        await container.start(stdin=interactive)
     except BaseException:
         await asyncio.shield(_leave(None, container, rm=True))
         raise
     print(container.id)
     return 0
-
-
-async def background(container: Container, *, stdin: bool | None = None) -> None:
-    """Make a container's task and start it, its output logged; when it does not start, no task is left.
-
-    stdin: whether it stays open for who attaches; unless said, it does for a terminal.
-    """
-    from wherry import Stdio
-
-    terminal = terminal_of(container)
-    stdio = Stdio.logged(stdin=terminal if stdin is None else stdin, terminal=terminal)
-    task = await container.new_task(stdio=stdio)
-    try:
-        await task.start()
-    except BaseException:
-        await asyncio.shield(_leave(task, container, rm=False, force=True))
-        raise
-    task.detach()
 
 
 async def foreground(

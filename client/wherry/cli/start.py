@@ -10,7 +10,7 @@ import typer
 from .common import NamespaceOption, with_client
 
 if TYPE_CHECKING:
-    from wherry import Client, Container, Task
+    from wherry import Client, Container
 
 
 def command(
@@ -45,38 +45,17 @@ def command(
 
 async def start(container: Container) -> None:
     """Start it in the background; one that runs is left as it is."""
-    from .run import background
-
-    task = await _standing(container)
-    if task is None:
-        await background(container)
-    elif (await task.state()).status == "created":
-        await task.start()
-
-
-async def _standing(container: Container) -> Task | None:
-    """Its task, when it has one that has not ended; what is left of one that has is removed."""
-    from wherry_shared.errors import NotFound
-
-    from wherry.flags import RESTART_STATUS
-
-    from .stop import STOPPED_LABEL
-
-    if container.record.labels.get(RESTART_STATUS) and container.record.labels.get(STOPPED_LABEL):
-        await container.label({STOPPED_LABEL: ""})
-    with contextlib.suppress(NotFound):
-        task = await container.task()
-        if (await task.state()).status != "stopped":
-            return task
-        await task.delete()
-    return None
+    await container.start()
 
 
 async def _attached(container: Container, *, interactive: bool) -> int:
-    from wherry_shared.errors import FailedPrecondition
+    from wherry_shared.errors import FailedPrecondition, NotFound
 
     from .run import foreground, terminal_of
 
-    if await _standing(container) is not None:
-        raise FailedPrecondition(f"container {container.id} has a task already: `attach` to it")
+    with contextlib.suppress(NotFound):
+        task = await container.task()
+        if (await task.state()).status != "stopped":
+            raise FailedPrecondition(f"container {container.id} has a task already: `attach` to it")
+        await task.delete()
     return await foreground(container, interactive=interactive, terminal=terminal_of(container))

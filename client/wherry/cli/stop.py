@@ -12,8 +12,6 @@ from .common import NamespaceOption, with_client
 if TYPE_CHECKING:
     from wherry import Client, Container
 
-STOPPED_LABEL = "containerd.io/restart.explicitly-stopped"
-
 
 def command(
     ids: Annotated[list[str], typer.Argument(help="The containers.")],
@@ -37,13 +35,11 @@ async def stop(container: Container, seconds: float, signal: str = "") -> None:
     from wherry_shared.errors import NotFound
 
     from wherry.container import STOP_SIGNAL_LABEL
-    from wherry.flags import RESTART_STATUS
 
     from .kill import parse_signal
 
     number = parse_signal(signal or container.record.labels.get(STOP_SIGNAL_LABEL, "") or "SIGTERM")
-    if container.record.labels.get(RESTART_STATUS):
-        await container.label({STOPPED_LABEL: "true"})  # whoever restarts containers leaves this one alone
+    await container.leave_stopped()
     with contextlib.suppress(NotFound):
         task = await container.task()
         if (await task.state()).status != "stopped":

@@ -21,12 +21,12 @@ def command(ids: list[str], namespace: str, **given: Any) -> None:
     async def work(client: Client) -> None:
         from wherry_shared.errors import InvalidArgument
 
-        from wherry import flags
+        from wherry import flags, restarts
 
         from .kill import on_each
 
         resources = flags.resources(given)
-        labels = flags.restart_labels(given["restart"]) if given.get("restart") else {}
+        labels = restarts.labels_for(given["restart"]) if given.get("restart") else {}
         if not resources and not labels:
             raise InvalidArgument("nothing to change: no limit is given")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from wherry_shared import context
 from wherry_shared.api import contracts
 from wherry_shared.bus import discovery
-from wherry_shared.errors import FailedPrecondition, Unauthenticated, Unavailable, WherryError
+from wherry_shared.errors import FailedPrecondition, PermissionDenied, Unauthenticated, Unavailable, WherryError
 from wherry_shared.runtime import NODE_FILE
 
 from ..client import DEFAULT_STATE, connect
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Finding", "LeftOut", "Report", "examine"]
 
-CALL_SECONDS = 5.0
+CALL_SECONDS, CHECK_SECONDS = 5.0, 60.0
 PARALLEL = 4
 ANSWER_SECONDS, SECOND_ANSWER_SECONDS = 0.25, 1.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -36,7 +36,7 @@ CHECKS: tuple[Check, ...] = (*afar.CHECKS, *host.CHECKS, *files.CHECKS, *leftove
 
 
 async def examine(*, state: str = "", nats: str = "", node: str = "", creds: str = "") -> Report:
-    """Look at all of a node; it is found as by `wherry.connect`, and need not be up."""
+    """Look at all of a node; it is found as by `wherry.connect`, and need not be up. PermissionDenied: for tenants."""
     report = Report()
     try:
         client = await connect(state=state, nats=nats, node=node, creds=creds)
@@ -46,9 +46,11 @@ async def examine(*, state: str = "", nats: str = "", node: str = "", creds: str
         await _look(Patient(None, _place_on_disk(directory)), report)
         return report
     async with client:
-        place = await _place(client)
-        patient = Patient(client, place, await _answers(client))
-        await _look(patient, report)
+        if not client.is_admin:
+            raise PermissionDenied("who examines a node has to be its admin")
+        answers = await _answers(client)
+        place = await _place(client, known="introspection" in answers)
+        await _look(Patient(client, place, answers), report)
     return report
 
 
@@ -78,32 +80,37 @@ async def _answers(client: Client) -> dict[str, list[dict[str, Any]]]:
 # ---- where the node is
 
 
-async def _place(client: Client) -> Place | None:
-    """The node's directories, if they are on this host: proved by the id that its introspection service keeps there."""
+async def _place(client: Client, *, known: bool) -> Place | None:
+    """The node's directories, if they are on this host: proved by the id that its introspection service keeps there.
+
+    known: whether that service is there to be asked. If not, what the node's supervisor wrote down has to do.
+    """
     try:
         with context.use(timeout=CALL_SECONDS):
-            server = await client.introspection.server()
+            server = await client.introspection.server() if known else None
     except WherryError:
+        server = None
+    if server is None:
         on_disk = _place_on_disk(client.address.state)
         return on_disk if on_disk is not None and on_disk.node == client.address.node else None
-    place = Place(server.node, Path(server.root), Path(server.state))
+    root = Path(server.root)
     try:
         same = server.boot_id == BOOT_ID.read_text().strip()
-        same = same and (place.root / "introspection" / "uuid").read_text().strip() == server.id
+        same = same and (root / "introspection" / "uuid").read_text().strip() == server.id
     except OSError:
         return None
-    return place if same else None
+    return Place(server.node, root, Path(server.state), client.address.creds.parent) if same else None
 
 
 def _place_on_disk(state: Path) -> Place | None:
     """As the node's supervisor wrote it down; without that, what the environment says."""
     try:
         known = json.loads((state / NODE_FILE).read_text())
-        return Place(str(known["node"]), Path(known["root"]), state)
+        return Place(str(known["node"]), Path(known["root"]), state, state / "creds")
     except (OSError, ValueError, KeyError, TypeError):
         root = Path(os.environ.get("WHERRY_ROOT", "/var/lib/wherry"))
         there = (root / "introspection").is_dir()
-        return Place(os.environ.get("WHERRY_NODE", ""), root, state) if there else None
+        return Place(os.environ.get("WHERRY_NODE", ""), root, state, state / "creds") if there else None
 
 
 # ---- the examination
@@ -115,7 +122,7 @@ async def _look(patient: Patient, report: Report) -> None:
         if reason:
             return [], reason
         try:
-            with context.use(timeout=CALL_SECONDS):
+            with context.use(timeout=CHECK_SECONDS):
                 return list(await check.look(patient)), ""
         except (WherryError, OSError, sqlite3.Error) as e:
             return [], str(e)

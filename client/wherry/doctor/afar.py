@@ -16,10 +16,11 @@ from wherry_shared.errors import InvalidArgument, NotFound, OutOfRange, Unimplem
 from wherry_shared.values import now
 
 from ..client import Client
-from ..image import Image
+from ..graph import Survey
 from ..paging import walk
+from ..registry.platforms import is_attestation
 from ..together import each
-from ..usage import SNAPSHOTTER_PLUGIN, Inspect
+from ..usage import SNAPSHOTTER_PLUGIN
 from .findings import Check, Finding, Patient
 
 # An answer of these says that something is wrong with the service or its files, not with the request.
@@ -127,35 +128,40 @@ async def images(patient: Patient) -> Iterable[Finding]:
     found: list[Finding] = []
     for namespace in await namespaces(patient.bus):
         client = patient.bus.within(namespace)
-        inspect = Inspect(client)
-
-        async def look(record: Record, client: Client = client, inspect: Inspect = inspect) -> list[str]:
-            missing = await _missing(inspect, Image(client, record))
-            if not missing:
-                return []
-            try:  # it may have been removed meanwhile
-                record = await client.images.get(record.name)
-            except NotFound:
-                return []
-            return await _missing(Inspect(client), Image(client, record))
-
         records = await walk(client.images.walk)
-        for record, missing in zip(records, await each(look, records, 8), strict=True):
-            if missing:
-                found.append(_incomplete(namespace, record, missing))
+        missing = await each(partial(_missing, Survey(client)), records, 8)
+        for record, lacks in zip(records, missing, strict=True):
+            # It may have been removed while it was looked at.
+            if (
+                lacks
+                and (there := await _image(client, record.name))
+                and (still := await _missing(Survey(client), there))
+            ):
+                found.append(_incomplete(namespace, there, still))
     return found
 
 
-async def _missing(inspect: Inspect, image: Image) -> list[str]:
-    """What an image lacks. Artifacts that are no images are taken as they are."""
+async def _image(client: Client, name: str) -> Record | None:
     try:
-        state = await inspect.state(image)
+        return await client.images.get(name)
+    except NotFound:
+        return None
+
+
+async def _missing(survey: Survey, record: Record) -> list[str]:
+    """What an image lacks. Platforms of which nothing is here are none of it, if there is another; and artifacts that
+    are no images are taken as they are."""
+    try:
+        graph = await survey.graph(record.target)
     except (InvalidArgument, Unimplemented):
         return []
     except WherryError as e:
         return [str(e)]
-    missing = [f"{part.kind} {part.descriptor.digest}" for part in state.missing]
-    return missing or ([] if state.platforms else [f"manifest {absent.digest}" for absent in state.absent])
+    children = {child.digest for listed in graph.children.values() for child in listed}
+    absent = [p for p in graph.missing if p.kind in ("index", "manifest", "blob") and p.descriptor.digest in children]
+    holes = [part for part in graph.missing if part not in absent]
+    here = [descriptor for descriptor in graph.images if not is_attestation(descriptor)]
+    return [f"{part.kind} {part.descriptor.digest}" for part in holes or ([] if here else absent)]
 
 
 def _incomplete(namespace: str, record: Record, missing: list[str]) -> Finding:
@@ -276,7 +282,7 @@ CHECKS = (
     Check("services", services),
     Check("clock", clock, ("introspection",)),
     Check("plugins", plugins, ("introspection", "namespace")),
-    Check("images", images, ("namespace", "image", "content", "introspection", "snapshot")),
+    Check("images", images, ("namespace", "image", "content")),
     Check("containers", containers, ("namespace", "container", "task", "snapshot")),
     Check("events", events, ("events",)),
 )

@@ -186,12 +186,12 @@ async def _is_known(patient: Patient, namespace: str, digest: str) -> bool:
 def _permissions(place: Place) -> Iterator[Finding]:
     for directory in (place.root, place.state):
         yield from _closed(directory, 0o066, {0, os.geteuid()})
-        for name in ("creds", "nats", *CALLS):
+        for name in ("nats", *CALLS):
             yield from _closed(directory / name, 0o066)
-    creds = place.state / "creds"
-    for seed in (*creds.glob("*.nk"), *creds.glob("*/*.nk")):
+    yield from _closed(place.creds, 0o066)
+    for seed in (*place.creds.glob("*.nk"), *place.creds.glob("*/*.nk")):
         yield from _closed(seed, 0o077)
-    yield from _closed(creds / IDENTITIES, 0o027)
+    yield from _closed(place.creds / IDENTITIES, 0o027)
     for _, path in _databases(place):
         yield from _closed(path, 0o077)
         yield from _closed(backup_of(path), 0o077)

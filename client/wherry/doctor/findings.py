@@ -50,11 +50,12 @@ class Report:
 
 @dataclass(frozen=True)
 class Place:
-    """A node's directories on this host."""
+    """A node's directories on this host; creds: of the seeds."""
 
     node: str
     root: Path
     state: Path
+    creds: Path
 
 
 @dataclass

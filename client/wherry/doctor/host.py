@@ -66,7 +66,7 @@ def _runtime(name: str, *, first: bool) -> Iterator[Finding]:
     version = tuple(int(part or 0) for part in match.groups()[:3])
     safe, known = SAFE.get(name, ((0,), ""))
     if version < safe:
-        patched = bool(match[4])  # +ds1, ~bpo: a distribution's, which mends without a new number
+        patched = match[4].startswith(("+", "~"))  # +ds1, ~bpo: a distribution's, which mends without a new number
         yield Finding(
             "note" if patched else "warning", "programs", f"{name} {match[0].removeprefix('version ')} is old",
             f"{known} was mended in {'.'.join(map(str, safe))}" + (", and by distributions before" * patched),

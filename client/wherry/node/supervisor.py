@@ -95,6 +95,7 @@ class Supervisor:
                     self._add(name, number, entry)
             self._add_probe(sum(1 for _ in self._children))
             self._add_warm()
+            self._add_keeper()
             self._loop()
         finally:
             self._stop_all()
@@ -263,6 +264,18 @@ class Supervisor:
 
         self._children["cli"] = Child("cli", lambda: self._fork("cli", lambda: serve(self._plan.state)))
 
+    def _add_keeper(self) -> None:
+        """A child that starts containers again by their restart policies."""
+        from .keeper import serve
+
+        plan = self._plan
+        child = Child("keeper", lambda: self._fork("keeper", main))
+
+        def main() -> None:
+            serve(plan.state, plan.log_level, boot=not child.started)
+
+        self._children["keeper"] = child
+
     def _loop(self) -> None:
         while not self._stopping:
             now = time.monotonic()
@@ -321,9 +334,11 @@ class Supervisor:
     def _stop_all(self) -> None:
         """The task service first, while its events can still be stored; nats-server last."""
         self._stopping = self._stopping or signal.SIGTERM
+        # The keeper first of all, or it would start again what is taken down.
+        self._stop([c for c in self._children.values() if c.name == "keeper"], signal.SIGTERM)
         task = [c for c in self._children.values() if c.name == "task"]
         self._stop(task, self._stopping)
-        rest = [c for c in self._children.values() if c.name not in ("task", "events")]
+        rest = [c for c in self._children.values() if c.name not in ("keeper", "task", "events")]
         self._stop(rest, signal.SIGTERM)
         self._stop([c for c in self._children.values() if c.name == "events"], signal.SIGTERM)
         if self._nats is not None and self._nats.returncode is None:

@@ -12,6 +12,8 @@ from wherry_shared.errors import Unavailable
 from wherry_shared.runtime import Host, run
 
 from .journal import Journal
+from .mark import Mark
+from .mark import Mark
 from .service import EventsService
 
 MAX_AGE_SECONDS = 7 * 24 * 3600
@@ -37,7 +39,12 @@ async def build(host: Host) -> Events:
                 raise
             await asyncio.sleep(0.1)
     host.plugin(type="io.containerd.event.v1", id="stream")
-    return EventsService(Journal(log, host.bus))
+    root = host.settings.own_root
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    mark = Mark(log, host.bus.transport, root / "mark")
+    mark.start()
+    host.on_stop(mark.stop)
+    return EventsService(Journal(log, host.bus, mark))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

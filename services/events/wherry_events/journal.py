@@ -16,7 +16,7 @@ from wherry_shared.errors import InvalidArgument, OutOfRange
 from wherry_shared.filters import compile_filters
 from wherry_shared.values import check_identifier, now
 
-from .appender import Appender
+from .mark import DIGEST_LENGTH, Mark, digest
 
 LIMIT_MAX = 1000
 EVENT_BYTES_MAX = 256 << 10
@@ -30,10 +30,11 @@ _EARLIEST = datetime(1970, 1, 2, tzinfo=UTC)
 class Journal:
     """The node's events, durable and replayable."""
 
-    def __init__(self, log: EventLog, bus: Bus) -> None:
+    def __init__(self, log: EventLog, bus: Bus, mark: Mark | None = None) -> None:
         self._log = log
+        self._mark = mark or Mark(log, bus.transport)
         self._node = bus.node
-        self._appender = Appender(bus.transport)
+        self._transport = bus.transport
 
     # ---- writing
 
@@ -72,13 +73,13 @@ class Journal:
             raise InvalidArgument(f"event of {len(data)} bytes is larger than {EVENT_BYTES_MAX}")
         if b"NaN" in data or b"Infinity" in data:  # perhaps in a text
             json.loads(data, parse_constant=_no_number)
-        await self._appender.append(events.Outgoing(subject, data, envelope.id))
+        self._mark.has(await events.publish(self._transport, events.Outgoing(subject, data, envelope.id)), data)
 
     # ---- reading
 
     async def bounds(self) -> Stream:
         """The stream's epoch, its first and last number, and the token of its end."""
-        state = await self._log.state()
+        state = await self._mark.state()
         end = await self._end(state)
         return Stream(epoch=state.epoch, first=state.first, last=state.last, token=end.token(state.epoch))
 
@@ -92,7 +93,7 @@ class Journal:
                 raise InvalidArgument(f"{name} {time.isoformat()} has no time zone")
         matches = compile_filters(filters)
         prefix = events.pattern(self._node, namespace, "")[:-1] if namespace else ""
-        state = await self._log.state()
+        state = await self._mark.state()
         window = _Window(state, until, max(1, min(limit, LIMIT_MAX)))
         stored = await self._begin(window, token, since)
         while stored:
@@ -103,7 +104,7 @@ class Journal:
                 window.take(entry, envelope if envelope is not None and matches(events.field_of(envelope)) else None)
             if window.place.sequence >= state.last:
                 return window.replay()
-            stored = await self._log.read(after=window.place.sequence, limit=window.wanted(bool(filters or namespace)))
+            stored = await self._read(window.place.sequence, window.wanted(bool(filters or namespace)))
         window.end()
         return window.replay()
 
@@ -114,20 +115,20 @@ class Journal:
             place = _Place.of(token, state)
             if not place.digest or place.sequence < state.first:
                 window.begin(place)
-                return await self._log.read(after=place.sequence, limit=window.limit)
-            stored = await self._log.read(after=place.sequence - 1, limit=window.limit + 1)
-            if not stored or stored[0].sequence != place.sequence or _digest(stored[0].data) != place.digest:
+                return await self._read(place.sequence, window.limit)
+            stored = await self._read(place.sequence - 1, window.limit + 1)
+            if not stored or stored[0].sequence != place.sequence or digest(stored[0].data) != place.digest:
                 raise OutOfRange("the stream lost the event that this token stands on: read the state again")
             window.begin(place)
-            return stored[1:]
+            return stored[1:] or await self._read(place.sequence, window.limit)
         if since is None:
-            stored = await self._log.read(limit=window.limit)
+            stored = await self._read(0, window.limit)
             first = state.first
             if stored and stored[0].sequence > first:  # expired meanwhile, or lost
-                first = min((await self._log.state()).first, stored[0].sequence)
+                first = min((await self._mark.state()).first, stored[0].sequence)
             window.begin(_Place(max(first, 1) - 1))
             return stored
-        stored = await self._log.read(since=since, limit=window.limit)
+        stored = [entry for entry in await self._log.read(since=since, limit=window.limit) if _is_sound(entry)]
         if not stored:
             window.begin(await self._end(state))
             return []
@@ -137,15 +138,24 @@ class Journal:
         window.begin(_Place(before))
         return stored
 
+    async def _read(self, after: int, limit: int) -> list[Stored]:
+        """Some events that follow, or none when none do. What is damaged counts as missing."""
+        while stored := await self._log.read(after=after, limit=limit):
+            sound = [entry for entry in stored if _is_sound(entry)]
+            if sound:
+                return sound
+            after = stored[-1].sequence
+        return []
+
     async def _end(self, state: LogState) -> _Place:
         """The place behind everything."""
         last = await self._at(state.last) if state.last >= max(state.first, 1) else None
-        return _Place(state.last, _digest(last.data) if last else "")
+        return _Place(state.last, digest(last.data) if last else "")
 
     async def _at(self, sequence: int) -> Stored | None:
         """The event of that number, if the stream has it."""
         found = await self._log.read(after=sequence - 1, limit=1)
-        return found[0] if found and found[0].sequence == sequence else None
+        return found[0] if found and found[0].sequence == sequence and _is_sound(found[0]) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +176,11 @@ class _Place:
         """The place that a token stands for. OutOfRange when the stream does not go on from there."""
         epoch, _, digest = token.rpartition("/")
         epoch, _, number = epoch.rpartition("/")
-        if not (number.isascii() and number.isdigit()) or len(number) > 19 or len(digest) not in (0, _DIGEST_LENGTH):
+        if not (number.isascii() and number.isdigit()) or len(number) > 19 or len(digest) not in (0, DIGEST_LENGTH):
             raise InvalidArgument("the token is not one of this service's")
         position = int(number)
         if epoch != state.epoch:
-            raise OutOfRange("the stream was made anew since this token was given: read the state again")
+            raise OutOfRange("the stream was made anew or lost events since this token was given: read the state again")
         if position + 1 < state.first:
             raise OutOfRange(f"{state.first - position - 1} events after this token are no longer kept")
         if position > state.last:  # a crash took the stream's end: what comes next gets numbers that were read before
@@ -219,7 +229,7 @@ class _Window:
 
     def take(self, entry: Stored, envelope: Envelope | None) -> None:
         """Go on behind this event, and give it to the reader unless it is None."""
-        self.place = _Place(entry.sequence, _digest(entry.data))
+        self.place = _Place(entry.sequence, digest(entry.data))
         self._scanned += 1
         if envelope is not None:
             self._size += len(entry.data)
@@ -238,11 +248,11 @@ class _Window:
         )  # fmt: skip
 
 
-_DIGEST_LENGTH = 12
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=_DIGEST_LENGTH // 2).hexdigest()
+def _is_sound(entry: Stored) -> bool:
+    """Whether it is as it was published; where no checksum is left, whether it is an event at all."""
+    if entry.sum is None:
+        return events.decode(entry.data) is not None
+    return entry.sum == events.checksum(entry.subject, entry.data)
 
 
 def _no_number(constant: str) -> NoReturn:

@@ -16,8 +16,7 @@ from wherry_shared.errors import NotFound, Unavailable
 
 log = logging.getLogger("wherry.introspection")
 
-PATIENCE = 3.0
-OUTPUT_MAX = 1 << 20
+PATIENCE = 5.0
 # "runc version 1.1.5+ds1", "commit: 1.1.5+ds1-1"; a shim says "  Version:  1.6.20~ds1", "  Revision: 1.6.20~ds1-1".
 _VERSION = re.compile(r"^\s*(?:\S+ )?version:?\s+(\S+)", re.MULTILINE | re.IGNORECASE)
 _REVISION = re.compile(r"^\s*(?:commit|revision):\s*(\S+)", re.MULTILINE | re.IGNORECASE)
@@ -79,17 +78,16 @@ async def _output(*command: str) -> str:
         )
     except OSError as e:
         raise Unavailable(f"{command[0]}: {e.strerror}") from None
-    assert process.stdout is not None  # noqa: S101 - it is a pipe
     try:
         async with asyncio.timeout(PATIENCE):
-            said = await process.stdout.read(OUTPUT_MAX)
-            code = await process.wait()
+            said, _ = await process.communicate()
     except TimeoutError:
         raise Unavailable(f"{' '.join(command)} does not end") from None
     finally:
         if process.returncode is None:
             with suppress(ProcessLookupError):
                 process.kill()
-    if code:
-        log.info("%s ended with %s", " ".join(command), code)
-    return said.decode("utf-8", "replace") if code == 0 else ""
+    if process.returncode:
+        log.info("%s ended with %s", " ".join(command), process.returncode)
+        return ""
+    return said.decode("utf-8", "replace")

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from wherry_shared.api.container import Containers
+from wherry_shared.api.content import Content
 from wherry_shared.api.snapshot import Snapshots
 from wherry_shared.api.task import Tasks
 from wherry_shared.errors import WherryError
@@ -17,6 +18,7 @@ from .backends import Launchers
 from .backends.oci import OciLauncher
 from .backends.shim import ShimLauncher
 from .bundles import Bundles
+from .checkpoints import Checkpoints
 from .recovery import remove_unused_fifos
 from .removals import Removals
 from .service import TaskService
@@ -51,7 +53,11 @@ async def build(host: Host) -> Tasks:
     removals = Removals(database, supervisor, containers, snapshots)
     removals.recover()
     host.on_stop(removals.stop)
-    service = TaskService(supervisor, containers, snapshots, host.settings.state, allowed, loggers, removals)
+    checkpoints = Checkpoints(host.settings.own_root / "checkpoints", host.bus.proxy(Content))
+    await asyncio.to_thread(checkpoints.sweep, supervisor.waits)
+    service = TaskService(
+        supervisor, containers, snapshots, host.settings.state, checkpoints, allowed, loggers, removals
+    )  # fmt: skip
     sweeping = asyncio.get_running_loop().create_task(_sweep(service))
 
     async def stop_sweeping() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from wherry_shared.context import Identity
 from wherry_shared.errors import InvalidArgument, PermissionDenied
-from wherry_shared.values import Mount
+from wherry_shared.values import Mount, check_digest
 
 from .runtimes import PREFERRED
 
@@ -93,10 +93,13 @@ def check_resources(identity: Identity, resources: dict[str, Any]) -> None:
 
 
 def check_checkpoint(identity: Identity, *paths: str) -> None:
-    """PermissionDenied: a tenant's path on the node, where an image holds a process's whole memory and rights.
-    InvalidArgument: a path that is not plain and absolute."""
+    """PermissionDenied: a path on the node, or an image to restore, for a tenant: it holds a process's whole memory
+    and rights. InvalidArgument: neither a digest nor a path that is plain and absolute."""
     for path in filter(None, paths):
         _refuse(identity, f"the checkpoint {path!r}", not identity.is_admin)
+        if path.startswith(("sha256:", "sha512:")):
+            check_digest(path)
+            continue
         if not path.startswith("/") or ".." in Path(path).parts or not path.isprintable():
             raise InvalidArgument(f"checkpoint {path!r} is not a plain absolute path")
 

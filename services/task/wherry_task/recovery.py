@@ -89,10 +89,17 @@ class Recovery:
         found: list[Ended] = []
         try:
             if task.bundle.path.is_dir():
-                found = await self._launcher.clean(task.bundle)
+                found = await self._clean(task.bundle)
         except WherryError as e:
             log.error("cleaning %s: %s", task.bundle.path, e)
         await self._ends.lost(task, {e.exec_id: e for e in found})
+
+    async def _clean(self, bundle: Bundle) -> list[Ended]:
+        """What cannot be reached and yet lives is killed: nobody could ever speak to it again."""
+        try:
+            return await self._launcher.clean(bundle)
+        except AlreadyExists:
+            return await self._launcher.clean(bundle, kill=True)
 
     async def _discard(self, namespace: str, container: str, path: Path) -> None:
         """A bundle without a record was never answered to anybody: its container goes."""

@@ -24,11 +24,12 @@ from wherry_shared.api.task import (
     Tasks,
 )
 from wherry_shared.contract import immediate
-from wherry_shared.errors import InvalidArgument, NotFound, Unimplemented
+from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound
 from wherry_shared.values import Descriptor, Mount, Page
 
 from . import admission, runtimes
 from .backends import Creation
+from .checkpoints import Checkpoints
 from .removals import Removals, born_of
 from .stdio import rights
 from .supervisor import Supervisor
@@ -39,12 +40,14 @@ class TaskService(Tasks):
 
     def __init__(
         self, supervisor: Supervisor, containers: Containers, snapshots: Snapshots, state: Path,
-        allowed: Collection[str], loggers: Collection[str] = (), removals: Removals | None = None,
+        checkpoints: Checkpoints, allowed: Collection[str], loggers: Collection[str] = (),
+        removals: Removals | None = None,
     ) -> None:  # fmt: skip
         self._supervisor = supervisor
         self._containers = containers
         self._snapshots = snapshots
         self._state = state
+        self._checkpoints = checkpoints
         self._allowed = allowed
         self._loggers = loggers
         self._removals = removals
@@ -67,22 +70,42 @@ class TaskService(Tasks):
             admission.check_spec(identity, container.spec)
             own = await self._snapshots.mounts(container.snapshotter, container.snapshot_key)
             admission.check_mounts(identity, mounts, own)
-        creation = Creation(mounts, stdio, restore=checkpoint, options=container.runtime.options)
+        restore = await self._image_of(namespace, container_id, checkpoint)
+        creation = Creation(mounts, stdio, restore=restore, options=container.runtime.options)
         removal = born_of(container) if container.labels.get(REMOVE_LABEL) == "true" else ""
-        pid = await self._supervisor.create(
-            namespace, container_id, container.spec, binary, creation, container.created_at, removal=removal
-        )
+        try:
+            pid = await self._supervisor.create(
+                namespace, container_id, container.spec, binary, creation, container.created_at, removal=removal
+            )
+        except BaseException:
+            if restore != checkpoint:
+                await self._checkpoints.forget(namespace, container_id)
+            raise
         if removal and self._removals is not None:
             self._removals.expect(namespace, container_id, removal)
         return pid
 
+    async def _image_of(self, namespace: str, container_id: str, checkpoint: str) -> str:
+        """A path on the node for what a task is to be restored from; "" for nothing."""
+        if not checkpoint or checkpoint.startswith("/"):
+            return checkpoint
+        if self._supervisor.has(namespace, container_id):
+            raise AlreadyExists(f"task {container_id} exists")  # and its own image stays where it is
+        return str(await self._checkpoints.fetch(namespace, container_id, checkpoint))
+
     async def start(self, container_id: str, exec_id: str = "") -> int:
         self._supervisor.once()
-        return await self._supervisor.start(context.namespace(), container_id, exec_id)
+        pid = await self._supervisor.start(context.namespace(), container_id, exec_id)
+        if not exec_id:
+            await self._checkpoints.forget(context.namespace(), container_id)
+        return pid
 
     async def delete(self, container_id: str, exec_id: str = "", force: bool = False) -> Exit:
         self._supervisor.once()
-        return await self._supervisor.delete(context.namespace(), container_id, exec_id, force=force)
+        exit = await self._supervisor.delete(context.namespace(), container_id, exec_id, force=force)
+        if not exec_id:
+            await self._checkpoints.forget(context.namespace(), container_id)
+        return exit
 
     @immediate
     async def get(self, container_id: str, exec_id: str = "") -> Process:
@@ -110,9 +133,19 @@ class TaskService(Tasks):
         self._supervisor.once()
         self._supervisor.task(context.namespace(), container_id)
         admission.check_checkpoint(context.current().identity, options.image, options.work)
-        if not options.image:
-            raise Unimplemented("a checkpoint goes into a directory of the node: `image` names it")
-        return await self._supervisor.checkpoint(context.namespace(), container_id, options)
+        if options.image:
+            return await self._supervisor.checkpoint(context.namespace(), container_id, options)
+        container = await self._containers.get(container_id)
+        room = self._checkpoints.room()
+        inside = options.model_copy(update={"image": str(room / "image")})
+
+        async def keep() -> list[Descriptor]:
+            return await self._checkpoints.keep(room, container.spec or {})
+
+        try:
+            return await self._supervisor.checkpoint(context.namespace(), container_id, inside, keep)
+        finally:
+            await self._checkpoints.leave(room)
 
     async def exec(self, container_id: str, exec_id: str, process: dict[str, Any], stdio: Stdio = Stdio()) -> None:
         identity = context.current().identity

@@ -7,7 +7,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -250,18 +250,23 @@ class Supervisor:
             await task.shim.update(resources, annotations)
             await self._database.mutate(lambda tx: None)
 
-    async def checkpoint(self, namespace: str, container: str, options: CheckpointOptions) -> list[Descriptor]:
-        """Write the task's whole state into a directory."""
+    async def checkpoint(
+        self, namespace: str, container: str, options: CheckpointOptions,
+        keep: Callable[[], Awaitable[list[Descriptor]]] | None = None,
+    ) -> list[Descriptor]:  # fmt: skip
+        """Write the task's whole state into a directory. keep: what makes content of that."""
         task = self.task(namespace, container)
         async with task.lock:
             status = task.process("").row.status
             if status not in ("running", "paused"):
                 raise FailedPrecondition(f"cannot checkpoint a {status} container: task {container}")
             await task.shim.checkpoint(options)
+            made = await keep() if keep is not None else []
 
             def record(tx: Transaction) -> list[Descriptor]:
-                tx.publish("/tasks/checkpointed", {"container_id": container, "checkpoint": options.image})
-                return []
+                where = made[0].digest if made else options.image
+                tx.publish("/tasks/checkpointed", {"container_id": container, "checkpoint": where})
+                return made
 
             return await self._database.mutate(record)
 
@@ -474,6 +479,11 @@ class Supervisor:
             for row in [process.row for process in task.processes.values()]:
                 started, over = bool(row.pid), row.exit_status is not None
                 self.streams.find((*task.key, row.exec), task.bundle.path, row.stdio, started=started, over=over)
+
+    def waits(self, namespace: str, container: str) -> bool:
+        """Whether the container has a task that was not started yet."""
+        task = self._tasks.get((namespace, container))
+        return task is not None and task.process("").row.status == "created"
 
     def stdio(self) -> list[Stdio]:
         """The streams of every process."""

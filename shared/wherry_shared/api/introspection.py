@@ -114,7 +114,7 @@ class Introspection(Contract, Protocol, service="introspection", version="1.1.0"
         """Every service that is alive on the bus, with its statistics."""
         ...
 
-    @endpoint(NotFound, Unavailable)
+    @endpoint(NotFound, Unavailable, timeout=20.0)
     async def runtime(self, name: str) -> Runtime:
         """A runtime by its plugin's id (type `io.containerd.runtime.v2`): its version and features.
 

@@ -41,7 +41,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "diff": ("content", "snapshot"),
     "image": ("lease", "gc"),
     "container": (),
-    "task": ("container", "snapshot"),
+    "task": ("container", "content", "snapshot"),
     "events": (),
     "namespace": ("content", "snapshot", "image", "container"),
     "lease": ("content-gc", "snapshot-gc", "image-gc", "container-gc"),

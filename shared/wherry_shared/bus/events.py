@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import zlib
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from ..errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from . import subjects
 from .transport import Message, NoResponders, Subscription, Transport
 
-MESSAGE_ID = "Nats-Msg-Id"
+MESSAGE_ID, SUM = "Nats-Msg-Id", "Wherry-Sum"
 BATCH_ID, BATCH_SEQUENCE, BATCH_COMMIT = "Nats-Batch-Id", "Nats-Batch-Sequence", "Nats-Batch-Commit"
 ACK_TIMEOUT = 5.0
 _REMEMBERED = 8192
@@ -52,9 +53,18 @@ class Outgoing(NamedTuple):
     id: str
 
 
+def checksum(subject: str, data: bytes) -> str:
+    """What travels and is stored with an event: nats-server hands out of its files what a bit has flipped in."""
+    return f"{zlib.crc32(data, zlib.crc32(subject.encode())):08x}"
+
+
+def _headers(event: Outgoing) -> dict[str, str]:
+    return {SUM: checksum(event.subject, event.data), MESSAGE_ID: event.id}
+
+
 async def publish(transport: Transport, event: Outgoing) -> int:
     """Publish one event and wait until the stream has it; answers its number there. Unavailable when it has not."""
-    ack = await _ask(transport, event, {MESSAGE_ID: event.id})
+    ack = await _ask(transport, event, _headers(event))
     try:
         return int(ack["seq"])
     except (KeyError, TypeError, ValueError):
@@ -69,11 +79,10 @@ async def publish_together(transport: Transport, events: Sequence[Outgoing]) -> 
     """
     batch = secrets.token_hex(8)
     for number, event in enumerate(events[:-1], 1):
-        headers = {MESSAGE_ID: event.id, BATCH_ID: batch, BATCH_SEQUENCE: str(number)}
+        headers = _headers(event) | {BATCH_ID: batch, BATCH_SEQUENCE: str(number)}
         transport.publish(event.subject, event.data, headers=headers)
-    last = events[-1]
-    headers = {MESSAGE_ID: last.id, BATCH_ID: batch, BATCH_SEQUENCE: str(len(events)), BATCH_COMMIT: "1"}
-    ack = await _ask(transport, last, headers)
+    headers = {BATCH_ID: batch, BATCH_SEQUENCE: str(len(events)), BATCH_COMMIT: "1"}
+    ack = await _ask(transport, events[-1], _headers(events[-1]) | headers)
     return isinstance(ack, dict) and ack.get("error") is None
 
 

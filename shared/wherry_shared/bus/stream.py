@@ -12,12 +12,20 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..errors import Internal, ResourceExhausted, Unavailable
+from .events import SUM
 from .transport import LogState, Message, NoResponders, Stored, Transport
 
 API_TIMEOUT = 5.0
 BATCH_BYTES = 8 << 20
 DUPLICATE_WINDOW_SECONDS = 600
 _NO_STREAM, _NAME_IN_USE = 10059, 10058
+_EPOCH = "wherry-epoch"  # in the stream's metadata: its epoch, besides the time when it was made
+
+
+def _own(info: dict[str, Any]) -> dict[str, str]:
+    """Our part of the stream's metadata; the rest is nats-server's."""
+    metadata: dict[str, str] = info["config"].get("metadata") or {}
+    return {key: value for key, value in metadata.items() if key == _EPOCH}
 
 
 class JetStreamLog:
@@ -30,22 +38,31 @@ class JetStreamLog:
 
     async def ensure(self, *, max_age: float, max_bytes: int) -> None:
         """Make the stream, or change its bounds. Unavailable while JetStream is starting."""
-        config = {
+        config: dict[str, Any] = {
             "name": self._name, "subjects": [self._subject], "retention": "limits", "storage": "file",
             "discard": "old", "num_replicas": 1, "max_age": int(max_age * 1e9), "max_bytes": max_bytes,
             "max_msgs": -1, "max_consumers": -1, "allow_direct": True, "allow_atomic": True,
             "duplicate_window": int(min(DUPLICATE_WINDOW_SECONDS, max_age) * 1e9),
         }  # fmt: skip
-        answer = await self._ask("STREAM.CREATE", config)
+        there = await self._ask("STREAM.INFO", None)
+        if "error" not in there:
+            config["metadata"] = _own(there)
+        answer = await self._ask("STREAM.CREATE" if "error" in there else "STREAM.UPDATE", config)
         if answer.get("error", {}).get("err_code") == _NAME_IN_USE:
             answer = await self._ask("STREAM.UPDATE", config)
         self._check(answer)
 
     async def state(self) -> LogState:
-        """The stream's epoch (when it was made) and bounds. Unavailable when there is none."""
+        """The stream's epoch and bounds. Unavailable when there is none."""
         answer = self._check(await self._ask("STREAM.INFO", None))
-        state = answer["state"]
-        return LogState(str(answer["created"]), int(state["first_seq"]), int(state["last_seq"]))
+        epoch = str(answer["created"]) + _own(answer).get(_EPOCH, "")
+        return LogState(epoch, int(answer["state"]["first_seq"]), int(answer["state"]["last_seq"]))
+
+    async def renew(self) -> None:
+        """Give the stream another epoch, for good."""
+        answer = self._check(await self._ask("STREAM.INFO", None))
+        config = {**answer["config"], "metadata": {_EPOCH: f"-{secrets.token_hex(4)}"}}
+        self._check(await self._ask("STREAM.UPDATE", config))
 
     async def read(self, *, after: int = 0, since: datetime | None = None, limit: int = 500) -> list[Stored]:
         """Up to `limit` events (and about 8 MiB) after a sequence number, or since a time."""
@@ -67,7 +84,8 @@ class JetStreamLog:
             sequence = headers.get("Nats-Sequence")
             if sequence is not None:
                 at = datetime.fromisoformat(headers["Nats-Time-Stamp"])
-                found.append(Stored(int(sequence), headers.get("Nats-Subject", ""), bytes(message.data), at))
+                subject, data = headers.get("Nats-Subject", ""), bytes(message.data)
+                found.append(Stored(int(sequence), subject, data, at, headers.get(SUM)))
             elif headers.get("Status") in ("204", "404"):  # the batch's end; nothing (more) to find
                 end.set_result(None)
             else:

@@ -101,17 +101,21 @@ class Transport(Publisher, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One event of the stream: its number there, its body, and when the stream got it."""
+    """One event of the stream: its number there, its body, and when the stream got it.
+
+    sum: what `events.checksum` said of it when it was published; None when nothing says so.
+    """
 
     sequence: int
     subject: str
     data: bytes
     at: datetime
+    sum: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LogState:
-    """The stream's bounds; `epoch` changes when it is made anew."""
+    """The stream's bounds; `epoch` changes when it is made anew, or renewed."""
 
     epoch: str
     first: int
@@ -126,6 +130,10 @@ class EventLog(Protocol):
         ...
 
     async def state(self) -> LogState: ...
+
+    async def renew(self) -> None:
+        """Give the stream another epoch: nothing that was known of its numbers holds any more."""
+        ...
 
     async def read(self, *, after: int = 0, since: datetime | None = None, limit: int = 500) -> list[Stored]:
         """Up to `limit` events after a sequence number, or since a time; none means that there are none.

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from .protobuf import any_of, decode, encode, integer, nanoseconds, nested, octe
 
 log = logging.getLogger("wherry.task.shim")
 
-PATIENCE, LONG_PATIENCE, LOOK_SECONDS, END_SECONDS = 10.0, 50.0, 2.0, 5.0
+PATIENCE, LONG_PATIENCE, LOOK_SECONDS, END_SECONDS, DYING_SECONDS = 10.0, 50.0, 2.0, 5.0, 1.0
 SIGKILL = 9
 RUNNING_STATES = (2, 4, 5)
 ADDRESS_MAX = 107  # what a socket's address holds
@@ -279,7 +280,7 @@ class ShimLauncher:
     async def clean(self, bundle: Bundle, *, kill: bool = False) -> list[Ended]:
         if kill:
             await asyncio.to_thread(kill_shim, bundle)
-        elif await asyncio.to_thread(_shim_lives, bundle):
+        if not await asyncio.to_thread(_shim_ends, bundle):
             raise AlreadyExists(f"the shim of {bundle.path} is alive")
         ends = []
         if (bundle.path / "bootstrap.json").exists():
@@ -370,9 +371,20 @@ def kill_shim(bundle: Bundle) -> None:
             os.kill(known["pid"], SIGKILL)
 
 
-def _shim_lives(bundle: Bundle) -> bool:
+def _shim_ends(bundle: Bundle) -> bool:
+    """Whether it has ended, or does so within a second: a killed one's connections end before it does."""
     known = _known(bundle)
-    return bool(known.get("start_time")) and operations.start_time(known["pid"]) == known["start_time"]
+    try:
+        fd = os.pidfd_open(int(known.get("pid") or 0))
+    except (OSError, ValueError):
+        return True
+    try:
+        same = bool(known.get("start_time")) and operations.start_time(known["pid"]) == known["start_time"]
+        end = select.poll()
+        end.register(fd, select.POLLIN)
+        return not same or bool(end.poll(DYING_SECONDS * 1000))
+    finally:
+        os.close(fd)
 
 
 def _known(bundle: Bundle) -> dict[str, Any]:

@@ -51,7 +51,8 @@ class Logger:
         told = waiting.poll(_READY_SECONDS * 1000)
         said = os.read(ready, 1) if told else b"?"
         os.close(ready)
-        if os.waitpid(self.pid, os.WNOHANG) != (0, 0):
+        # One that is on its way out has closed everything, and is not to be waited for yet.
+        if os.waitpid(self.pid, os.WNOHANG) != (0, 0) or (not said and not os.path.exists(f"/proc/{self.pid}/fd/3")):
             raise wire.Failure(wire.UNKNOWN, f"logger {path} has ended at once")
         if said:
             self.kill()

@@ -1,0 +1,134 @@
+"""Starts containers again that end against their restart policy (wherry.restarts).
+
+It knows nothing but what the services say, so it can be killed at any time: it looks at every container when it
+starts, and then at each whose init has ended, by the durable stream of events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from wherry_shared.errors import NotFound, WherryError
+from wherry_shared.values import now
+
+import wherry
+from wherry.paging import walk
+from wherry.restarts import count_of, policy_of
+
+log = logging.getLogger("wherry.keeper")
+
+# Docker's: twice as long each time, and from the start again after a life that was long enough.
+PAUSE_FIRST, PAUSE_MAX, STEADY_SECONDS = 0.1, 60.0, 10.0
+_FILTERS = ['topic=="/tasks/exit"']
+# Events may reach the stream this much later than they are stamped.
+_OVERLAP = timedelta(seconds=10)
+
+Key = tuple[str, str]
+
+
+def serve(state: Path, log_level: str, *, boot: bool) -> None:
+    """Keep the node's containers until SIGTERM. boot: the node has just come up."""
+    import uvloop
+
+    logging.basicConfig(level=log_level, format="%(asctime)s keeper %(levelname)s %(message)s")
+    uvloop.run(_serve(state, boot=boot))
+
+
+async def _serve(state: Path, *, boot: bool) -> None:
+    while True:
+        try:
+            async with wherry.connect(state=str(state)) as client:
+                await Keeper(client).run(boot=boot)
+        except WherryError as e:
+            log.info("the node does not answer: %s", e)
+        boot = False
+        await asyncio.sleep(1.0)
+
+
+class Keeper:
+    """One task for each container that is to be started again."""
+
+    def __init__(self, client: wherry.Client) -> None:
+        self._client = client
+        self._pauses: dict[Key, float] = {}
+        self._started: dict[Key, float] = {}
+        self._works: dict[Key, asyncio.Task[None]] = {}
+        self._again: set[Key] = set()
+
+    async def run(self, *, boot: bool) -> None:
+        """Until the bus is lost for good, or a service's answer is no answer."""
+        since = now() - _OVERLAP
+        try:
+            for namespace in await walk(self._client.namespaces.walk):
+                for record in await walk(self._client.within(namespace.name).containers.walk):
+                    if policy_of(record.labels) is not None:
+                        self._consider((namespace.name, record.id), boot=boot)
+            async for event in self._client.watch(since=since, filters=_FILTERS, all_namespaces=True):
+                if event.event.get("id") == event.event.get("container_id"):
+                    self._consider((event.namespace, str(event.event["container_id"])))
+        finally:
+            for work in self._works.values():
+                work.cancel()
+
+    def _consider(self, key: Key, *, boot: bool = False) -> None:
+        if key in self._works:
+            self._again.add(key)
+            return
+        work = self._works[key] = asyncio.get_running_loop().create_task(self._keep(key, boot=boot))
+        work.add_done_callback(lambda _: self._kept(key))
+
+    def _kept(self, key: Key) -> None:
+        self._works.pop(key, None)
+        if key in self._again:  # it ended before we had turned away
+            self._again.discard(key)
+            self._consider(key)
+
+    async def _keep(self, key: Key, *, boot: bool) -> None:
+        """Start it again, if that is to be; what was decided is looked at once more after the pause."""
+        paused = False
+        while True:
+            try:
+                container = await self._due(key, boot=boot)
+                if container is None:
+                    self._pauses.pop(key, None)
+                    return
+                if paused:
+                    await self._start(key, container)
+                    return
+            except WherryError as e:
+                log.warning("container %s in %s cannot be started again: %s", key[1], key[0], e)
+            await asyncio.sleep(self._pause(key))
+            paused = True
+
+    def _pause(self, key: Key) -> float:
+        steady = time.monotonic() - self._started.pop(key, time.monotonic()) > STEADY_SECONDS
+        pause = PAUSE_FIRST if steady else self._pauses.get(key, PAUSE_FIRST)
+        self._pauses[key] = min(pause * 2, PAUSE_MAX)
+        return pause
+
+    async def _due(self, key: Key, *, boot: bool) -> wherry.Container | None:
+        """The container if it is to be started now."""
+        client = self._client.within(key[0])
+        try:
+            container = await client.container(key[1])
+        except NotFound:
+            return None
+        policy, status = policy_of(container.record.labels), None
+        with contextlib.suppress(NotFound):
+            state = await client.tasks.get(key[1])
+            if state.status != "stopped":
+                return None
+            status = state.exit_status
+        wanted = policy is not None and policy.wants(container.record.labels, status, boot=boot)
+        return container if wanted else None
+
+    async def _start(self, key: Key, container: wherry.Container) -> None:
+        count = count_of(container.record.labels) + 1
+        await container.start(again=count)
+        self._started[key] = time.monotonic()
+        log.info("container %s in %s was started again, for the %d. time", key[1], key[0], count)

@@ -1,0 +1,104 @@
+"""Restart policies: what ends is started again, unless somebody wanted it to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from node import Node, eventually
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """One of its own: it is taken down and comes up again."""
+    with Node(tmp_path_factory.mktemp("restart-node")) as made:
+        yield made
+
+
+@pytest.fixture
+def run(node: Node, namespace: str, busybox_ref: str) -> Any:
+    """`wherry run -d --restart POLICY IMAGE sh -c SCRIPT`; answers the id."""
+
+    def run(policy: str, script: str) -> str:
+        arguments = ["run", "-d", "-n", namespace, "--restart", policy, busybox_ref, "sh", "-c", script]
+        return node.run(*arguments).stdout.strip()
+
+    return run
+
+
+def pid(node: Node, namespace: str, id: str) -> int:
+    """Of its init while it runs, else 0."""
+    found = [c for c in node.json("ps", "-a", "-n", namespace) if c["id"] == id]
+    return int(found[0]["pid"]) if found and found[0]["status"] == "running" else 0
+
+
+def count(node: Node, namespace: str, id: str) -> int:
+    (told,) = node.json("inspect", "-n", namespace, id)
+    return int(told["labels"].get("containerd.io/restart.count", 0))
+
+
+def settled(node: Node, namespace: str, id: str) -> int:
+    """How often it was started again, once nothing runs and the next pause would be over by far."""
+    before = -1
+    while before != (before := count(node, namespace, id)):
+        eventually(lambda: not pid(node, namespace, id), "it runs for ever")
+        time.sleep(1.0)
+    return before
+
+
+def test_always_means_also_after_success(node: Node, namespace: str, run: Any) -> None:
+    id = run("always", "exit 0")
+    eventually(lambda: count(node, namespace, id) >= 3, "it is not started again")
+    node.run("rm", "-f", "-n", namespace, id)
+    assert node.json("ps", "-a", "-n", namespace) == []
+
+
+def test_a_failure_is_tried_again_so_many_times(node: Node, namespace: str, run: Any) -> None:
+    assert settled(node, namespace, run("on-failure:2", "exit 3")) == 2
+    assert settled(node, namespace, run("on-failure", "exit 0")) == 0
+
+
+@pytest.mark.parametrize("verb", ["stop", "kill"])
+def test_what_is_stopped_stays_until_it_is_started(node: Node, namespace: str, run: Any, verb: str) -> None:
+    id = run("always", "exec sleep 1000")
+    node.run(verb, "-n", namespace, id)
+    assert settled(node, namespace, id) == 0
+    node.run("start", "-n", namespace, id)
+    assert pid(node, namespace, id)
+    node.run("update", "-n", namespace, "--restart", "no", id)
+    node.run("rm", "-f", "-n", namespace, id)
+
+
+def test_ends_while_the_keeper_is_away(node: Node, namespace: str, run: Any) -> None:
+    id = run("unless-stopped", "while [ ! -e /gate ]; do sleep 0.02; done")
+    keeper = node.service_pid("keeper")
+    os.kill(keeper, signal.SIGSTOP)
+    node.run("exec", "-n", namespace, id, "touch", "/gate")
+    node.run("wait", "-n", namespace, id)
+    os.kill(keeper, signal.SIGKILL)
+    eventually(lambda: count(node, namespace, id) >= 1, "it is not started again")
+    node.run("rm", "-f", "-n", namespace, id)
+
+
+def test_a_node_that_comes_up_again(node: Node, namespace: str, run: Any) -> None:
+    always, unless, failure = (run(p, "exec sleep 1000") for p in ("always", "unless-stopped", "on-failure"))
+    stopped = run("unless-stopped", "exec sleep 1000")
+    back = run("always", "exec sleep 1000")
+    node.run("stop", "-t", "0", "-n", namespace, stopped, back)
+    node.stop(signal.SIGINT)
+    node.start()
+    for id in (always, unless, back):
+        eventually(lambda id=id: pid(node, namespace, id), f"{id} does not run")  # type: ignore[misc]
+    assert not pid(node, namespace, stopped) and not pid(node, namespace, failure)
+    node.run("rm", "-f", "-n", namespace, always, unless, failure, stopped, back)
+
+
+def test_a_restart_of_what_nobody_leaves_in_the_background(node: Node, namespace: str, busybox_ref: str) -> None:
+    for flags in (["--restart", "always"], ["--restart", "always", "--rm", "-d"], ["-d", "--restart", "sometimes"]):
+        done = node.run("run", "-n", namespace, *flags, busybox_ref, "true", check=False)
+        assert done.returncode == 125 and "restart" in done.stderr
+    assert node.json("ps", "-a", "-n", namespace) == []
