@@ -88,22 +88,26 @@ def lives(lab: Lab) -> None:
     def command_line(node: Node) -> Mapping[str, float]:
         return {"run_cli": node.run_cli(lab.with_image(node, "busybox").reference) * 1e3}
 
-    busy: set[Node] = set()
+    def execs(row: str, runtime: str) -> None:
+        busy: set[Node] = set()
 
-    def an_exec(node: Node) -> Mapping[str, float]:
-        if node not in busy:
-            image = lab.with_image(node, "busybox")
-            node.driver.call("run_busy", image=image.reference, top=image.top, runtime="runc")
-            busy.add(node)
-        return {"exec": node.driver.call("exec_time") * 1e3}
+        def measure(node: Node) -> Mapping[str, float]:
+            if node not in busy:
+                image = lab.with_image(node, "busybox")
+                node.driver.call("run_busy", image=image.reference, top=image.top, runtime=runtime)
+                busy.add(node)
+            return {row: node.driver.call("exec_time") * 1e3}
+
+        lab.alternate([row], times, measure, warm_up=1)
+        for node in busy:
+            if not lab.results.failed([row], node.side):
+                node.driver.call("end_busy")
 
     lab.alternate(["life_runc"], times, life("life_runc", "runc"), warm_up=1)
     lab.alternate(["life_default"], times, life("life_default", ""), warm_up=1)
     lab.alternate(["run_cli"], lab.seldom(10, 3), command_line, warm_up=1)
-    lab.alternate(["exec"], times, an_exec, warm_up=1)
-    for node in busy:
-        if not lab.results.failed(["exec"], node.side):
-            node.driver.call("end_busy")
+    execs("exec", "runc")
+    execs("exec_default", "")
 
 
 def fifty(lab: Lab) -> None:

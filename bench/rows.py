@@ -32,6 +32,7 @@ ROWS = (
     Row("life_default", "life of a container, each side's default runtime (crun / runc)", "ms"),
     Row("run_cli", "`run --rm IMAGE true` on the command line, each side's default runtime", "ms"),
     Row("exec", "exec of `true` in a running container, through its deletion, runc on both", "ms"),
+    Row("exec_default", "the same, each side's default runtime (crun / runc)", "ms"),
     Row("start_50", "50 containers created and started by 10 callers, runc on both", "s"),
     Row("stop_50", "the 50 killed, waited for and deleted by 10 callers", "s"),
     Row("monitor_pss", "memory (PSS) of the monitor / shim of one container, among 50", "MiB"),

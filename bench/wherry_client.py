@@ -215,7 +215,7 @@ class WherryClient:
 
     async def run_busy(self, image: str, top: str, runtime: str) -> None:
         """A container that execs go into."""
-        self._busy = await self._container(image, top, runtime)
+        self._busy = await self._container(image, top, runtime or DEFAULT_RUNTIME)
         await self._busy.create(["sleep", "1000000"])
         await self._busy.start()
 

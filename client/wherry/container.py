@@ -14,6 +14,7 @@ from wherry_shared.api.container import Container as Record
 from wherry_shared.api.container import Runtime
 from wherry_shared.api.diff import Change
 from wherry_shared.api.snapshot import GID_LABEL, UID_LABEL
+from wherry_shared.api.task import LOG_LABEL
 from wherry_shared.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -198,7 +199,8 @@ class Container:
                 return
             await self.client.tasks.delete(self.id)
         terminal = bool(((self.record.spec or {}).get("process") or {}).get("terminal"))
-        stdio = Stdio.logged(stdin=terminal if stdin is None else stdin, terminal=terminal)
+        options = self.record.labels.get(LOG_LABEL, "")
+        stdio = Stdio.logged(stdin=terminal if stdin is None else stdin, terminal=terminal, options=options)
         task = await self.new_task(stdio=stdio)
         try:
             await task.start()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wherry_shared.api.task import LOG_LABEL
 from wherry_shared.errors import InvalidArgument, NotFound
 
 from . import cdi, devices, limits, restarts, seccomp, spec, volumes
@@ -55,7 +56,22 @@ def labels(given: Given) -> dict[str, str]:
     made = dict(text.partition("=")[::2] for text in [*lines, *given.get("label", ())])
     if restart := given.get("restart", ""):
         made |= restarts.labels_for(restart)
+    if log := log_options(given):
+        made[LOG_LABEL] = log
     return made
+
+
+def log_options(given: Given) -> str:
+    """Docker's `--log-opt` as the options of a log; "" for none. InvalidArgument."""
+    made = []
+    for name, text in pairs(given, "log_opt").items():
+        if name == "max-size":
+            made.append(f"max_size={limits.size(text, 'log-opt max-size')}")
+        elif name == "max-file" and text.isascii() and text.isdigit():
+            made.append(f"max_files={int(text)}")
+        else:
+            raise InvalidArgument(f"log-opt {name}={text[:40]}: there are max-size=10m and max-file=3")
+    return "&".join(made)
 
 
 def environment(files: Sequence[str], items: Sequence[str]) -> list[str]:

@@ -236,6 +236,8 @@ def _mounts(options: Options) -> list[dict[str, Any]]:
     defaults = MOUNTS
     if options.privileged:
         defaults = [_writable(m) if m["destination"] == "/sys" else m for m in MOUNTS]
+    if options.uid_mappings and options.namespace("network") != PRIVATE:
+        defaults = [_HOSTS_SYS if m["destination"] == _HOSTS_SYS["destination"] else m for m in defaults]
     if options.namespace("ipc") == HOST:
         defaults = [_HOSTS_SHM if m["destination"] == _HOSTS_SHM["destination"] else m for m in defaults]
     if options.namespace("cgroup") == PRIVATE:
@@ -253,6 +255,11 @@ def _mounts(options: Options) -> list[dict[str, Any]]:
 # The host's own, asked for as such; /dev/mqueue shows the namespace's queues by itself.
 _HOSTS_SHM: dict[str, Any] = {
     "destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "options": ["rbind", *_NS],  # noqa: S108
+}  # fmt: skip
+
+# A user namespace may mount sysfs for a network namespace of its own only.
+_HOSTS_SYS: dict[str, Any] = {
+    "destination": "/sys", "type": "bind", "source": "/sys", "options": ["rbind", *_NS, "rro"],
 }  # fmt: skip
 
 

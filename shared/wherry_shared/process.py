@@ -6,8 +6,9 @@ import os
 import resource
 import time
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
+MEMORY_SECONDS = 1.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -22,7 +23,12 @@ class Memory:
 
 
 def memory() -> Memory:
-    """As it is now; the kernel looks at every page for it, which takes a millisecond or so."""
+    """As it was at most MEMORY_SECONDS ago: the kernel looks at every page for it, which takes milliseconds."""
+    return _memory(os.getpid(), time.monotonic() // MEMORY_SECONDS)
+
+
+@lru_cache(maxsize=1)
+def _memory(pid: int, _: float) -> Memory:  # by its pid: a forked process is another
     with open("/proc/self/statm") as file:
         virtual, resident = (int(word) * _PAGE for word in file.read().split()[:2])
     try:

@@ -150,6 +150,11 @@ def test_a_user_namespace() -> None:
     assert {"type": "user"} in linux["namespaces"]
     assert linux["uidMappings"] == [{"containerID": 0, "hostID": 100000, "size": 1000}]
     assert linux["gidMappings"] == [{"containerID": 0, "hostID": 200000, "size": 1000}]
+    # sysfs belongs to a network namespace: another one's is shown, and nothing in it may be written.
+    own = {"userns_remap": "100000"}
+    for given, kind in ((own, "sysfs"), (own | {"net_host": True}, "bind")):
+        (sys,) = (m for m in made(Options(**flags.options(given)))["mounts"] if m["destination"] == "/sys")
+        assert sys["type"] == kind and ("rro" in sys["options"]) is (kind == "bind")
     for bad in ("0", "1:2:3:4", "root", "4294967295", "2147483647:1:2"):
         with pytest.raises(InvalidArgument):
             flags.options({"userns_remap": bad})
@@ -228,9 +233,7 @@ def test_flags_to_options() -> None:
         "security_opt": ["no-new-privileges:false", "seccomp=unconfined"], "entrypoint": "", "ulimit": ["nofile=5"],
     }  # fmt: skip
     found = flags.options(given)
-    assert found["labels"] == {
-        "a": "b", "c": "", "containerd.io/restart.status": "running", "containerd.io/restart.policy": "on-failure:3",
-    }  # fmt: skip
+    assert found["labels"] == {"a": "b", "c": "", "containerd.io/restart.policy": "on-failure:3"}
     assert (found["namespaces"], found["join"]) == ({"network": "private"}, {"pid": "x"})
     assert (found["no_new_privileges"], found["seccomp"], found["entrypoint"]) == (False, "unconfined", [])
     assert Options(**{k: v for k, v in found.items() if k not in ("labels", "join")}).rlimits == {

@@ -1,10 +1,12 @@
-"""The detach keys, however they come in."""
+"""The detach keys, however they come in, and what is said of a log."""
 
 from __future__ import annotations
 
 import pytest
 from wherry.cli.terminal import parse_keys
+from wherry.flags import labels
 from wherry.streaming import Keys
+from wherry_shared.api.task import LOG_LABEL
 from wherry_shared.errors import InvalidArgument
 
 
@@ -23,6 +25,14 @@ def test_keys_as_docker_writes_them(text: str, keys: bytes) -> None:
 def test_keys_that_are_none(text: str) -> None:
     with pytest.raises(InvalidArgument):
         parse_keys(text)
+
+
+def test_dockers_options_of_a_log() -> None:
+    given = {"log_opt": ["max-size=10m", "max-file=3"]}
+    assert labels(given) == {LOG_LABEL: "max_size=10485760&max_files=3"}
+    for wrong in ("max-size=ten", "max-file=-1", "tag=x", "max-size"):
+        with pytest.raises(InvalidArgument):
+            labels({"log_opt": [wrong]})
 
 
 def test_what_is_not_the_keys_is_passed_on() -> None:

@@ -256,7 +256,14 @@ async def test_only_this_processs_own_subjects_are_served(bus: HouseBus, toy: To
     assert not toy.seen
 
 
-TRY = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); sys.exit(len(s.recv(1)))"
+# By its folder: the whole path may be longer than an address.
+TRY = """
+import os, socket, sys
+os.chdir(sys.argv[1])
+s = socket.socket(socket.AF_UNIX)
+s.connect(sys.argv[2])
+sys.exit(len(s.recv(1)))
+"""
 
 
 async def test_another_user_does_not_get_in(bus: HouseBus, toy: Toy, folder: Path, tmp_path: Path) -> None:
@@ -266,7 +273,7 @@ async def test_another_user_does_not_get_in(bus: HouseBus, toy: Toy, folder: Pat
 
     async def other() -> tuple[int | None, bytes]:
         process = await asyncio.create_subprocess_exec(
-            "/usr/bin/python3", "-c", TRY, str(door), user=NOBODY, stderr=subprocess.PIPE, cwd="/"
+            "/usr/bin/python3", "-c", TRY, str(folder), door.name, user=NOBODY, stderr=subprocess.PIPE, cwd="/"
         )
         _, said = await process.communicate()
         return process.returncode, said

@@ -139,14 +139,16 @@ def test_exec_on_a_terminal(afar: Afar, busybox_ref: str) -> None:
 
 def test_an_interactive_container_in_the_background(afar: Afar, busybox_ref: str) -> None:
     """It logs, and whoever attaches sees what is written from then on, a prompt without a line's end too."""
-    afar.run("run", "-dit", "--name", "c", busybox_ref, "sh")
+    afar.run("run", "-dit", "--name", "c", "--log-opt", "max-size=8k", "--log-opt", "max-file=2", busybox_ref, "sh")
     with afar.terminal("attach", "c") as shell:
         eventually(lambda: shell.is_raw, "it does not attach")
         assert b"42" in _asked(shell, b"echo $((6*7))\n")
-        shell.until(b"# ")
+        assert b"42" in afar.run("logs", "c").stdout
+        assert b"1000\r" in _asked(shell, b"seq 1000\n")
         shell.type(b"\x10\x11")
         assert shell.wait() == 0
-    assert b"42" in afar.run("logs", "c").stdout
+    files = list((afar.node.root / "task/logs" / afar.environment["WHERRY_NAMESPACE"] / "c").glob("log*"))
+    assert len(files) == 2 and all(file.stat().st_size <= 8192 for file in files)
 
 
 def test_what_is_removed_when_it_ends(afar: Afar, busybox_ref: str) -> None:
@@ -180,6 +182,24 @@ def test_what_is_removed_when_it_ends(afar: Afar, busybox_ref: str) -> None:
     afar.run("rm", "-f", "quick")
     assert not _left(afar)
     assert b"--restart" in afar.run("run", "-d", "--rm", "--restart", "always", busybox_ref, check=False).stderr
+
+
+def test_a_tenant_from_afar(afar: Afar, busybox_ref: str) -> None:
+    namespace = afar.environment["WHERRY_NAMESPACE"]
+    creds = afar.node.run("auth", "tenant", namespace, "--state", str(afar.node.state)).stdout.strip()
+    admin, afar.environment = afar.environment, {**afar.environment, "WHERRY_CREDS": creds}
+    # At first nats-server is reading its users again.
+    eventually(lambda: afar.run("ps", check=False).returncode == 0, "the tenant does not get in")
+    afar.run("run", "-dit", "--rm", "--name", "c", busybox_ref, "sh")
+    assert afar.run("exec", "-i", "c", "tr", "a-z", "A-Z", input=b"text").stdout == b"TEXT"
+    following = afar.popen("logs", "-f", "c")
+    with afar.terminal("attach", "c") as shell:
+        assert b"42" in _asked(shell, b"echo $((6*7))\n")
+        shell.type(b"exit 6\n")
+        assert shell.wait() == 6
+    assert following.stdout is not None and b"42" in following.stdout.read() and following.wait(30) == 0
+    afar.environment = admin
+    eventually(lambda: not _left(afar), f"{_left(afar)} stay")
 
 
 def _running(afar: Afar) -> dict[str, int]:

@@ -68,3 +68,14 @@ def test_root_is_nobody_on_the_node_and_owns_its_files(node: Node, ns: list[str]
         assert seen.stdout.split() == ["0:0", "0:0", "5:6"] and "No such file" in seen.stderr
     finally:
         node.run("rm", *ns, "-f", "mapped")
+
+
+def test_limits_hold_for_it_too(node: Node, ns: list[str], pulled: str) -> None:
+    """CVE-2025-47291: whoever is root in a namespace of users is not let out of the limits."""
+    limits = ["--memory", "32m", "--memory-swap", "32m", "--pids-limit", "20"]
+    hog = "a=x; while true; do a=$a$a; done"
+    done = node.run("run", *ns, "--rm", *REMAP, *limits, pulled, "sh", "-c", hog, check=False)
+    assert done.returncode == 137
+    many = "for i in $(seq 40); do sleep 5 & done; wait"
+    done = node.run("run", *ns, "--rm", *REMAP, *limits, pulled, "sh", "-c", many, check=False)
+    assert "fork" in done.stderr, done.stderr

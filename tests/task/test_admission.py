@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from wherry import spec
 from wherry_shared.context import Identity
-from wherry_shared.errors import PermissionDenied
+from wherry_shared.errors import InvalidArgument, PermissionDenied
 from wherry_task import admission
 
 TENANT = Identity("tenant-a", "tenant", "a")
@@ -44,3 +44,16 @@ def test_what_is_refused_is_named(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(PermissionDenied, match=reason):
         admission.check_spec(TENANT, asked)
     admission.check_spec(ADMIN, asked)
+
+
+def test_a_checkpoint_is_restored_for_admins_only() -> None:
+    """Its image says with which rights the processes go on."""
+    digest = f"sha256:{'0' * 64}"
+    for asked in (digest, "/var/lib/image"):
+        with pytest.raises(PermissionDenied, match="the checkpoint"):
+            admission.check_checkpoint(TENANT, asked)
+        admission.check_checkpoint(ADMIN, asked)
+    admission.check_checkpoint(TENANT, "")  # its own goes into its own content
+    for bad in ("sha256:x", "image", "/a/../b", "/a\nb"):
+        with pytest.raises(InvalidArgument):
+            admission.check_checkpoint(ADMIN, bad)

@@ -152,6 +152,7 @@ ABOUT = [
     flag("--runtime", "crun, runc, or another OCI runtime."),
     flag("--restart", "no, always, unless-stopped or on-failure[:N]."),
     flag("--hooks-file", "OCI hooks, as JSON (for admins)."),
+    many("--log-opt", "max-size=10m or max-file=3, of what it logs in the background."),
     flag("--cidfile", "Write the id into this new file."),
     flag("--pull", "missing, always or never.", "missing"),
 ]

@@ -66,6 +66,9 @@ def _preview(made: Plan, format: Format) -> None:
     if format is Format.json:
         show([summary], [], format)
         return
+    if made.empty:
+        print("there is nothing to remove")
+        return
     if rows:
         show(rows, ["type", "name", "age"], format)
     print(f"{len(made.garbage.blobs)} blobs and {len(made.garbage.snapshots)} snapshots go: {size(made.size)}")

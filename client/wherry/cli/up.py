@@ -27,12 +27,14 @@ def command(
     """Run a node until Ctrl-C, which stops everything, containers too. SIGTERM lets the containers live."""
     from wherry.node.supervisor import Plan, Supervisor
 
+    from .runner import serve
+
     try:
         plan = Plan(
             root=root.absolute(), state=state.absolute(), node=check_identifier(node or default_node(), "node"),
             port=port, nats=nats, scale=dict(_scale(item) for item in scale), user=user, log_level=log_level.upper(),
         )  # fmt: skip
-        code = Supervisor(plan, say=_say).run()
+        code = Supervisor(plan, say=_say, beside={"cli": serve}).run()
     except WherryError as e:
         print(f"wherry up: {e}", file=sys.stderr)
         code = 1

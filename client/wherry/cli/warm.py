@@ -1,4 +1,4 @@
-"""Hands a command line over to the node's process that has the code loaded already (wherry.node.warm).
+"""Hands a command line over to the node's process that has the code loaded already (runner.py).
 
 Starting Python and loading what a verb needs takes three times as long as running a container. This side imports
 nothing but what the interpreter has at its start. Decision 0016.
@@ -21,6 +21,7 @@ SOCKET = "cli.sock"
 # `up` is the node itself; the others are done before they could be handed over, or ask on the terminal.
 _COLD = ("up", "version", "auth", "attach")
 _ENDING = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGUSR1, _signal.SIGUSR2)
+_HELD_BACK = (*_ENDING, _signal.SIGWINCH, _signal.SIGTSTP)
 # Beyond it a command line is not worth the trouble.
 REQUEST_MAX = 1 << 20
 FDS = 4  # stdin, stdout, stderr, the working directory
@@ -31,15 +32,17 @@ def hand_over(arguments: list[str]) -> int | None:
     if not arguments or arguments[0] in _COLD or os.environ.get("WHERRY_WARM") == "0" or _reads_terminal(arguments):
         return None
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    # Until somebody can be told of them: one that came now would end or stop us alone.
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, _HELD_BACK)
     try:
         _connect(sock, os.environ.get("WHERRY_STATE", "/run/wherry"))
         _send(sock, request(arguments))
         said, ancillary, _, _ = sock.recvmsg(64, _socket.CMSG_LEN(4))
     except OSError:
-        return None
-    if said != b"runs\n" or not ancillary:
-        return None
-    return _Stand(sock, int.from_bytes(ancillary[0][2], sys.byteorder)).see_through()
+        said, ancillary = b"", []
+    stand = _Stand(sock, int.from_bytes(ancillary[0][2], sys.byteorder)) if said == b"runs\n" and ancillary else None
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, _HELD_BACK)
+    return None if stand is None else stand.see_through()
 
 
 def _connect(sock: _socket.socket, state: str) -> None:
@@ -94,12 +97,13 @@ class _Stand:
         self._sock = sock
         self._pidfd = pidfd
         self._last = int(_signal.SIGKILL)
-
-    def see_through(self) -> int:
         for number in (*_ENDING, _signal.SIGWINCH):
             if _signal.getsignal(number) != _signal.SIG_IGN:  # nohup
                 _signal.signal(number, self._pass_on)
         _signal.signal(_signal.SIGTSTP, self._pause)
+
+    def see_through(self) -> int:
+        """Its exit code."""
         said = b""
         while not said.endswith(b"\n"):
             more = self._sock.recv(16)

@@ -188,10 +188,12 @@ def _permissions(place: Place) -> Iterator[Finding]:
         yield from _closed(directory, 0o066, {0, os.geteuid()})
         for name in ("nats", *CALLS):
             yield from _closed(directory / name, 0o066)
-    yield from _closed(place.creds, 0o066)
-    for seed in (*place.creds.glob("*.nk"), *place.creds.glob("*/*.nk")):
-        yield from _closed(seed, 0o077)
-    yield from _closed(place.creds / IDENTITIES, 0o027)
+    for creds in {place.creds, place.state / "creds"}:
+        if (creds / IDENTITIES).exists():  # else it is where a client keeps a seed of its own
+            yield from _closed(creds, 0o066)
+            yield from _closed(creds / IDENTITIES, 0o027)
+            for seed in (*creds.glob("*.nk"), *creds.glob("*/*.nk")):
+                yield from _closed(seed, 0o077)
     for _, path in _databases(place):
         yield from _closed(path, 0o077)
         yield from _closed(backup_of(path), 0o077)

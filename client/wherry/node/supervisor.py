@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -68,10 +68,16 @@ class Child:
 
 
 class Supervisor:
-    """Brings a node up and keeps it up: `Supervisor(plan).run()`."""
+    """Brings a node up and keeps it up: `Supervisor(plan).run()`.
 
-    def __init__(self, plan: Plan, say: Callable[[str], None] = print) -> None:
+    beside: what else is to run, by its name; it is called with the state directory.
+    """
+
+    def __init__(
+        self, plan: Plan, say: Callable[[str], None] = print, beside: Mapping[str, Callable[[Path], None]] | None = None
+    ) -> None:
         self._plan = plan
+        self._beside = beside or {}
         self._say = say
         self._children: dict[str, Child] = {}
         self._server: NatsServer | None = None
@@ -94,7 +100,8 @@ class Supervisor:
                 for number in range(self._plan.scale.get(name, 1)):
                     self._add(name, number, entry)
             self._add_probe(sum(1 for _ in self._children))
-            self._add_warm()
+            for name, main in self._beside.items():
+                self._add_beside(name, main)
             self._add_keeper()
             self._loop()
         finally:
@@ -258,11 +265,8 @@ class Supervisor:
             "probe", lambda: wait_until_ready(self._url, plan.node, plan.state / "creds", services)
         )
 
-    def _add_warm(self) -> None:
-        """A child that runs command lines; only this user's."""
-        from .warm import serve
-
-        self._children["cli"] = Child("cli", lambda: self._fork("cli", lambda: serve(self._plan.state)))
+    def _add_beside(self, name: str, main: Callable[[Path], None]) -> None:
+        self._children[name] = Child(name, lambda: self._fork(name, lambda: main(self._plan.state)))
 
     def _add_keeper(self) -> None:
         """A child that starts containers again by their restart policies."""

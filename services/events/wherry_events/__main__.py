@@ -13,7 +13,6 @@ from wherry_shared.runtime import Host, run
 
 from .journal import Journal
 from .mark import Mark
-from .mark import Mark
 from .service import EventsService
 
 MAX_AGE_SECONDS = 7 * 24 * 3600
@@ -42,7 +41,7 @@ async def build(host: Host) -> Events:
     root = host.settings.own_root
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     mark = Mark(log, host.bus.transport, root / "mark")
-    mark.start()
+    await mark.start()
     host.on_stop(mark.stop)
     return EventsService(Journal(log, host.bus, mark))
 

@@ -174,9 +174,9 @@ class _Place:
     @classmethod
     def of(cls, token: str, state: LogState) -> _Place:
         """The place that a token stands for. OutOfRange when the stream does not go on from there."""
-        epoch, _, digest = token.rpartition("/")
+        epoch, _, told = token.rpartition("/")
         epoch, _, number = epoch.rpartition("/")
-        if not (number.isascii() and number.isdigit()) or len(number) > 19 or len(digest) not in (0, DIGEST_LENGTH):
+        if not (number.isascii() and number.isdigit()) or len(number) > 19 or len(told) not in (0, DIGEST_LENGTH):
             raise InvalidArgument("the token is not one of this service's")
         position = int(number)
         if epoch != state.epoch:
@@ -185,7 +185,7 @@ class _Place:
             raise OutOfRange(f"{state.first - position - 1} events after this token are no longer kept")
         if position > state.last:  # a crash took the stream's end: what comes next gets numbers that were read before
             raise OutOfRange(f"the stream ends {position - state.last} events before this token: read the state again")
-        return cls(position, digest)
+        return cls(position, told)
 
 
 class _Window:

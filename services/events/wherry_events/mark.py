@@ -45,12 +45,14 @@ class Mark:
         self._path = path
         self._known = _load(path) if path is not None else None
         self._doubtful = True  # the stream may have been opened again since it was looked at
+        self._changes = 0  # of the connection
         self._checking = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         transport.on_state.append(self._on_state)
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Follow the stream: what others put into it is known too, a second later."""
+        await self._look()
         self._task = asyncio.get_running_loop().create_task(self._follow())
 
     async def stop(self) -> None:
@@ -65,6 +67,7 @@ class Mark:
 
     def _on_state(self, connected: bool) -> None:
         self._doubtful = True
+        self._changes += 1
 
     def has(self, sequence: int, data: bytes) -> None:
         """The stream acknowledged an event as this number."""
@@ -80,7 +83,7 @@ class Mark:
         state = await self._stream.state()
         known = self._known
         if known is None or known.epoch != state.epoch:
-            self._known, self._doubtful = _Known(state.epoch, 0, ""), False
+            await self._begin(state)
         elif state.last < known.sequence or self._doubtful:
             async with self._checking:
                 return await self._check()
@@ -100,8 +103,16 @@ class Mark:
             log.error("the stream has lost events up to number %d: damage, or a crash", known.sequence)
             await self._stream.renew()
             state = await self._stream.state()
-            self._known = _Known(state.epoch, 0, "")
+            await self._begin(state)
         return state
+
+    async def _begin(self, state: LogState) -> None:
+        """Whatever the stream has now is what it has."""
+        changes = self._changes
+        found = await self._stream.read(after=state.last - 1, limit=1) if state.last else []
+        last = (found[0].sequence, digest(found[0].data)) if found else (0, "")
+        if changes == self._changes:
+            self._known, self._doubtful = _Known(state.epoch, *last), False
 
     async def _has(self, known: _Known) -> bool:
         if not known.sequence:
@@ -123,9 +134,7 @@ class Mark:
         if before is None or self._doubtful:
             return
         if state.last > before.sequence:
-            found = await self._stream.read(after=state.last - 1, limit=1)
-            if found and self._known is before and not self._doubtful:
-                self._known = _Known(state.epoch, found[0].sequence, digest(found[0].data))
+            await self._begin(state)
         if self._path is not None and self._known != _load(self._path):
             new = self._path.with_name(self._path.name + ".new")
             new.write_text(json.dumps(self._known))

@@ -119,7 +119,9 @@ class Snapshotter:
         if not chain and wish.kind == "active" and REBASE_LABEL in wish.inherited:
             self._check_rebase(FailedPrecondition)
         if wish.inherited.keys() & {UID_LABEL, GID_LABEL} and REMAP_IDS not in self._backend.capabilities:
-            raise FailedPrecondition(f"snapshotter {self.name!r} cannot map ids on this kernel and file system")
+            raise FailedPrecondition(
+                f"snapshotter {self.name!r} cannot map ids here (overlay can, where the kernel does)"
+            )
         number = await self._rows.number()
         snapshot = Snapshot(number, wish.kind, chain, wish.inherited)
         self._making.add(number)

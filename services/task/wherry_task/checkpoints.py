@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import io
 import json
 import logging
 import os
@@ -55,18 +57,23 @@ class Checkpoints:
 
         Where that fails the image stays, and the error says where: the container may have ended for it.
         """
+        config = encode(any_of(_SPEC, json.dumps(spec).encode()))
         try:
-            image = await self._put(IMAGE, _tar_of(room / "image"))
-            config = await self._put(CONFIG, _once(encode(any_of(_SPEC, json.dumps(spec).encode()))))
+            with tempfile.TemporaryFile(dir=room) as file:
+                await asyncio.to_thread(_write_tar, file, room / "image")
+                image = await self._put(IMAGE, file)
+            made = [image, await self._put(CONFIG, io.BytesIO(config))]
         except WherryError as e:
             self._saved.mkdir(exist_ok=True, mode=0o700)
             os.rename(room / "image", saved := self._saved / room.name)
             raise type(e)(f"{e}; the checkpoint stays in {saved}") from None
-        return [image, config]
+        return made
 
-    async def _put(self, media_type: str, source: AsyncGenerator[bytes, None]) -> Descriptor:
-        info = await write_blob(self._content, f"checkpoint-{secrets.token_hex(8)}", source)
-        return Descriptor(media_type=media_type, digest=info.digest, size=info.size)
+    async def _put(self, media_type: str, file: BinaryIO) -> Descriptor:
+        digest, size = await asyncio.to_thread(_measure, file)
+        ref = f"checkpoint-{secrets.token_hex(8)}"
+        await write_blob(self._content, ref, _chunks(file), size=size, expected=digest)
+        return Descriptor(media_type=media_type, digest=digest, size=size)
 
     def place(self, namespace: str, container: str) -> Path:
         """Where the image lies that a task is to be restored from."""
@@ -103,16 +110,20 @@ class Checkpoints:
                 shutil.rmtree(place, ignore_errors=True)
 
 
-async def _once(data: bytes) -> AsyncGenerator[bytes, None]:
-    yield data
+async def _chunks(file: BinaryIO) -> AsyncGenerator[bytes, None]:
+    while chunk := await asyncio.to_thread(file.read, _CHUNK):
+        yield chunk
 
 
-async def _tar_of(directory: Path) -> AsyncGenerator[bytes, None]:
-    """The files of a directory, as a tar."""
-    with tempfile.TemporaryFile(dir=directory.parent) as file:
-        await asyncio.to_thread(_write_tar, file, directory)
-        while chunk := await asyncio.to_thread(file.read, _CHUNK):
-            yield chunk
+def _measure(file: BinaryIO) -> tuple[str, int]:
+    """Digest and size of what lies behind the file's place, which is left at its beginning."""
+    file.seek(0)
+    found, size = hashlib.sha256(), 0
+    while chunk := file.read(_CHUNK):
+        found.update(chunk)
+        size += len(chunk)
+    file.seek(0)
+    return f"sha256:{found.hexdigest()}", size
 
 
 def _write_tar(file: BinaryIO, directory: Path) -> None:
@@ -121,7 +132,6 @@ def _write_tar(file: BinaryIO, directory: Path) -> None:
             for path in sorted(directory.iterdir()):
                 if path.is_file() and not path.is_symlink():
                     tar.add(path, arcname=path.name, recursive=False)
-        file.seek(0)
     except OSError as e:
         raise ResourceExhausted(f"checkpoint: {e.strerror}") from None
 

@@ -20,6 +20,8 @@ from ..values import Descriptor, Identifier, Model, Mount, Page
 Status = Literal["created", "running", "stopped", "paused", "pausing"]
 REMOVE_LABEL = "wherry/remove"
 """Of a container: `true` has its next task, its snapshot and itself removed when that task has ended."""
+LOG_LABEL = "wherry/log"
+"""Of a container: the options of the log that it writes in the background (`max_size=BYTES&max_files=N`)."""
 
 
 class Stdio(Model):
@@ -507,7 +509,8 @@ class Tasks(Contract, Protocol, service="task", version="1.0.0", events=EVENTS):
     async def checkpoint(
         self, container_id: Identifier, options: CheckpointOptions = CheckpointOptions()
     ) -> list[Descriptor]:
-        """Write down the whole state of a running or paused task; answers what was stored as content.
+        """Write down the whole state of a running or paused task; answers what was stored as content: the image, which
+        `create` takes, and the specification (containerd's media types). With `options.image` nothing is stored.
 
         Unimplemented: the runtime or this node's CRIU cannot, and why.
         """

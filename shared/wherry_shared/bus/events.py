@@ -15,9 +15,11 @@ from pydantic import ValidationError
 from ..api.events import Envelope
 from ..errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from . import subjects
-from .transport import Message, NoResponders, Subscription, Transport
+from .protocol import Message as Received
+from .transport import SUM, Message, NoResponders, Subscription, Transport
 
-MESSAGE_ID, SUM = "Nats-Msg-Id", "Wherry-Sum"
+_ID_LINE = b"\r\nNats-Msg-Id: "
+MESSAGE_ID = "Nats-Msg-Id"
 BATCH_ID, BATCH_SEQUENCE, BATCH_COMMIT = "Nats-Batch-Id", "Nats-Batch-Sequence", "Nats-Batch-Commit"
 ACK_TIMEOUT = 5.0
 _REMEMBERED = 8192
@@ -38,7 +40,7 @@ def decode(data: bytes) -> Envelope | None:
 
 def id_of(message: Message) -> str:
     """The id of the event that a message is; "" for what is none."""
-    found = (message.headers or {}).get(MESSAGE_ID)
+    found = message.header(_ID_LINE) if isinstance(message, Received) else (message.headers or {}).get(MESSAGE_ID)
     if found is None:
         envelope = decode(message.data)
         found = "" if envelope is None else envelope.id

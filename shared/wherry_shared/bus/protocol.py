@@ -49,6 +49,17 @@ class Message:
             self._headers = parse_headers(self._block)
         return self._headers
 
+    def header(self, name: bytes) -> str | None:
+        """The value of one header, or None: quicker than to read all of them. name: as b"\\r\\nName: "."""
+        block = self._block
+        if block is None:
+            return None
+        at = block.find(name)
+        if at < 0:
+            return None
+        at += len(name)
+        return str(block[at : block.find(_CRLF, at)], "utf-8", "replace")
+
     @property
     def no_responders(self) -> bool:
         """Whether this is the server's word that nobody listened to the request."""

@@ -12,8 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..errors import Internal, ResourceExhausted, Unavailable
-from .events import SUM
-from .transport import LogState, Message, NoResponders, Stored, Transport
+from .transport import SUM, LogState, Message, NoResponders, Stored, Transport
 
 API_TIMEOUT = 5.0
 BATCH_BYTES = 8 << 20

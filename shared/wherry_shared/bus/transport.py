@@ -9,6 +9,9 @@ from typing import Protocol
 
 from ..errors import Unavailable
 
+SUM = "Wherry-Sum"
+"""The header with an event's checksum (events.checksum), which the stream keeps with it."""
+
 
 class NoResponders(Unavailable):
     """Nobody serves that subject right now: the service is down or starting."""

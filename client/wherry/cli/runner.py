@@ -22,8 +22,9 @@ from pathlib import Path
 from wherry_shared import api
 
 import wherry
-from wherry.cli import VERBS, load
-from wherry.cli.warm import FDS, REQUEST_MAX, SOCKET, stamp
+
+from . import VERBS, load
+from .warm import FDS, REQUEST_MAX, SOCKET, stamp
 
 _READ_SECONDS = 5
 _NAMESPACES = ("mnt", "pid", "net", "user", "ipc", "uts")
@@ -141,7 +142,7 @@ def _become(connection: socket.socket, words: list[str], fds: list[int]) -> None
 
 def _run(arguments: list[str]) -> int:
     """The exit code, as the interpreter would find it."""
-    from wherry.cli.app import run
+    from .app import run
 
     code: object = 0
     try:
