@@ -119,7 +119,7 @@ async def census(client: Client, snapshotters: Iterable[str]) -> Census:
     """Count the client's namespace."""
     made = Census()
     made.images = await walk(client.images.walk)
-    made.containers = await walk(client.containers.walk)
+    made.containers = await walk(client.containers.walk, spec=False)
     made.blobs = {blob.digest: blob for blob in await walk(client.content.walk)}
     made.ingests = await client.content.statuses()
     leases = await walk(client.leases.walk)

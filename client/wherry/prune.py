@@ -159,7 +159,7 @@ async def carry_out(client: Client, made: Plan) -> Pruned:
     A container that runs by now stays, and so does an image that points elsewhere by now, or that is used.
     """
     containers = [container.id for container in made.containers if await _remove(client, container.id)]
-    used = {container.image for container in await walk(client.containers.walk)}
+    used = {container.image for container in await walk(client.containers.walk, spec=False)}
     images = []
     for image in made.images:
         if image.name in used:

@@ -63,12 +63,13 @@ class Table(Generic[M]):
         return cast(M, Encoded(row[0]))
 
     async def page(
-        self, namespace: str, filters: Sequence[str], after: str, limit: int, *, keep: Callable[[M], bool] | None = None
-    ) -> Page[M]:
+        self, namespace: str, filters: Sequence[str], after: str, limit: int, *,
+        keep: Callable[[M], bool] | None = None, shown: Callable[[bytes], bytes] | None = None,
+    ) -> Page[M]:  # fmt: skip
         """The records after the key `after`, in order of their keys (by code points), that the filters match: a page
         for an answer, as it travels (`contract.Encoded`).
 
-        At most `limit` (clamped to 1..1000) of them and about 448 KiB. Other requests run every few milliseconds, so
+        shown: what of an encoded record the answer has, all unless given. At most `limit` (clamped to 1..1000) of them and about 448 KiB. Other requests run every few milliseconds, so
         what is written meanwhile may or may not be seen.
         """
         matches = compile_filters(filters)
@@ -81,6 +82,7 @@ class Table(Generic[M]):
             rows = self._rows(namespace, after, _CHUNK)
             for key, document in rows:
                 if plain or self._fits(document, matches, keep):
+                    document = shown(document) if shown else document
                     if documents and (len(documents) == limit or size + len(document) > PAGE_BYTES):
                         return cast(Page[M], pack_page(documents, after))
                     documents.append(document)

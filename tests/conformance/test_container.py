@@ -238,6 +238,9 @@ async def test_a_walk_has_pages_and_stays_under_a_message(containers: Containers
         seen += [c.id for c in page.items]
         after, pages = page.next, pages + 1
     assert (seen, pages > 1) == (ids, True)
+    bare = await containers.walk(['id~="^c1"'], spec=False)
+    assert ([c.id for c in bare.items], bare.next) == (ids[10:], "")
+    assert [c.model_copy(update={"spec": big}) for c in bare.items] == [await containers.get(id) for id in ids[10:]]
 
 
 async def test_a_walk_filters(containers: Containers) -> None:

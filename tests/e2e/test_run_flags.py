@@ -119,7 +119,7 @@ def test_a_device_is_as_much_as_was_given(node: Node, ns: list[str], pulled: str
         (["--cap-add", "everything"], "capability"),
         (["--device", "/etc/passwd"], "not a device"),
         (["--memory", "1m"], "less than"),
-        (["--rm", "-d"], "--rm with --detach"),
+        (["--rm", "-d", "--restart", "always"], "--rm with --restart"),
         (["--userns-remap", "100000"], "lets nobody through"),
     ],
 )

@@ -51,7 +51,7 @@ async def rows_of(client: Client, filters: Sequence[str], *, all: bool) -> list[
     alive_only = not (all or plain or wanted.get("status") or wanted.get("exited"))
     chosen = [id for id, task in tasks.items() if task.status != "stopped"]
     rows = []
-    for container in await (_those(client, chosen) if alive_only else walk(client.containers.walk, plain)):
+    for container in await (_those(client, chosen) if alive_only else walk(client.containers.walk, plain, spec=False)):
         task = tasks.get(container.id)
         alive = task is not None and task.status != "stopped"
         row = {

@@ -179,7 +179,7 @@ async def containers(patient: Patient) -> Iterable[Finding]:
     for namespace in await namespaces(patient.bus):
         client = patient.bus.within(namespace)
         tasks = {process.container_id for process in await walk(client.tasks.walk)}
-        records = await walk(client.containers.walk)
+        records = await walk(client.containers.walk, spec=False)
         errors = await each(partial(_snapshot_error, client), records)
         found += [_without_snapshot(namespace, r.id, e) for r, e in zip(records, errors, strict=True) if e]
         orphans = sorted(tasks - {record.id for record in records})

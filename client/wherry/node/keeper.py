@@ -65,7 +65,7 @@ class Keeper:
         since = now() - _OVERLAP
         try:
             for namespace in await walk(self._client.namespaces.walk):
-                for record in await walk(self._client.within(namespace.name).containers.walk):
+                for record in await walk(self._client.within(namespace.name).containers.walk, spec=False):
                     if policy_of(record.labels) is not None:
                         self._consider((namespace.name, record.id), boot=boot)
             async for event in self._client.watch(since=since, filters=_FILTERS, all_namespaces=True):

@@ -8,6 +8,7 @@ from typing import Any
 
 from wherry_shared.api.container import Container
 from wherry_shared.catalog import Table, check_mask, update_map
+from wherry_shared.contract import pack, unpack
 from wherry_shared.errors import InvalidArgument
 from wherry_shared.sqlite import Transaction
 from wherry_shared.values import Page, check_identifier, check_labels, now, stored_labels, update_labels
@@ -25,8 +26,11 @@ class Catalog:
     def get(self, namespace: str, id: str) -> Container:
         return self._containers.answer(namespace, id)
 
-    async def walk(self, namespace: str, filters: Sequence[str], after: str, limit: int) -> Page[Container]:
-        return await self._containers.page(namespace, filters, after, limit)
+    async def walk(
+        self, namespace: str, filters: Sequence[str], after: str, limit: int, *, spec: bool
+    ) -> Page[Container]:
+        shown = None if spec else _without_spec
+        return await self._containers.page(namespace, filters, after, limit, shown=shown)
 
     async def create(self, namespace: str, container: Container) -> Container:
         at = now()
@@ -60,6 +64,12 @@ class Catalog:
             tx.publish("/containers/delete", {"id": id}, namespace=namespace)
 
         await self._containers.database.mutate(write, frees=True)
+
+
+def _without_spec(document: bytes) -> bytes:
+    record = unpack(document)
+    record["spec"] = None
+    return pack(record)
 
 
 def _changed(old: Container, new: Container, mask: Sequence[str]) -> Container:

@@ -22,8 +22,10 @@ class ContainerService(Containers):
     async def get(self, id: str) -> Container:
         return self._catalog.get(context.namespace(), id)
 
-    async def walk(self, filters: Sequence[str] = (), after: str = "", limit: int = 1000) -> Page[Container]:
-        return await self._catalog.walk(context.namespace(), filters, after, limit)
+    async def walk(
+        self, filters: Sequence[str] = (), after: str = "", limit: int = 1000, spec: bool = True
+    ) -> Page[Container]:
+        return await self._catalog.walk(context.namespace(), filters, after, limit, spec=spec)
 
     async def create(self, container: Container) -> Container:
         return await self._catalog.create(context.namespace(), container)

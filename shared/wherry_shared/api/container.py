@@ -40,7 +40,7 @@ EVENTS = {
 }
 
 
-class Containers(Contract, Protocol, service="container", version="1.0.0", events=EVENTS):
+class Containers(Contract, Protocol, service="container", version="1.1.0", events=EVENTS):
     """The containers of one namespace."""
 
     @endpoint(NotFound)
@@ -49,8 +49,13 @@ class Containers(Contract, Protocol, service="container", version="1.0.0", event
         ...
 
     @endpoint()
-    async def walk(self, filters: list[str] = [], after: str = "", limit: int = 1000) -> Page[Container]:
-        """A window of the containers that any filter matches, in order of their ids."""
+    async def walk(
+        self, filters: list[str] = [], after: str = "", limit: int = 1000, spec: bool = True
+    ) -> Page[Container]:
+        """A window of the containers that any filter matches, in order of their ids.
+
+        spec: False leaves the specifications out (None), which are nearly all of the bytes.
+        """
         ...
 
     @endpoint(AlreadyExists, mutates=True)
