@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -243,3 +244,12 @@ def test_a_detached_terminal(node: Node, ns: list[str], pulled: str) -> None:
         lambda: "/dev/" in node.run("exec", *ns, "term", "cat", "/where", check=False).stdout, "it has no terminal"
     )
     node.run("rm", *ns, "-f", "term")
+
+
+def test_a_shim_v2_runs_and_ends(node: Node, ns: list[str], pulled: str) -> None:
+    """In a service as it is run: what its event loop hands to children must not keep the shim's caller waiting."""
+    if shutil.which("containerd-shim-runc-v2") is None:
+        pytest.skip("containerd-shim-runc-v2 is not installed")
+    flags = ["--runtime", "io.containerd.runc.v2"]
+    assert inside(node, ns, pulled, *flags, script="echo by a shim") == "by a shim"
+    assert node.json("ps", *ns, "-a") == []

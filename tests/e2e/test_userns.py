@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,12 @@ def owners(path: Path) -> tuple[int, int]:
     return found.st_uid, found.st_gid
 
 
+def open_to_others(state: Path) -> list[Path]:
+    """What has a mode for others than its owner; rootfs directories lie in closed bundles, and links have none."""
+    found = [path for path in state.rglob("*") if path.name != "rootfs" and not path.is_symlink()]
+    return [path for path in found if path.lstat().st_mode & 0o077]
+
+
 @pytest.mark.parametrize("runtime", ["crun", "runc"])
 def test_root_is_nobody_on_the_node_and_owns_its_files(node: Node, ns: list[str], pulled: str, runtime: str) -> None:
     script = "echo x >> /etc/passwd; echo new > /new; mkdir /dir;chown 5:6 /dir; rm /bin/true; exec sleep 1000"
@@ -61,6 +68,11 @@ def test_root_is_nobody_on_the_node_and_owns_its_files(node: Node, ns: list[str]
         layer = upper(node, ns, "mapped")
         assert owners(layer / "new") == owners(layer / "etc/passwd") == owners(layer) == (FIRST, GROUP)
         assert owners(layer / "dir") == (FIRST + 5, GROUP + 6)
+        # On the way to its root others may pass, but not look around; everything else is closed.
+        opened = {path: stat.S_IMODE(path.lstat().st_mode) for path in open_to_others(node.state)}
+        assert opened.pop(node.state / "task/tasks" / ns[1] / "mapped") == 0o710
+        tasks = node.state / "task/tasks"
+        assert all(mode == 0o711 and path in (tasks, *tasks.parents, *tasks.iterdir()) for path, mode in opened.items())
         # What becomes an image has the container's numbers again.
         node.run("commit", *ns, "mapped", f"made:{runtime}")
         look = "stat -c %u:%g /new /etc/passwd /dir; ls /bin/true"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from grounds import btrfs_disk
+from node import eventually
 from snapshot_rig import House, mounted, needs_root
 from wherry_shared.api.snapshot import Snapshots
 from wherry_shared.bus import Bus
@@ -32,7 +33,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     if done.returncode:
         pytest.skip(f"no loop device: {done.stderr.strip()}")
     yield at
-    subprocess.run(["umount", str(at)], check=True)
+    eventually(lambda: subprocess.run(["umount", at], check=False).returncode == 0, f"{at} stays busy")
 
 
 @pytest.fixture

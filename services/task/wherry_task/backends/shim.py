@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import select
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -309,25 +310,27 @@ class ShimLauncher:
     async def _run(self, bundle: Bundle, *action: str, stdin: bytes = b"") -> bytes:
         """Run the binary for one of its short actions and answer what it printed. Unknown with its words."""
         address = await self._listen()
-        process = await asyncio.create_subprocess_exec(
+        command = [
             bundle.binary, "-namespace", bundle.namespace, "-address", str(self._directory), "-publish-binary",
-            "/bin/true", "-id", bundle.container, *action, cwd=bundle.path, stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, start_new_session=True,
-            env={
-                "PATH": PATH, "TTRPC_ADDRESS": address, "GRPC_ADDRESS": str(self._directory),
-                "NAMESPACE": bundle.namespace, "MAX_SHIM_VERSION": "2", "GOMAXPROCS": "2",
-            },
-        )  # fmt: skip
+            "/bin/true", "-id", bundle.container, *action,
+        ]  # fmt: skip
+        env = {
+            "PATH": PATH, "TTRPC_ADDRESS": address, "GRPC_ADDRESS": str(self._directory),
+            "NAMESPACE": bundle.namespace, "MAX_SHIM_VERSION": "2", "GOMAXPROCS": "2",
+        }  # fmt: skip
+        # Not the event loop's way: uvloop's children inherit the pipes once more, and the shim that one leaves behind
+        # would hold them open for as long as it lives.
         try:
-            async with asyncio.timeout(LONG_PATIENCE):
-                out, err = await process.communicate(stdin)
-        except TimeoutError:
-            process.kill()
+            done = await asyncio.to_thread(
+                subprocess.run, command, cwd=bundle.path, input=stdin, capture_output=True, start_new_session=True,
+                env=env, timeout=LONG_PATIENCE, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
             raise Unavailable(f"{bundle.binary} {action[-1]} does not end") from None
-        if process.returncode:
-            said = (err or out).decode(errors="replace").strip()
+        if done.returncode:
+            said = (done.stderr or done.stdout).decode(errors="replace").strip()
             raise Unknown(f"{Path(bundle.binary).name} {action[-1]} failed: {said[-2000:]}")
-        return out
+        return done.stdout
 
     # ---- events
 
