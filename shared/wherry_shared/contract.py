@@ -19,7 +19,7 @@ import threading
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import msgpack
@@ -117,14 +117,24 @@ def pack_page(documents: Sequence[bytes], next: str) -> Encoded:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Make thousands of records without a search for cycles among them every few: all of them are kept."""
+    """Make thousands of records without a search for cycles among them, neither every few nor at the end: all of them
+    are kept, and count as old at once."""
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
+            if not _holds_frozen():
+                gc.freeze()  # these two only move lists
+                gc.unfreeze()
             gc.enable()
+
+
+@lru_cache(maxsize=1)
+def _holds_frozen() -> bool:
+    """Whether this process has frozen what it shares with others, as services have: that is to stay so."""
+    return gc.get_freeze_count() > 0
 
 
 def _no_extension(code: int, data: bytes) -> Any:

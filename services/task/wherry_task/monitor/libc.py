@@ -18,7 +18,7 @@ MS_BIND, MS_REC, MS_RELATIME, MS_STRICTATIME = 4096, 16384, 1 << 21, 1 << 24
 MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 17, 1 << 18, 1 << 19, 1 << 20
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 
-SIGKILL, SIGPIPE, SIGTERM, SIGXFSZ = 9, 13, 15, 25
+SIGKILL, SIGPIPE, SIGTERM, SIGCHLD, SIGXFSZ = 9, 13, 15, 17, 25
 
 _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 4, 15, 36
 _NONBLOCK_CLOEXEC = 0o2004000  # for signalfd, inotify and accept4 alike
@@ -50,12 +50,14 @@ _prctl, _setns, _unshare, _kernel = _libc.prctl, _libc.setns, _libc.unshare, _li
 _sigprocmask, _signalfd, _accept4, _socketpair = _libc.sigprocmask, _libc.signalfd, _libc.accept4, _libc.socketpair
 _recvmsg, _mount, _umount2 = _libc.recvmsg, _libc.mount, _libc.umount2
 _get_errno = ctypes.get_errno
+_poll, _fork = _libc.poll, ctypes.PyDLL(None, use_errno=True).fork
 
 _pair = (ctypes.c_int * 2)()
 _data = ctypes.create_string_buffer(MAX_MESSAGE)
-_control = ctypes.create_string_buffer(16 + 4 * MAX_PASSED)
+_CONTROL_LENGTH = 16 + 4 * MAX_PASSED
+_control = ctypes.create_string_buffer(_CONTROL_LENGTH)
 _iovec = _Iovec(ctypes.addressof(_data), MAX_MESSAGE)
-_message = _Message(None, 0, ctypes.addressof(_iovec), 1, ctypes.addressof(_control), len(_control), 0)
+_message = _Message(None, 0, ctypes.addressof(_iovec), 1, ctypes.addressof(_control), _CONTROL_LENGTH, 0)
 _message_pointer = ctypes.pointer(_message)
 
 
@@ -125,6 +127,21 @@ def accept(listener: int) -> int:
     return _checked(_accept4(listener, None, None, _NONBLOCK_CLOEXEC), "accept")
 
 
+def fork() -> int:
+    """fork(2), without what the interpreter does for threads: there must be none. It writes a fifth of the pages."""
+    return _checked(_fork(), "fork")
+
+
+def awaited(fds: tuple[int, ...]) -> ctypes.Array[ctypes.c_uint64]:
+    """For `wait`: each as a struct pollfd that asks for POLLIN."""
+    return (ctypes.c_uint64 * len(fds))(*(fd | 1 << 32 for fd in fds))
+
+
+def wait(fds: ctypes.Array[ctypes.c_uint64], count: int) -> None:
+    """poll(2) for as long as it takes until one of the first `count` is readable or hung up."""
+    _poll(fds, count, -1)
+
+
 def message_pair() -> tuple[int, int]:
     """Two ends of a socket that keeps messages apart and passes descriptors."""
     _checked(_socketpair(_AF_UNIX, _SOCK_SEQPACKET | _SOCK_CLOEXEC, 0, _pair), "socketpair")
@@ -133,8 +150,22 @@ def message_pair() -> tuple[int, int]:
 
 def receive(fd: int) -> tuple[bytes, list[int]]:
     """One message of at most MAX_MESSAGE bytes and the descriptors with it; (b"", []) at the end."""
-    _message.control_length = len(_control)
-    size = _checked(_recvmsg(fd, _message_pointer, _MSG_CMSG_CLOEXEC), "recvmsg")
+    return received(_checked(take(fd), "recvmsg"))
+
+
+def take(fd: int) -> int:
+    """The first half of `receive`: the length of what now lies in the one buffer; negative when that failed."""
+    _message.control_length = _CONTROL_LENGTH
+    return int(_recvmsg(fd, _message_pointer, _MSG_CMSG_CLOEXEC))
+
+
+def first_byte(size: int) -> bytes:
+    """Of a message of that length in the buffer; b"" when it is empty."""
+    return _data[0] if size > 0 else b""
+
+
+def received(size: int) -> tuple[bytes, list[int]]:
+    """The second half of `receive`."""
     fds = []
     if _message.control_length > 16:
         raw = _control.raw

@@ -25,12 +25,11 @@ EMPTY, CREATED, RUNNING, PAUSED, STOPPED, DELETED = "empty", "created", "running
 _LAST_WORDS_TICKS = 100  # of 20 ms
 _DRAIN_TICKS = 500  # 10 s, containerd's bound for output that nobody reads
 
-_BEGINNING = ("spawn", "launch")
-_LAUNCHING = ("launch", "create", "start", "exec")
+_LAUNCHING = ("create", "start", "exec")
 # One at a time and in the order of arrival: each changes the state that the next one finds.
 _EXCLUSIVE = ("create", "start", "delete", "pause", "resume", "update", "checkpoint")
 _AT_ANY_TIME = ("exec", "state", "resize", "kill_all")
-_AFTERWARDS = {"launch": CREATED, "create": CREATED, "start": RUNNING, "resume": RUNNING, "pause": PAUSED}
+_AFTERWARDS = {"create": CREATED, "start": RUNNING, "resume": RUNNING, "pause": PAUSED}
 
 _NO_REPORT = [b"0", b"0"]
 _OOM_TICKS = 10  # the kernel wakes us before it kills, and without a kill too
@@ -81,7 +80,7 @@ class Monitor(Clients):
         "oom_file", "oom_kills", "processes", "sequence", "shared_pids", "signals", "state",
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, signals: int) -> None:
         super().__init__()
         self.state = EMPTY
         self.init = Process("")
@@ -99,16 +98,25 @@ class Monitor(Clients):
         self._notices: list[tuple[int, str, bytes]] = []
         self._queue: list[tuple[str, str, Args, Client]] = []
         self._busy = False
-        self.signals = libc.signal_descriptor()
-        self.watch(self.signals, select.POLLIN, self._signalled)
+        self.signals = signals
 
     # -- clients --------------------------------------------------------------------------------------------------
 
-    def begin(self, fd: int, inbox: bytearray, args: Args) -> None:
-        """Have a worker prepare the place that the request on this connection names; `inbox` was read behind it."""
-        client = self.clients[fd] = Client(fd, inbox)
-        # Further frames of this client wait until the bundle has been entered.
-        self._work("launch" if args.get("op") == "launch" else "spawn", "", args, client)
+    def begin(self, fd: int, launched: bool, report: bytes, fds: list[int]) -> None:
+        """Take over what the first worker has made for the client on `fd` (beginning.py): a place, and a container."""
+        self.watch(self.signals, select.POLLIN, self._signalled)
+        _, pid, _, *roles = report.partition(b"\n")[0].split(b"\t")
+        self.settle(*fds[:4])
+        self._launched(self.init, int(pid), roles, fds[4:])
+        client = self.clients[fd] = Client(fd, bytearray())
+        client.watching = launched
+        self.state = CREATED if launched else EMPTY
+        self.watch(fd, select.POLLIN, self.received)
+
+    def found(self, pid: int, status: int) -> None:
+        """A process that ended before we looked at signals."""
+        self._reaped(pid, status)
+        self._tell()
 
     def left(self) -> None:
         """A client has gone; a monitor without a container that nobody holds would stay for ever."""
@@ -131,10 +139,6 @@ class Monitor(Clients):
             self._wait(client, args, self._find(name))
         elif operation == "kill" and not args.get("all"):
             self._kill(client, args, self._find(name))
-        elif operation == "started":
-            if self.state == CREATED:
-                self.state = RUNNING
-            self.send(client, wire.reply(args.get("id"), b""))
         elif operation == "close_stdin":
             self._close_stdin(self._find(name))
             self.send(client, wire.reply(args.get("id"), b""))
@@ -246,7 +250,6 @@ class Monitor(Clients):
         if job.client is not None:
             say = wire.reply if done == b"1" else wire.refusal
             self.send(job.client, say(job.request, body or _WORKER_DIED))
-            job.client.watching |= job.operation == "launch"
         self._launching -= job.operation in _LAUNCHING
         if not self._launching:
             self._early.clear()
@@ -255,14 +258,9 @@ class Monitor(Clients):
             self._next()
         # Whatever was held back until the reply had gone out follows it.
         self._tell()
-        if job.operation in _BEGINNING and job.client is not None:
-            self.deliver(job.client) if done == b"1" else self._leave()
 
     def _succeeded(self, job: Job, pid: int, roles: list[bytes], fds: list[int], body: bytes) -> None:
         operation = job.operation
-        if operation in _BEGINNING:
-            self.settle(*fds[:4])
-            del roles[0], fds[:4]
         if operation == "exited":
             self.processes[job.name].exit = body
         elif operation == "delete":
@@ -519,13 +517,3 @@ def _number(args: Args, key: str) -> int:
     if not isinstance(value, int) or value < 0:
         raise wire.Failure(wire.INVALID, f"{key} must be a number")
     return value
-
-
-def main(fd: int, inbox: bytearray, args: Args) -> None:
-    """Be the monitor that the request on this connection asks for; returns when its work is over."""
-    libc.rename_process(b"wherry-monitor")
-    libc.forbid_dumps()
-    libc.become_subreaper()
-    monitor = Monitor()
-    monitor.begin(fd, inbox, args)
-    monitor.run()

@@ -168,9 +168,7 @@ def _oom_watch(file: str) -> list[tuple[str, list[int]]]:
 
 def start(monitor: Monitor, name: str, args: Args) -> Result:
     """Let the init run the container's program, or restore the checkpoint that `create` was given."""
-    if monitor.state != _CREATED or monitor.init.ended:
-        raise wire.Failure(wire.PRECONDITION, f"cannot start a {monitor.state} container")
-    about = records.read(records.ABOUT)
+    about = _expect(monitor, "start", (_CREATED,))
     runtime = runtime_of(about)
     if about.get("restore"):
         return _restore(about, runtime)
@@ -318,7 +316,7 @@ def state(monitor: Monitor, name: str, args: Args) -> Result:
 
 
 def _state_of(monitor: Monitor, about: Args) -> str:
-    """A service that died between releasing the init and saying so leaves one that runs and counts as created."""
+    """The service lets an init go by the exec.fifo without a word to the monitor, which so counts it as created."""
     if monitor.state != _CREATED or about.get("restore"):
         return monitor.state
     runtime = runtime_of(about)
@@ -380,9 +378,13 @@ def resize(monitor: Monitor, name: str, args: Args) -> Result:
     return Result({})
 
 
-def _expect(monitor: Monitor, verb: str, states: Sequence[str]) -> None:
-    if monitor.state not in states or monitor.init.ended:
-        raise wire.Failure(wire.PRECONDITION, f"cannot {verb} a {monitor.state} container")
+def _expect(monitor: Monitor, verb: str, states: Sequence[str]) -> Args:
+    """What is on record of the container, if it is in one of the states. Raises Failure."""
+    about: Args = {} if monitor.state == _EMPTY else records.read(records.ABOUT)
+    state = _state_of(monitor, about)
+    if state not in states or monitor.init.ended:
+        raise wire.Failure(wire.PRECONDITION, f"cannot {verb} a {state} container")
+    return about
 
 
 def _run(verb: str, *flags: str, tail: str = "") -> None:

@@ -36,21 +36,22 @@ def main(monitor: Monitor, report: int, operation: str, name: str, args: dict[st
     """Do the operation and report; never returns, whatever happens."""
     try:
         if operation == "resize":
-            result = _do(monitor, operation, name, args)  # the one that needs a descriptor of the monitor's
+            result = do(monitor, operation, name, args)  # the one that needs a descriptor of the monitor's
             os.dup2(report, _REPORT, inheritable=False)
         else:
             os.dup2(report, _REPORT, inheritable=False)
             # Not one of the monitor's descriptors may live on in here: a held stdin would not end when it closes it.
             os.closerange(_REPORT + 1, _MAX_FDS)
-            result = _do(monitor, operation, name, args)
-        _send(result)
+            result = do(monitor, operation, name, args)
+        send(result)
     except BaseException as error:
         note(error)
     finally:
         os._exit(0)
 
 
-def _do(monitor: Monitor, operation: str, name: str, args: dict[str, Any]) -> operations.Result:
+def do(monitor: Monitor, operation: str, name: str, args: dict[str, Any]) -> operations.Result:
+    """The result of an operation, whatever happens in it."""
     try:
         return _OPERATIONS[operation](monitor, name, args)
     except wire.Failure as failure:
@@ -64,8 +65,9 @@ def _do(monitor: Monitor, operation: str, name: str, args: dict[str, Any]) -> op
         return operations.refused(wire.Failure(wire.INTERNAL, message))
 
 
-def _send(result: operations.Result) -> None:
-    head = "\t".join(["1" if result.done else "0", str(result.pid), *(role for role, _ in result.kept)])
+def send(result: operations.Result, report: int = _REPORT, first: str = "1") -> None:
+    """The one message, or nothing if nobody is left to take it; `first` is the first word of one that is done."""
+    head = "\t".join([first if result.done else "0", str(result.pid), *(role for role, _ in result.kept)])
     message = head.encode() + b"\n" + result.body
     if len(message) > libc.MAX_MESSAGE:
         failure = wire.Failure(wire.EXHAUSTED, f"the reply of {len(message)} bytes is too long")
@@ -73,7 +75,7 @@ def _send(result: operations.Result) -> None:
     fds = b"".join(fd.to_bytes(4, "little") for _, each in result.kept for fd in each)
     ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fds)] if fds else []
     try:
-        _socket.socket(fileno=_REPORT).sendmsg([message], ancillary)
+        _socket.socket(fileno=report).sendmsg([message], ancillary)
     except BrokenPipeError:
         return  # the monitor has gone: nobody wants to know
 

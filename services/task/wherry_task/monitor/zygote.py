@@ -25,31 +25,33 @@ import fcntl
 import gc
 import select
 
-from wherry_task.monitor import cleanup, compact, libc, monitor, rehearsal, wire, worker
+from wherry_task.monitor import beginning, libc, rehearsal, wire, worker
+from wherry_task.monitor.beginning import LISTENER, LOCK, SIGNALS
 
 _MAX_FDS = os.sysconf("SC_OPEN_MAX")
+_READY = 20  # above all that a rehearsal opens
 
 
-def _serve(listener: int, signals: int) -> int:
-    """Fork for each connection and bury the dead. Returns the connection in a child, -1 in a zygote told to quit."""
+def _serve() -> bool:
+    """Fork for each connection and bury the dead. Returns True in a child, False in a zygote told to quit."""
     children: set[int] = set()
     poller = select.poll()
-    poller.register(listener, select.POLLIN)
-    poller.register(signals, select.POLLIN)
+    poller.register(LISTENER, select.POLLIN)
+    poller.register(SIGNALS, select.POLLIN)
     while True:
         for ready, _ in poller.poll():
-            if ready == signals:
-                if os.read(signals, 128)[0] == libc.SIGTERM:
-                    return -1
+            if ready == SIGNALS:
+                if os.read(SIGNALS, 128)[0] == libc.SIGTERM:
+                    return False
                 _bury(children)
                 continue
             try:
-                fd = libc.accept(listener)
-                pid = os.fork()
+                fd = libc.accept(LISTENER)
+                pid = libc.fork()
             except OSError:
                 continue  # a stranger, or no process to be had: the connection ends, and its client sees that
             if not pid:
-                return fd
+                return True
             children.add(pid)
             os.close(fd)
 
@@ -68,56 +70,13 @@ def _bury(children: set[int]) -> None:
     except ChildProcessError:
         return
     if look:
-        for orphan in _children(os.getpid()):
+        for orphan in beginning.children_of(os.getpid()):
             if orphan not in children:
                 libc.kill(orphan, libc.SIGKILL)
 
 
-def _children(pid: int) -> list[int]:
-    try:
-        with open(f"/proc/{pid}/task/{pid}/children") as file:
-            return [int(word) for word in file.read().split()]
-    except OSError:
-        return []
-
-
-def _become(fd: int) -> None:
-    """In a child: keep nothing of the zygote's but the one connection, read what is wanted of us and do it."""
-    os.setsid()
-    os.dup2(fd, 3, inheritable=False)
-    os.closerange(4, _MAX_FDS)
-    os.set_blocking(3, True)
-    inbox = bytearray()
-    args = None
-    while args is None:
-        data = os.read(3, 1 << 16)
-        if not data:
-            return
-        inbox += data
-        args = wire.take(inbox)
-    operation = args.get("op")
-    if operation in ("spawn", "launch"):
-        os.set_blocking(3, False)
-        monitor.main(3, inbox, args)
-    elif operation == "cleanup":
-        cleanup.main(3, args)
-    else:
-        os.write(3, _answer(args.get("id"), operation))
-
-
-def _answer(request: object, operation: object) -> bytes:
-    zygote = os.getppid()
-    if operation == "ping":
-        children = [pid for pid in _children(zygote) if pid != os.getpid()]
-        return wire.reply(request, compact.dumps({"pid": zygote, "version": monitor.VERSION, "children": children}))
-    if operation == "quit":
-        os.kill(zygote, libc.SIGTERM)
-        return wire.reply(request, b"")
-    return wire.refusal(request, wire.Failure(wire.UNIMPLEMENTED, f"operation {operation!r}").body())
-
-
-def _detach(oom_score_adj: str) -> int:
-    """Fork twice into a session of our own. Returns, in the daemon, a pipe's end to report readiness on."""
+def _detach(oom_score_adj: str) -> None:
+    """Fork twice into a session of our own. Returns in the daemon; what it writes to _READY is how its start went."""
     reader, writer = os.pipe()
     if os.fork():
         os.close(writer)
@@ -133,60 +92,71 @@ def _detach(oom_score_adj: str) -> int:
     null = os.open("/dev/null", os.O_RDWR)
     for standard in range(3):
         os.dup2(null, standard)
-    low, high = writer, _MAX_FDS
-    os.closerange(3, low)
-    os.closerange(low + 1, high)
+    os.dup2(writer, _READY, inheritable=False)
+    os.closerange(3, _READY)
+    os.closerange(_READY + 1, _MAX_FDS)
     if oom_score_adj:
         try:
             with open("/proc/self/oom_score_adj", "w") as file:
                 file.write(oom_score_adj)
         except (OSError, ValueError):
             pass  # lowering it takes CAP_SYS_RESOURCE, and serving without is better than not serving
-    return writer
 
 
-def _settle(path: str) -> int:
-    """Listen in the socket's directory. Raises OSError, or Failure when another zygote serves there."""
-    folder, name = os.path.split(os.path.abspath(path))
+def _put(fd: int, number: int) -> None:
+    if fd != number:
+        os.dup2(fd, number, inheritable=False)
+        os.close(fd)
+
+
+def _enter(folder: str) -> None:
+    """Work in the socket's directory. Raises OSError and Failure."""
     os.chdir(folder)
     status = os.stat(".")
     # Only through it may others pass (0711), on the way to a container that has ids of its own.
     if status.st_uid != os.geteuid() or status.st_mode & 0o066:
         raise wire.Failure(wire.DENIED, f"{folder} is not a directory of mode 0700 of our own")
-    lock = os.open(f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+
+
+def _settle(name: str) -> None:
+    """Listen in the working directory. Raises OSError, or Failure when another zygote serves there."""
+    _put(os.open(f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), LOCK)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise wire.Failure(wire.EXISTS, f"another zygote serves {path}") from None
+        raise wire.Failure(wire.EXISTS, f"another zygote serves {name}") from None
     if os.path.lexists(name):
         os.unlink(name)
-    return wire.listen(name)
+    _put(wire.listen(name), LISTENER)
 
 
 def main(path: str, oom_score_adj: str = "") -> None:
     """Daemonize and serve; every forked child ends in here too."""
-    writer = _detach(oom_score_adj)
+    folder, name = os.path.split(os.path.abspath(path))
+    _detach(oom_score_adj)
     try:
-        libc.rename_process(b"wherry-zygote")
+        _enter(folder)
+        libc.forbid_dumps()
         libc.become_subreaper()
-        listener = _settle(path)
-        signals = libc.signal_descriptor()
+        _put(libc.signal_descriptor(), SIGNALS)
+        rehearsal.play()
+        libc.rename_process(b"wherry-zygote")
+        _settle(name)
     except (OSError, wire.Failure) as error:
-        os.write(writer, str(error).encode()[:4000])
+        os.write(_READY, str(error).encode()[:4000])
         os._exit(1)
-    rehearsal.play()
-    os.write(writer, b"ready")
-    os.close(writer)
+    zygote = os.getpid()
+    os.write(_READY, b"ready")
+    os.close(_READY)
     # What lives now lives for ever; frozen, no collection in a child will touch and so copy its pages.
     gc.collect()
     gc.freeze()
     status = 0
     try:
-        fd = _serve(listener, signals)
-        if fd < 0:
-            os.unlink(os.path.basename(path))
+        if _serve():
+            status = beginning.main(zygote)
         else:
-            _become(fd)
+            os.unlink(name)
     except SystemExit as stop:
         status = int(stop.code or 0)
     except BaseException as error:
