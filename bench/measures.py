@@ -273,10 +273,12 @@ def replicas(lab: Lab) -> None:
 def pulls(lab: Lab) -> None:
     """Pull and unpack, each time by services that were started for it on fresh directories."""
 
-    def one(name: str, row: str) -> Callable[[str], Mapping[str, float]]:
+    def one(name: str, row: str, *, warm: bool = False) -> Callable[[str], Mapping[str, float]]:
         def measure(side: str) -> Mapping[str, float]:
             image = lab.image(name)
             with lab.fresh(side) as node:
+                if warm:
+                    lab.with_image(node, "busybox")
                 settle()
                 cpu = node.cgroup.cpu_seconds()
                 wall = node.driver.call("pull", reference=image.reference)
@@ -288,7 +290,7 @@ def pulls(lab: Lab) -> None:
 
     large = lab.seldom(lab.runs, min(lab.runs, 1))
     for name in ("layers", "tiny"):
-        lab.alternate_sides([f"pull_{name}_wall"], lab.runs, one(name, f"pull_{name}"))
+        lab.alternate_sides([f"pull_{name}_wall"], lab.runs, one(name, f"pull_{name}", warm=True))
     for encoding in ("gzip", "zstd"):
         row = f"pull_{encoding}"
         lab.alternate_sides([f"{row}_wall", f"{row}_cpu"], large, one(f"many-{encoding}", row))

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 UNCOMPRESSED_LABEL = "containerd.io/uncompressed"
 # So many layers are extracted at once: the work is the disk's and one core's each.
 PARALLEL = 2
+# For the commits of the layers below; each takes some milliseconds.
+PATIENCE = 30.0
 
 
 def chain_ids(diff_ids: Sequence[str]) -> list[str]:
@@ -60,6 +62,8 @@ class Unpack:
         self._slots = asyncio.Semaphore(PARALLEL)
         self._chain = chain_ids(image.config.diff_ids)
         self._committed: list[asyncio.Future[None]] = []
+        # Its commit and those of all layers below are on their way: the service brings them into their order.
+        self._sent: list[asyncio.Future[None]] = []
 
     async def run(self) -> str:
         """Unpack what is missing; answers the topmost chain id ("" for an image without layers).
@@ -71,7 +75,8 @@ class Unpack:
         first = await self._first_missing()
         loop = asyncio.get_running_loop()
         self._committed = [loop.create_future() for _ in self._chain]
-        for done in self._committed[:first]:
+        self._sent = [loop.create_future() for _ in self._chain]
+        for done in (*self._committed[:first], *self._sent[:first]):
             done.set_result(None)
         async with asyncio.TaskGroup() as group:
             for index in range(first, len(self._chain)):
@@ -94,10 +99,13 @@ class Unpack:
     async def _layer(self, index: int, group: asyncio.TaskGroup) -> None:
         layer = self._image.manifest.layers[index]
         key = await self._extract_alone(index, layer) if index else ""
-        if index:
-            await asyncio.shield(self._committed[index - 1])
         if not key:
+            if index:
+                await asyncio.shield(self._committed[index - 1])
             key = await self._extract(index, layer, self._chain[index - 1] if index else "")
+        if index:
+            await asyncio.shield(self._sent[index - 1])
+        self._sent[index].set_result(None)
         await self._commit(index, key)
         self._committed[index].set_result(None)
         self._on_progress(Progress(layer.digest, "unpacked", "layer", layer.size, layer.size))
@@ -139,7 +147,7 @@ class Unpack:
         parent = self._chain[index - 1] if index else ""
         try:
             await self._client.snapshots.commit(
-                self._snapshotter, chain_id, key, parent=parent, labels={REF_LABEL: chain_id}
+                self._snapshotter, chain_id, key, parent=parent, labels={REF_LABEL: chain_id}, patience=PATIENCE
             )
         except AlreadyExists:  # somebody else unpacked the same layer meanwhile
             await self._discard(key)

@@ -69,8 +69,9 @@ class Table(Generic[M]):
         """The records after the key `after`, in order of their keys (by code points), that the filters match: a page
         for an answer, as it travels (`contract.Encoded`).
 
-        shown: what of an encoded record the answer has, all unless given. At most `limit` (clamped to 1..1000) of them and about 448 KiB. Other requests run every few milliseconds, so
-        what is written meanwhile may or may not be seen.
+        shown: what of an encoded record the answer has, all unless given. At most `limit` (clamped to 1..1000) of them
+        and about 448 KiB. Other requests run every few milliseconds, so what is written meanwhile may or may not be
+        seen.
         """
         matches = compile_filters(filters)
         limit = min(max(limit, 1), LIMIT_MAX)

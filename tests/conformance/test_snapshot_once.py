@@ -114,6 +114,26 @@ async def test_layers_apart_become_a_chain(shelf: Shelf) -> None:
         await api.remove(shelf.name, "one")
 
 
+async def test_commits_of_a_chain_come_in_any_order(shelf: Shelf) -> None:
+    if "rebase" not in shelf.capabilities:
+        return
+    api, labels = shelf.api, {REBASE_LABEL: "1"}
+    names = ["one", "two", "three"]
+    for name in names:
+        await api.prepare(shelf.name, f"{name}-key", labels=labels)
+    with pytest.raises(NotFound, match="one"):
+        await api.commit(shelf.name, "two", "two-key", "one", patience=0.05)
+    pairs = list(zip(names, ["", *names], strict=False))
+    waiting = [
+        asyncio.create_task(api.commit(shelf.name, name, f"{name}-key", parent, patience=30.0))
+        for name, parent in reversed(pairs[1:])
+    ]
+    await asyncio.sleep(0.05)
+    assert not any(task.done() for task in waiting)
+    await api.commit(shelf.name, "one", "one-key")
+    assert [info.parent for info in await asyncio.gather(*waiting)] == ["two", "one"]
+
+
 async def test_a_base_shows_no_whiteouts(shelf: Shelf) -> None:
     if "rebase" not in shelf.capabilities:
         return  # nothing in it writes whiteouts

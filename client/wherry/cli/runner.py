@@ -155,7 +155,7 @@ def _run(arguments: list[str]) -> int:
         traceback.print_exc()
         code = 1
     if code is not None and not isinstance(code, int):
-        print(code, file=sys.stderr)  # noqa: T201 - what `sys.exit("...")` does
+        print(code, file=sys.stderr)
         code = 1
     try:
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 
@@ -28,6 +29,7 @@ class SnapshotService(Snapshots):
         self._snapshotters = snapshotters
         self._leases = leases
         self._broken = broken or {}
+        self._letting_go: set[asyncio.Task[None]] = set()
 
     async def prepare(
         self, snapshotter: str, key: str, parent: str = "", labels: Mapping[str, str] | None = None
@@ -50,17 +52,18 @@ class SnapshotService(Snapshots):
         return self._chosen(snapshotter).mounts(context.namespace(), key)
 
     async def commit(
-        self, snapshotter: str, name: str, key: str, parent: str = "", labels: Mapping[str, str] | None = None
-    ) -> Info:
+        self, snapshotter: str, name: str, key: str, parent: str = "", labels: Mapping[str, str] | None = None,
+        patience: float = 0.0,
+    ) -> Info:  # fmt: skip
         chosen = self._chosen(snapshotter)
         await self._keep(snapshotter, name)
-        info = await chosen.commit(context.namespace(), name, key, parent, dict(labels or {}))
-        await self._keep_no_longer(snapshotter, key)
+        info = await chosen.commit(context.namespace(), name, key, parent, dict(labels or {}), patience)
+        self._keep_no_longer(snapshotter, key)
         return info
 
     async def remove(self, snapshotter: str, key: str) -> None:
         await self._chosen(snapshotter).remove(context.namespace(), key)
-        await self._keep_no_longer(snapshotter, key)
+        self._keep_no_longer(snapshotter, key)
 
     async def stat(self, snapshotter: str, key: str) -> Info:
         return self._chosen(snapshotter).stat(context.namespace(), key)
@@ -97,14 +100,19 @@ class SnapshotService(Snapshots):
             with context.use(key=""):  # the request's own key names its own effect
                 await self._leases.add_resource(lease, _resource(snapshotter, key))
 
-    async def _keep_no_longer(self, snapshotter: str, key: str) -> None:
-        """Take a key that is no more off the lease; what fails here leaves a lease on nothing, which harms nobody."""
+    def _keep_no_longer(self, snapshotter: str, key: str) -> None:
+        """Take a key that is no more off the lease; nobody waits for it, for a lease on nothing harms nobody."""
         if lease := context.current().lease:
-            try:
-                with context.use(key=""):
-                    await self._leases.delete_resource(lease, _resource(snapshotter, key))
-            except WherryError as e:
-                log.info("lease %s keeps %s, which is no more: %s", lease, key, e)
+            task = asyncio.get_running_loop().create_task(self._let_go(lease, _resource(snapshotter, key)))
+            self._letting_go.add(task)
+            task.add_done_callback(self._letting_go.discard)
+
+    async def _let_go(self, lease: str, resource: Resource) -> None:
+        try:
+            with context.use(key=""):
+                await self._leases.delete_resource(lease, resource)
+        except WherryError as e:
+            log.info("lease %s keeps %s, which is no more: %s", lease, resource.id, e)
 
 
 def _resource(snapshotter: str, key: str) -> Resource:

@@ -47,6 +47,7 @@ Source = Database | Transaction
 
 log = logging.getLogger("wherry.snapshot")
 
+PATIENCE_MAX = 50.0  # below the endpoint's own bound
 _CHUNK = 64  # rows between two turns of the event loop
 
 
@@ -62,6 +63,7 @@ class Snapshotter:
         self._making: set[int] = set()
         self._committing: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
         self._sweeping = asyncio.Lock()
+        self._news = asyncio.Event()
 
     async def start(self, *, restored: bool = False) -> None:
         """Begin to remove what an earlier process left. FailedPrecondition: the database is older than the directories.
@@ -103,6 +105,8 @@ class Snapshotter:
     async def close(self) -> None:
         """End what is under way. A removal that is stopped goes on at the next start."""
         await self._syncer.close()
+        self._workers.closing = True
+        self._tell()
         await self._workers.close()
 
     # ---- making
@@ -181,11 +185,30 @@ class Snapshotter:
 
     # ---- committing
 
-    async def commit(self, namespace: str, name: str, key: str, parent: str, labels: dict[str, str]) -> Info:
+    async def commit(
+        self, namespace: str, name: str, key: str, parent: str, labels: dict[str, str], patience: float
+    ) -> Info:
         """Turn an active snapshot into a committed one."""
         raise_if_replayed(self._rows.database)
-        work = self._commit(self._place(namespace), name, key, parent, stored_labels(labels))
-        return await asyncio.shield(self._workers.spawn(work))
+        place = self._place(namespace)
+        if parent and patience > 0:
+            await self._await_parent(place, parent, min(patience, PATIENCE_MAX))
+        return await asyncio.shield(self._workers.spawn(self._commit(place, name, key, parent, stored_labels(labels))))
+
+    async def _await_parent(self, place: Place, parent: str, patience: float) -> None:
+        """Return when the parent is committed, or when it is not for so long: then the commit says what is wrong."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while not self._workers.closing:
+                    there = self._rows.find(self._rows.database, place, parent)
+                    if there is not None and there.kind == "committed":
+                        return
+                    await self._news.wait()
+
+    def _tell(self) -> None:
+        """Wake those who wait for a commit."""
+        news, self._news = self._news, asyncio.Event()
+        news.set()
 
     async def _commit(self, place: Place, name: str, key: str, parent: str, labels: dict[str, str]) -> Info:
         number = self._committable(self._rows.database, place, name, key, parent)[0].number
@@ -201,6 +224,7 @@ class Snapshotter:
             except BaseException:
                 await self._unseal(row)
                 raise
+        self._tell()
         self._syncer.after()
         self._workers.spawn(self._settle(number))
         return info

@@ -32,11 +32,11 @@ class Workers:
         # Removal has a thread of its own: however much there is to remove, nobody waits behind it.
         self._reaper = ThreadPoolExecutor(1, f"snapshot-{name}-reaper")
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._closing = False
+        self.closing = False
 
     async def close(self) -> None:
         """End what is under way. A removal that is stopped goes on at the next start."""
-        self._closing = True
+        self.closing = True
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._threads.shutdown)
@@ -66,12 +66,12 @@ class Workers:
         try:
             await asyncio.get_running_loop().run_in_executor(self._reaper, remove, *args)
         except (OSError, WherryError) as e:
-            if not self._closing:
+            if not self.closing:
                 log.warning("%s: %s is left for the next cleanup: %s", self._root, args[0], e)
 
     def check_closing(self) -> None:
         """The check of what nobody waits for."""
-        if self._closing:
+        if self.closing:
             raise Unavailable("the service is stopping")
 
     def check_deadline(self) -> Check:

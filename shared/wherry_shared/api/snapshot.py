@@ -68,10 +68,13 @@ class Snapshots(Contract, Protocol, service="snapshot", version="1.0.0", events=
         ...
 
     @endpoint(AlreadyExists, NotFound, FailedPrecondition, ResourceExhausted, mutates=True, timeout=60.0)
-    async def commit(self, snapshotter: str, name: Name, key: Name, parent: str = "", labels: Labels = {}) -> Info:
+    async def commit(
+        self, snapshotter: str, name: Name, key: Name, parent: str = "", labels: Labels = {}, patience: float = 0.0
+    ) -> Info:
         """Turn the active snapshot `key` into the committed `name`; `key` is gone. Labels are those of this call.
 
-        parent: put a parentless active snapshot onto this parent, where the snapshotter can `rebase`.
+        parent: put a parentless active snapshot onto this parent, where the snapshotter can `rebase`. patience: wait
+        so many seconds, 50 at most, for that parent to be committed.
         """
         ...
 
