@@ -1,7 +1,7 @@
 """Starts containers again that end against their restart policy (wherry.restarts).
 
 It knows nothing but what the services say, so it can be killed at any time: it looks at every container when it
-starts, and then at each whose init has ended, by the durable stream of events.
+starts, and then at each whose init has ended.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from datetime import timedelta
+from collections.abc import AsyncIterable
 from pathlib import Path
 
+from wherry_shared.api.events import Envelope
 from wherry_shared.errors import NotFound, WherryError
-from wherry_shared.values import now
 
 import wherry
 from wherry.paging import walk
@@ -24,9 +24,6 @@ log = logging.getLogger("wherry.keeper")
 
 # Docker's: twice as long each time, and from the start again after a life that was long enough.
 PAUSE_FIRST, PAUSE_MAX, STEADY_SECONDS = 0.1, 60.0, 10.0
-_FILTERS = ['topic=="/tasks/exit"']
-# Events may reach the stream this much later than they are stamped.
-_OVERLAP = timedelta(seconds=10)
 
 Key = tuple[str, str]
 
@@ -42,11 +39,20 @@ def serve(state: Path, log_level: str, *, boot: bool) -> None:
 async def _serve(state: Path, *, boot: bool) -> None:
     while True:
         try:
-            async with wherry.connect(state=str(state)) as client:
-                await Keeper(client).run(boot=boot)
-        except WherryError as e:
-            log.info("the node does not answer: %s", e)
-        boot = False
+            async with (
+                wherry.connect(state=str(state)) as client,
+                # Before the look: what ends while the others are looked at is heard of.
+                await client.bus.subscribe(node=client.bus.node, topic="/tasks/exit") as ends,
+            ):
+                keeper = Keeper(client)
+                try:
+                    await keeper.look(boot=boot)
+                    boot = False
+                    await keeper.follow(ends)
+                finally:
+                    keeper.stop()
+        except WherryError as e:  # an end may have been missed
+            log.info("everything is looked at again: %s", e)
         await asyncio.sleep(1.0)
 
 
@@ -60,20 +66,23 @@ class Keeper:
         self._works: dict[Key, asyncio.Task[None]] = {}
         self._again: set[Key] = set()
 
-    async def run(self, *, boot: bool) -> None:
-        """Until the bus is lost for good, or a service's answer is no answer."""
-        since = now() - _OVERLAP
-        try:
-            for namespace in await walk(self._client.namespaces.walk):
-                for record in await walk(self._client.within(namespace.name).containers.walk, spec=False):
-                    if policy_of(record.labels) is not None:
-                        self._consider((namespace.name, record.id), boot=boot)
-            async for event in self._client.watch(since=since, filters=_FILTERS, all_namespaces=True):
-                if event.event.get("id") == event.event.get("container_id"):
-                    self._consider((event.namespace, str(event.event["container_id"])))
-        finally:
-            for work in self._works.values():
-                work.cancel()
+    async def look(self, *, boot: bool) -> None:
+        """Consider every container that has a policy."""
+        for namespace in await walk(self._client.namespaces.walk):
+            for record in await walk(self._client.within(namespace.name).containers.walk, spec=False):
+                if policy_of(record.labels) is not None:
+                    self._consider((namespace.name, record.id), boot=boot)
+
+    async def follow(self, ends: AsyncIterable[Envelope]) -> None:
+        """Consider each that ends. Unavailable, ResourceExhausted: some may have been missed."""
+        async for end in ends:
+            if end.event.get("id") == end.event.get("container_id"):
+                self._consider((end.namespace, str(end.event["container_id"])))
+
+    def stop(self) -> None:
+        self._again.clear()
+        for work in self._works.values():
+            work.cancel()
 
     def _consider(self, key: Key, *, boot: bool = False) -> None:
         if key in self._works:

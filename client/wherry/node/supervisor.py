@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import gc
 import importlib
 import json
 import os
@@ -25,11 +24,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from wherry_shared import api
-from wherry_shared.bus import credentials, load_connection
+from wherry_shared.bus import credentials
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
 from wherry_shared.runtime import NODE_FILE
 
+from .preload import preload
 from .server import NatsServer, find_binary, free_port
 
 BACKOFF_FIRST, BACKOFF_MAX, STEADY_SECONDS = 0.1, 5.0, 10.0
@@ -86,6 +85,7 @@ class Supervisor:
         self._wake_read, self._wake_write = -1, -1
         self._stopping = 0
         self._probe = 0
+        self._held: list[bytes] = []
         self._url = ""
 
     def run(self) -> int:
@@ -95,7 +95,7 @@ class Supervisor:
         self._watch_signals()
         try:
             self._start_nats()
-            self._preload(services)
+            self._held = preload(entry.partition(":")[0] for entry in services.values())
             for name, entry in services.items():
                 for number in range(self._plan.scale.get(name, 1)):
                     self._add(name, number, entry)
@@ -196,17 +196,6 @@ class Supervisor:
         temporary = plan.state / f"{NODE_FILE}.new"
         temporary.write_text(json.dumps(known))
         os.replace(temporary, plan.state / NODE_FILE)
-
-    def _preload(self, services: dict[str, str]) -> None:
-        """Load once what every service needs; freeze it, so that no collection copies its pages."""
-        for module in ("uvloop", "wherry_shared.runtime", "wherry_shared.sqlite"):
-            importlib.import_module(module)
-        load_connection()
-        for entry in services.values():
-            importlib.import_module(entry.partition(":")[0])
-        api.build()
-        gc.collect()
-        gc.freeze()
 
     # ---- children
 
