@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import fcntl
+import functools
 import gc
 import json
 import logging
@@ -42,6 +43,7 @@ log = logging.getLogger("wherry.runtime")
 
 NODE_FILE = "node.json"
 DRAIN_SECONDS = 10.0
+_FLAGS = ("node", "root", "state", "nats", "creds", "instance", "log_level")
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
@@ -90,29 +92,49 @@ class Settings:
     @classmethod
     def parse(cls, service: str, arguments: Sequence[str] | None = None) -> Settings:
         """From a command line and the environment; exits with a usage message on nonsense."""
-        env = os.environ.get
-        parser = argparse.ArgumentParser(prog=f"wherry-{service}", description=f"Wherry's {service} service.")
-        parser.add_argument("--node", default=env("WHERRY_NODE", default_node()))
-        parser.add_argument("--root", type=Path, default=Path(env("WHERRY_ROOT", "/var/lib/wherry")))
-        parser.add_argument("--state", type=Path, default=Path(env("WHERRY_STATE", "/run/wherry")))
-        parser.add_argument("--nats", default=env("WHERRY_NATS", ""))
-        parser.add_argument("--creds", type=Path, default=Path(env("WHERRY_CREDS", "")))
-        parser.add_argument("--instance", default=env("WHERRY_INSTANCE", ""))
-        parser.add_argument("--log-level", default=env("WHERRY_LOG_LEVEL", "INFO"))
-        parser.add_argument(
-            "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of this service (its README)"
-        )
-        a = parser.parse_args(arguments)
-        node = check_identifier(a.node, "node")
-        if a.instance and (not a.instance.isalnum() or not a.instance.isascii() or len(a.instance) > 64):
-            raise InvalidArgument(f"instance {a.instance!r} stands in subjects: 1 to 64 letters and digits do")
+        given, more = _plain(arguments) or _parsed(service, arguments)
+
+        def chosen(flag: str, default: str) -> str:
+            return given[flag] if flag in given else os.environ.get(f"WHERRY_{flag.upper()}", default)
+
+        node = check_identifier(chosen("node", "") or default_node(), "node")
+        state, creds, instance = Path(chosen("state", "/run/wherry")), chosen("creds", ""), chosen("instance", "")
+        if instance and (not instance.isalnum() or not instance.isascii() or len(instance) > 64):
+            raise InvalidArgument(f"instance {instance!r} stands in subjects: 1 to 64 letters and digits do")
         prefix = f"WHERRY_{service.upper()}_"
         options = {k.removeprefix(prefix).lower(): v for k, v in os.environ.items() if k.startswith(prefix)}
-        options |= dict(item.partition("=")[::2] for item in a.set)
+        options |= dict(item.partition("=")[::2] for item in more)
         return cls(
-            service, node, a.root.absolute(), a.state.absolute(), a.nats or _nats_of(a.state),
-            (a.creds if a.creds != Path() else a.state / "creds").absolute(), a.instance, a.log_level.upper(), options,
+            service, node, Path(chosen("root", "/var/lib/wherry")).absolute(), state.absolute(),
+            chosen("nats", "") or _nats_of(state), (Path(creds) if creds else state / "creds").absolute(), instance,
+            chosen("log_level", "INFO").upper(), options,
         )  # fmt: skip
+
+
+def _plain(arguments: Sequence[str] | None) -> tuple[dict[str, str], list[str]] | None:
+    """Whole flags with their values, as a supervisor gives them: without argparse, whose use costs each service 1 MiB
+    of its own. None for whatever else."""
+    if arguments is None or len(arguments) % 2:
+        return None
+    given: dict[str, str] = {}
+    for flag, value in zip(arguments[::2], arguments[1::2], strict=True):
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in _FLAGS or value.startswith("-"):
+            return None
+        given[name] = value
+    return given, []
+
+
+def _parsed(service: str, arguments: Sequence[str] | None) -> tuple[dict[str, str], list[str]]:
+    parser = argparse.ArgumentParser(prog=f"wherry-{service}", description=f"Wherry's {service} service.")
+    for name in _FLAGS:
+        parser.add_argument(f"--{name.replace('_', '-')}")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of this service (its README)"
+    )
+    given = vars(parser.parse_args(arguments))
+    more = given.pop("set")
+    return {name: value for name, value in given.items() if value is not None}, more
 
 
 def _nats_of(state: Path) -> str:
@@ -267,6 +289,7 @@ def host_platform() -> dict[str, str]:
     return {"os": sys.platform, "architecture": _ARCHITECTURES.get(machine, machine)}
 
 
+@functools.cache
 def package_version(distribution: str) -> str:
     """The installed version of one of our distributions; "0" when run without being installed."""
     with suppress(PackageNotFoundError):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from contentd import Replica
+from wherry_diff import pool
 from wherry_diff.limits import Limits
 from wherry_diff.pool import Pool
 from wherry_diff.processors import Processor
@@ -149,6 +150,18 @@ async def test_a_killed_worker_costs_one_call(house: House, tmp_path: Path) -> N
         await house.diff.apply(big, bind(tmp_path / "first"))
     await house.diff.apply(big, bind(tmp_path / "second"))
     assert len(list((tmp_path / "second").iterdir())) == 900
+
+
+async def test_workers_without_work_go_and_come_again(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "IDLE_SECONDS", 0.0)
+    layer = await house.blob(gzip.compress(layer_of({"a": b"x"})))
+    for each in ("first", "second"):
+        assert (await house.diff.apply(layer, bind(tmp_path / each))).size > 0
+        async with asyncio.timeout(20):
+            while workers():
+                await asyncio.sleep(0.01)
 
 
 def workers() -> list[int]:

@@ -27,6 +27,7 @@ from wherry_lease.leases import Registry
 from wherry_lease.service import LeaseService
 from wherry_shared.api import contracts, second_contracts
 from wherry_shared.api.gc import Collections
+from wherry_shared.api.container import Containers
 from wherry_shared.api.introspection import Introspection
 from wherry_shared.api.lease import Leases
 from wherry_shared.bus import Bus
@@ -220,7 +221,7 @@ async def test_plugins_are_told_once_and_in_order(introspection: Introspection) 
     broken, overlay, service = found[:3]
     assert broken.init_error == "no btrfs"
     assert overlay.model_dump(exclude_defaults=True) == OVERLAY
-    assert service.exports == {"version": "1.0.0"}
+    assert service.exports == {"version": Containers.version}
     assert service.init_error == ""
     requires = {p.id: p.requires for p in found}
     assert requires["snapshot"] == ["io.wherry.service.v1.lease"]

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
 
@@ -298,6 +298,9 @@ MEMBER = st.one_of(
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example([entry(b"a", LINK, link=b"b"), entry(b".wh..wh..opq")])
+@example([entry(b"b", LINK, link=b"c/a/b"), entry(b".wh..wh..opq")])
+@example([entry(b"b", LINK, link=b"c/a/b"), entry(b"c/a/b", FILE, b"own"), entry(b".wh..wh..opq")])
 @given(st.lists(MEMBER, min_size=1, max_size=8))
 def test_an_overlay_shows_what_the_tree_itself_would_be(
     tmp_path_factory: pytest.TempPathFactory, members: list[bytes]

@@ -193,11 +193,12 @@ def test_a_tenant_from_afar(afar: Afar, busybox_ref: str) -> None:
     afar.run("run", "-dit", "--rm", "--name", "c", busybox_ref, "sh")
     assert afar.run("exec", "-i", "c", "tr", "a-z", "A-Z", input=b"text").stdout == b"TEXT"
     following = afar.popen("logs", "-f", "c")
+    assert following.stdout is not None and following.stdout.read(1)  # the prompt: it follows
     with afar.terminal("attach", "c") as shell:
         assert b"42" in _asked(shell, b"echo $((6*7))\n")
         shell.type(b"exit 6\n")
         assert shell.wait() == 6
-    assert following.stdout is not None and b"42" in following.stdout.read() and following.wait(30) == 0
+    assert b"42" in following.stdout.read() and following.wait(30) == 0
     afar.environment = admin
     eventually(lambda: not _left(afar), f"{_left(afar)} stay")
 

@@ -9,22 +9,29 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from wherry_shared import api
 from wherry_shared.bus import load_connection
+from wherry_shared.runtime import package_version
 
 # CPython's small objects come in classes of 16 bytes up to 512, out of pools of 16 KiB (Objects/obmalloc.c).
 _CLASS, _LARGEST, _POOL, _POOL_HEADER = 16, 512, 1 << 14, 48
 _BYTES_OVERHEAD = 33
+_TRIES = 1 << 14  # of each class: another allocator than CPython's has no pools
 
 
-def preload(modules: Iterable[str]) -> list[bytes]:
-    """Load what every service needs, and keep collections from copying its pages. To be held as long as forks come."""
-    for module in ("uvloop", "wherry_shared.runtime", "wherry_shared.sqlite", *modules):
+def preload(services: Mapping[str, str]) -> list[bytes]:
+    """Load what every service (`name -> module:function`) needs, and keep collections from copying its pages.
+
+    What it returns is to be held as long as there are forks to come.
+    """
+    for module in ("uvloop", "wherry_shared.sqlite", *(entry.partition(":")[0] for entry in services.values())):
         importlib.import_module(module)
+    for name in services:
+        package_version(f"wherry-{name}")
     load_connection()
     api.build()
     rehearse()
@@ -34,9 +41,8 @@ def preload(modules: Iterable[str]) -> list[bytes]:
 
 
 def rehearse() -> None:
-    """Settings, a loop and a database as a service has them: the interpreter adapts code where it has run."""
+    """A loop and a database as a service has them: the interpreter adapts code where it has run."""
     import uvloop
-    from wherry_shared.runtime import Settings
     from wherry_shared.sqlite import Database
 
     async def _database(path: Path) -> None:
@@ -44,7 +50,6 @@ def rehearse() -> None:
         await database.write(lambda tx: tx.execute("DELETE FROM outbox").close())
         await database.close()
 
-    Settings.parse("rehearsal", [])
     with TemporaryDirectory(prefix="wherry-") as scratch:
         uvloop.run(_database(Path(scratch, "metadata.db")))
     asyncio.set_event_loop(None)
@@ -55,10 +60,12 @@ def fill() -> list[bytes]:
     held: list[bytes] = []
     for size in range(3 * _CLASS, _LARGEST + 1, _CLASS):
         in_a_row, needed, last = 0, (_POOL - _POOL_HEADER) // size - 2, 0
-        while in_a_row < needed:  # a fresh pool gives its blocks out one after the other
+        for _ in range(_TRIES):
+            if in_a_row == needed:
+                break  # a fresh pool gives its blocks out one after the other
             block = bytes(size - _BYTES_OVERHEAD)
             held.append(block)
             in_a_row = in_a_row + 1 if id(block) == last + size else 0
             last = id(block)
-        del held[-needed:]
+        del held[-in_a_row:]
     return held

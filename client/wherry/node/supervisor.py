@@ -95,7 +95,7 @@ class Supervisor:
         self._watch_signals()
         try:
             self._start_nats()
-            self._held = preload(entry.partition(":")[0] for entry in services.values())
+            self._held = preload(services)
             for name, entry in services.items():
                 for number in range(self._plan.scale.get(name, 1)):
                     self._add(name, number, entry)

@@ -129,6 +129,8 @@ class Extractor:
             self._makers[entry.kind](entry, name, base, fd)
             if tree.seen is not None:
                 tree.seen.add(name)
+            else:
+                tree.lent.discard(name)
 
     def _whiteout(self, entry: Entry, name: bytes, base: bytes, fd: int) -> None:
         directory = name.rpartition(b"/")[0]
@@ -252,6 +254,7 @@ class Extractor:
         if info is None:
             removed = tree.is_taken(fd, missing[0] if missing else last)
             self._copy_up(entry, target, removed=removed)
+            tree.lent.add(target)
         elif stat.S_ISDIR(info.st_mode):
             raise InvalidArgument(f"the hard link {show(name)} leads to the directory {show(link)}")
         return target

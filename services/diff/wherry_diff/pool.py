@@ -26,8 +26,9 @@ T = TypeVar("T")
 
 _PR_SET_NAME, _PR_SET_PDEATHSIG = 15, 1
 _PIPE_BYTES = 1 << 20
-# So long workers wait for more to do. Forking them again takes some 15 ms, less than a percent of a pause like this.
-IDLE_SECONDS = 2.0
+# So long workers wait for more to do; after the node's start longer, for nothing has been done yet. Forking them again
+# takes some 15 ms, idle ones take 15 MiB.
+IDLE_SECONDS, FRESH_SECONDS = 10.0, 60.0
 
 
 class Pool:
@@ -51,8 +52,9 @@ class Pool:
         return ProcessPoolExecutor(self._workers, mp_context=context, initializer=_settle, initargs=arguments)
 
     async def start(self) -> None:
-        """Fork the workers now: somebody pulls soon after a node was started, or after a while nobody does."""
+        """Fork the workers now, while the process is small and quiet."""
         await self._run(os.getpid)
+        self._rest_after(FRESH_SECONDS)
 
     async def apply(self, job: Application) -> Applied:
         """Extract a layer. Raises what `apply.run` does, Unavailable when its worker died."""
@@ -101,9 +103,7 @@ class Pool:
 
     async def _run(self, function: Callable[..., T | _Failed], *arguments: object) -> T:
         loop = asyncio.get_running_loop()
-        if self._ending is not None:
-            self._ending.cancel()
-            self._ending = None
+        self._rest_after(None)
         executor = self._executor = self._executor or self._make()
         self._calls += 1
         try:
@@ -115,10 +115,17 @@ class Pool:
         finally:
             self._calls -= 1
             if not self._calls:
-                self._ending = loop.call_later(IDLE_SECONDS, self._rest)
+                self._rest_after(IDLE_SECONDS)
         if isinstance(answer, _Failed):
             raise from_code(answer.code, answer.message)
         return answer
+
+    def _rest_after(self, seconds: float | None) -> None:
+        """End the workers then, unless something is asked of them before; None: not for the time being."""
+        if self._ending is not None:
+            self._ending.cancel()
+        loop = asyncio.get_running_loop()
+        self._ending = None if seconds is None else loop.call_later(seconds, self._rest)
 
     def _rest(self) -> None:
         executor, self._executor = self._executor, None

@@ -54,6 +54,8 @@ class Tree:
         self.times: dict[bytes, tuple[int, int]] = {}
         # What this layer brought or passed through, for an opaque marker that comes late; an overlay needs no record.
         self.seen: set[bytes] | None = None if overlay else set()
+        # Files of the parents' that stand in an overlay's upper because a hard link leads there: they go with it, too.
+        self.lent: set[bytes] = set()
         self._opaque: set[bytes] = set()
         # The directory asked about last, and whether parents show in it: whiteouts of one directory come together.
         self._merged: tuple[bytes, bool] = b"", True
@@ -244,8 +246,7 @@ class Tree:
             os.unlink(base, dir_fd=fd)
         except IsADirectoryError:
             self._remove_directory(fd, path, base)
-        if self.seen is not None:
-            self.seen.discard(path)
+        self._lose(path)
 
     def _remove_directory(self, parent: int, path: bytes, base: bytes) -> None:
         """Depth first, without recursion and with one descriptor, however deep the tree is.
@@ -281,13 +282,16 @@ class Tree:
                 os.unlink(name, dir_fd=fd)
             except IsADirectoryError:
                 yield name
-            if self.seen is not None:
-                self.seen.discard(join(prefix, name))
+            self._lose(join(prefix, name))
 
     def _forget(self, path: bytes) -> None:
         self._shut(path)
         self.times.pop(path, None)
         self._opaque.discard(path)
+        self._lose(path)
+
+    def _lose(self, path: bytes) -> None:
+        self.lent.discard(path)
         if self.seen is not None:
             self.seen.discard(path)
 
@@ -339,7 +343,7 @@ class Tree:
 
     def _prune(self, path: bytes) -> None:
         """Remove below `path` what this layer did not bring; of an overlay, whose upper directory has nothing else,
-        the whiteouts. Directories that were pruned before are not looked into again."""
+        the whiteouts and what is lent. Directories that were pruned before are not looked into again."""
         todo = [path]
         while todo:
             path, fd = self.enter(todo.pop())
@@ -347,7 +351,7 @@ class Tree:
                 base = os.fsencode(entry)
                 child = join(path, base)
                 info = os.stat(base, dir_fd=fd, follow_symlinks=False)
-                if is_whiteout(info) if self.seen is None else child not in self.seen:
+                if (is_whiteout(info) or child in self.lent) if self.seen is None else child not in self.seen:
                     self.remove(fd, child, base)
                 elif child not in self._opaque and stat.S_ISDIR(info.st_mode):
                     todo.append(child)

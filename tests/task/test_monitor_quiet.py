@@ -1,0 +1,110 @@
+"""A monitor that was launched holds still, small, until something happens to its container; then it knows all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))  # for monitor_rig.py
+
+from monitor_rig import RUNTIMES, Client, Refused, Rig, alive, eventually, kill, monitor_of
+from wherry_task.monitor import runtime as oci
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not RUNTIMES, reason="takes root and an OCI runtime")
+PRIVATE_KIB = 600
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    rig = Rig(tmp_path_factory.mktemp("quiet"))
+    yield rig
+    rig.close()
+    assert rig.leftovers() == []
+
+
+@pytest.fixture(params=RUNTIMES)
+def runtime(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def launch(rig: Rig, runtime: str, args: list[str], **stdio: Any) -> tuple[Client, Path, int]:
+    """A created container, as the service makes one, and its init."""
+    container = f"c{uuid.uuid4().hex[:8]}"
+    path = rig.bundle(container, rig.spec(container, args))
+    client = rig.zygote()
+    made = client.call("launch", **rig.about(path, runtime), mounts=rig.mounts(), **stdio)
+    return client, path, int(made["pid"])
+
+
+def release(rig: Rig, runtime: str, path: Path, pid: int) -> None:
+    """As the service starts a container: without a word to its monitor."""
+    assert oci.release(runtime, str(rig.base / "runtimes" / Path(runtime).name / path.name), pid)
+
+
+def private_kib(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def test_it_is_small_and_then_does_everything(rig: Rig, runtime: str) -> None:
+    client, path, pid = launch(rig, runtime, ["sleep", "60"], stdout=str(rig.fifo()), stdin=str(rig.fifo()))
+    release(rig, runtime, path, pid)
+    about = json.loads((path / "monitor.json").read_text())  # a question would wake it
+    assert private_kib(about["monitor"]["pid"]) < PRIVATE_KIB
+    other = Client(path)  # nobody has told the monitor that the container runs
+    told = other.call("state")
+    assert (told["state"], told["pid"]) == ("running", pid)
+    with pytest.raises(Refused, match="cannot start a running"):
+        other.call("start")
+    for op, state in (("pause", "paused"), ("resume", "running")):
+        client.call(op)
+        assert other.call("state")["state"] == state
+    rig.exec(other, path, "e", ["sh", "-c", "exit 4"])
+    assert client.notice()["exit_status"] == 4
+    rig.finish(client)
+
+
+def test_an_init_killed_behind_its_back_is_told(rig: Rig, runtime: str) -> None:
+    client, path, pid = launch(rig, runtime, ["sleep", "60"])
+    os.kill(pid, signal.SIGKILL)
+    notice = client.notice()
+    assert (notice["pid"], notice["exit_status"]) == (pid, 137)
+    assert Client(path).call("state")["state"] == "stopped"
+    rig.finish(client)
+
+
+def test_its_client_goes_and_another_comes(rig: Rig, runtime: str) -> None:
+    client, path, pid = launch(rig, runtime, ["sleep", "60"])
+    release(rig, runtime, path, pid)
+    monitor = monitor_of(client)
+    client.close()
+    other = Client(path)
+    other.call("watch")
+    assert other.call("state")["state"] == "running"
+    kill(monitor, signal.SIGTERM)  # the machine goes down: it stays for the end
+    os.kill(pid, signal.SIGKILL)
+    assert other.notice()["exit_status"] == 137
+    eventually(lambda: not alive(monitor))
+    assert rig.zygote().call("cleanup", **rig.about(path, runtime))["exits"][0]["exit_status"] == 137
+
+
+def test_a_launch_that_fails_tells_why_and_leaves_nobody(rig: Rig, runtime: str) -> None:
+    with pytest.raises(Refused, match="no-such-program"):
+        launch(rig, runtime, ["/no-such-program"])
+    eventually(lambda: rig.zygote().call("ping")["children"] == [])
+    assert rig.leftovers() == []
+
+
+def test_one_forked_ahead_ends_with_its_connection(rig: Rig) -> None:
+    ahead = rig.zygote()
+    eventually(lambda: len(rig.zygote().call("ping")["children"]) == 1)
+    ahead.close()
+    eventually(lambda: rig.zygote().call("ping")["children"] == [])
