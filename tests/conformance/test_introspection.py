@@ -26,8 +26,8 @@ from wherry_lease import metadata as lease_metadata
 from wherry_lease.leases import Registry
 from wherry_lease.service import LeaseService
 from wherry_shared.api import contracts, second_contracts
-from wherry_shared.api.gc import Collections
 from wherry_shared.api.container import Containers
+from wherry_shared.api.gc import Collections
 from wherry_shared.api.introspection import Introspection
 from wherry_shared.api.lease import Leases
 from wherry_shared.bus import Bus
