@@ -4,7 +4,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 ARGS :=
 ROWS :=
 # Most tests wait more than they compute: three workers for two cores. Some tests alone run in one process.
-PARALLEL := $(if $(ARGS),,-n 3 --dist loadfile)
+PARALLEL := $(if $(ARGS),,-n 3 --dist loadfile --no-loadscope-reorder)
 SECONDS := 30
 
 .PHONY: demo test fuzz check lint types imports shape format bench clean installed

@@ -92,7 +92,12 @@ class LocalBackend:
     async def sweep(self, known: Callable[[str], bool]) -> int:
         count = 0
         for entry in os.scandir(self._ingests):
-            fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            if known(entry.name):
+                continue
+            try:
+                fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                continue  # its writer has ended
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not known(entry.name) and same_file(Path(entry.path), fd):

@@ -39,6 +39,7 @@ log = logging.getLogger("wherry.task.shim")
 PATIENCE, LONG_PATIENCE, LOOK_SECONDS, END_SECONDS, DYING_SECONDS = 10.0, 50.0, 2.0, 5.0, 1.0
 SIGKILL = 9
 RUNNING_STATES = (2, 4, 5)
+ORDER_SECONDS = 2.0  # in which the execs of an init that has ended are reaped
 ADDRESS_MAX = 107  # what a socket's address holds
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _SPEC = "types.containerd.io/opencontainers/runtime-spec/1"
@@ -206,6 +207,10 @@ class V2Shim:
             except WherryError as e:
                 log.error("waiting for %s of %s: %s", exec_id or "the init", self._bundle.path, e)
                 await asyncio.sleep(1.0)
+        if not exec_id:  # the execs' ends come first; one that outlives the init in a shared pid namespace does not
+            others = [task for name, task in self._waits.items() if name and not task.done()]
+            if others:
+                await asyncio.wait(others, timeout=ORDER_SECONDS)
         status, at = integer(answer, 1), nanoseconds(octets(answer, 2))
         killed = bool(not exec_id and self._oom_file and cgroups.oom_kills(self._oom_file))
         if self._on_notice is not None:
