@@ -39,6 +39,7 @@ T = TypeVar("T")
 WINDOW = 6
 """Chunks in flight: 3 MiB cover the delay of the bus."""
 PATIENCE = 30.0
+LEAVE_SECONDS = 2.0  # for the answer to a request that nobody wants any more
 """Seconds to try again when the service is away or another writer holds the ref, where the context has no deadline."""
 CARE_SECONDS = 15.0
 
@@ -240,9 +241,22 @@ class BlobWriter:
         return self._sink
 
     async def __aenter__(self) -> BlobWriter:
-        self._attach(await self._open(truncate=self._truncate))
+        opening = asyncio.ensure_future(self._open(truncate=self._truncate))
+        try:
+            opened = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            await self._leave_unopened(opening)
+            raise
+        self._attach(opened)
         self._care = asyncio.create_task(self._keep_held())
         return self
+
+    async def _leave_unopened(self, opening: asyncio.Future[Opened]) -> None:
+        """What was asked for is made, whoever waits for it: so it is let go of, and whoever aborts it finds it."""
+        with suppress(WherryError, TimeoutError):
+            async with asyncio.timeout(LEAVE_SECONDS):
+                self._attach(await opening)
+            await self.close()
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()

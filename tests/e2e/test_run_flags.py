@@ -156,8 +156,7 @@ def test_one_container_in_anothers_namespaces_also_after_a_restart(node: Node, n
     first = of_main()
     assert node.run("start", *ns, "-a", "side").stdout.split() == first
     node.run("restart", *ns, "-t", "0", "main")
-    again = of_main()
-    assert again != first
+    again = of_main()  # may be other namespaces of the same number
     assert node.run("start", *ns, "-a", "side").stdout.split() == again
     node.run("rm", *ns, "-f", "main")
     orphan = node.run("start", *ns, "-a", "side", check=False)

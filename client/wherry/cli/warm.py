@@ -18,18 +18,20 @@ else:
     import _signal
 
 SOCKET = "cli.sock"
-# `up` is the node itself; the others are done before they could be handed over, or ask on the terminal.
-_COLD = ("up", "version", "auth", "attach")
+# `up` is the node itself, and the others are done before they could be handed over.
+_COLD = ("up", "version", "auth")
+_ASKING = ("attach", "prune", "start")
 _ENDING = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGUSR1, _signal.SIGUSR2)
 _HELD_BACK = (*_ENDING, _signal.SIGWINCH, _signal.SIGTSTP)
 # Beyond it a command line is not worth the trouble.
 REQUEST_MAX = 1 << 20
+PATIENCE = 20.0
 FDS = 4  # stdin, stdout, stderr, the working directory
 
 
 def hand_over(arguments: list[str]) -> int | None:
     """The command's exit code; None when no node of this installation is there to run it: run it here."""
-    if not arguments or arguments[0] in _COLD or os.environ.get("WHERRY_WARM") == "0" or _reads_terminal(arguments):
+    if not _may(arguments) or os.environ.get("WHERRY_WARM") == "0":
         return None
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     # Until somebody can be told of them: one that came now would end or stop us alone.
@@ -37,7 +39,9 @@ def hand_over(arguments: list[str]) -> int | None:
     try:
         _connect(sock, os.environ.get("WHERRY_STATE", "/run/wherry"))
         _send(sock, request(arguments))
+        sock.settimeout(PATIENCE)  # its end then ends who might run it late
         said, ancillary, _, _ = sock.recvmsg(64, _socket.CMSG_LEN(4))
+        sock.settimeout(None)
     except OSError:
         said, ancillary = b"", []
     stand = _Stand(sock, int.from_bytes(ancillary[0][2], sys.byteorder)) if said == b"runs\n" and ancillary else None
@@ -69,13 +73,16 @@ def request(arguments: list[str]) -> bytes:
     return len(body).to_bytes(4, "big") + body
 
 
-def _reads_terminal(arguments: list[str]) -> bool:
-    """A process that reads the terminal belongs into its session, or job control could not hold it back."""
-    if not os.isatty(0):
+def _may(arguments: list[str]) -> bool:
+    """Whether the command need not be this process."""
+    if not arguments or arguments[0] in _COLD or arguments[0][:1] == "-":  # shell completion looks at its parent
         return False
-    return any(
-        word == "--interactive" or (word[:1] == "-" != word[1:2] and "i" in word) for word in arguments
-    ) or arguments[0] in ("prune", "start")
+    # A process that reads the terminal belongs into its session, or job control could not hold it back.
+    return not (os.isatty(0) and (arguments[0] in _ASKING or any(_interactive(word) for word in arguments)))
+
+
+def _interactive(word: str) -> bool:
+    return word == "--interactive" or (word[:1] == "-" != word[1:2] and "i" in word)
 
 
 def _send(sock: _socket.socket, data: bytes) -> None:

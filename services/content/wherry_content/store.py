@@ -39,6 +39,7 @@ T = TypeVar("T")
 Keep = Callable[[str], Awaitable[None]]
 
 IDLE_SECONDS = 60.0
+FRESH_TRIES = 3
 DEFAULT_ALGORITHM = "sha256"
 SIZE_MAX = 1 << 62
 REAPED = 256  # blobs removed in one transaction: a mutation waits for some of them at most
@@ -304,12 +305,19 @@ class Store:
             await keep(digest)  # before the second look, so it cannot go in between
             if await self.present(namespace, digest):
                 await self._metadata.refuse(AlreadyExists(f"blob {digest}: already exists"))
-        held = await self._backend.open(secrets.token_hex(32), f"blob {digest}")
+        held = await self._fresh(f"blob {digest}")
         try:
             await asyncio.gather(_fill(held, data), keep(digest))
             return await self._place(namespace, "", held, digest, len(data), labels)
         finally:
             await held.release(keep=False)
+
+    async def _fresh(self, what: str) -> Held:
+        """An ingest that nobody else can know of. A sweep may come upon it between its making and its locking."""
+        for _ in range(FRESH_TRIES):
+            with suppress(Unavailable):
+                return await self._backend.open(secrets.token_hex(32), what)
+        return await self._backend.open(secrets.token_hex(32), what)
 
     async def _place(
         self, namespace: str, ref: str, held: Held, digest: str, size: int, labels: dict[str, str], *,

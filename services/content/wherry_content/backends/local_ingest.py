@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
@@ -31,7 +30,6 @@ STEP = 32 << 20  # bytes hashed before somebody else's turn on the thread: 20 ms
 FOLLOW_SECONDS = 0.03
 FOLLOW_BYTES = 1 << 20
 SAVE_BYTES = 32 << 20  # bytes after which they are made durable: the disk writes while the next ones come
-SWEEP_SECONDS = 1.0  # a sweep holds what it takes away for less than a millisecond
 _OPEN = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -70,24 +68,16 @@ class LocalIngest:
     @classmethod
     def acquire(cls, what: str, path: Path, pool: Executor, target: Target) -> LocalIngest:
         """Make or find the ingest's directory and lock it. Unavailable: another opener has it."""
-        made = 0.0
         with os_errors(what):
             while True:
                 with suppress(FileExistsError):
                     os.mkdir(path, 0o700)
-                    made = made or time.monotonic()
                 try:
                     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 except FileNotFoundError:
                     continue
                 try:
                     data = _lock(what, path, directory)
-                except Unavailable:
-                    os.close(directory)
-                    if time.monotonic() > made + SWEEP_SECONDS:
-                        raise
-                    time.sleep(0.001)  # a sweep came upon what we have just made, and takes it away
-                    continue
                 except BaseException:
                     os.close(directory)
                     raise
