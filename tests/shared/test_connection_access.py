@@ -164,6 +164,7 @@ async def test_rights_taken_away_and_given_back(tmp_path: Path, connect: Connect
     both = USERS.format(service=service.public, tenant=tenant.public)
     with NatsServer(tmp_path, config=both) as server:
         client = await connect(server, seed=tenant.seed, inbox_prefix="_INBOX.tenant")
+        other = await connect(server, seed=service.seed)  # during a reload even known users are turned away
         seen: list[bytes] = []
         await client.subscribe("ev.mine.>", lambda message: seen.append(message.data))
         server.reload(USERS.format(service=service.public, tenant=make_key().public))
@@ -173,7 +174,6 @@ async def test_rights_taken_away_and_given_back(tmp_path: Path, connect: Connect
         with pytest.raises(Unavailable):
             await client.request("rpc.ok", b"", timeout=60)
         server.reload(both)
-        other = await connect(server, seed=service.seed)
         async with asyncio.timeout(30):
             while not seen:
                 other.publish("ev.mine.x", b"back")
