@@ -1,29 +1,55 @@
 """The relay of a service's outbox: what its transactions said happened, published until the stream has it.
 
 Events leave in the order of their transactions; one is removed only after the stream's ack, and carries its id as
-`Nats-Msg-Id`, so none is lost and none is stored twice.
+`Nats-Msg-Id`, so none is lost and none is stored twice. The stream's own files are synced once a second: so long, and
+some seconds more, what it has acknowledged is kept in `sent`, and goes again if the power was cut meanwhile
+(docs/decisions/0028).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-from datetime import datetime
+import time
+from collections import deque
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
-from .api.events import Envelope
-from .bus import Bus, events, subjects
-from .errors import WherryError
+from .api.events import Events
+from .bus import Bus, events, stream, subjects
+from .epoch import boot_id
+from .errors import OutOfRange, WherryError
 from .sqlite import Database, Transaction
+from .values import now
 
 log = logging.getLogger("wherry.outbox")
 
 BATCH = 128
-# From so many on one batch, synced once, is quicker than one after the other: it takes some 6 ms whatever its size.
-TOGETHER = 10
 PAUSE_FIRST, PAUSE_LAST = 0.05, 2.0
+# Ten times what nats-server is told (`sync_interval`): a disk may be slow.
+KEEP_SECONDS = 10.0
+# An event may be in the stream when its ack got lost; so long the stream knows it by its id, surely.
+KNOWN_SECONDS = stream.DUPLICATE_WINDOW_SECONDS / 2
+# The stream's times are the server's, an event's own is that of its transaction.
+_CLOCK = timedelta(seconds=60)
+_COLUMNS = "seq, id, namespace, topic, at, event"
+
+
+class Recent:
+    """Growing numbers of what the stream has acknowledged, and which of them are surely on its disk."""
+
+    def __init__(self) -> None:
+        self._noted: deque[tuple[float, int]] = deque()
+
+    def note(self, number: int) -> int:
+        """All up to `number` are acknowledged now. Answers up to where they are on its disk; 0 for none."""
+        at, synced = time.monotonic(), 0
+        self._noted.append((at, number))
+        while self._noted[0][0] < at - KEEP_SECONDS:
+            synced = self._noted.popleft()[1]
+        return synced
 
 
 class Outbox:
@@ -35,10 +61,15 @@ class Outbox:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._sent = 0
+        self._boot = boot_id()
+        self._recent = Recent()
+        self._unsure: int | None = None  # up to here, rows may have been sent before; None: look
+        self._flows = False  # whether the stream took all of the last batch, on this connection
 
     def start(self) -> None:
         """Begin with what an earlier process left."""
         self._database.on_events = self._wake.set
+        self._bus.transport.on_state.append(self._on_state)
         self._wake.set()
         self._task = asyncio.get_running_loop().create_task(self._relay())
 
@@ -49,10 +80,16 @@ class Outbox:
         self._task.cancel()
         await asyncio.wait([self._task])
         self._task = None
+        self._bus.transport.on_state.remove(self._on_state)
         with contextlib.suppress(WherryError, TimeoutError):
             async with asyncio.timeout(patience):
                 while await self._send_batch():
                     pass
+
+    def _on_state(self, connected: bool) -> None:
+        self._flows = False
+        if connected:
+            self._wake.set()
 
     async def _relay(self) -> None:
         pause = PAUSE_FIRST
@@ -72,38 +109,99 @@ class Outbox:
             self._wake.set()
 
     async def _send_batch(self) -> int:
-        """Publish the oldest events, forget those that the stream has. Raises when one was not taken."""
+        """Publish the oldest events, and put aside those that the stream has. Raises when one was not taken."""
+        if self._unsure is None:
+            self._unsure = await self._begin()
         rows = self._database.all(
-            "SELECT seq, id, namespace, topic, at, event FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?",
+            f"SELECT {_COLUMNS} FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?",  # noqa: S608 - our own words
             (self._sent, BATCH),
         )
-        if len(rows) >= TOGETHER and await events.publish_together(
-            self._bus.transport, [self._outgoing(row) for row in rows]
-        ):
-            await self._forget(rows[-1][0])
-            return len(rows)
-        taken = 0
-        try:
-            for row in rows:  # a second one never before the first, also when the stream begins to take them meanwhile
-                await events.publish(self._bus.transport, self._outgoing(row))
-                taken = row[0]
-        finally:
-            if taken:
-                await self._forget(taken)
+        if not rows:
+            return 0
+        await self._database.settle()
+        absent = await self._absent(rows) if rows[0][0] <= self._unsure else rows
+        self._unsure = max(self._unsure, rows[-1][0])
+        taken, error = await self._publish(absent)
+        # What the stream had already counts as taken, up to the first that it did not take.
+        upto = rows[-1][0] if taken == len(absent) else absent[taken][0] - 1
+        if upto >= rows[0][0]:
+            await self._put_aside(upto)
+        if error is not None:
+            raise error
         return len(rows)
+
+    async def _begin(self) -> int:
+        """Take back what a power cut may have taken from the stream. Answers up to where rows may be there already."""
+
+        def take_back(tx: Transaction) -> int:
+            lost = (self._boot,)
+            back = tx.one("SELECT max(seq) FROM sent WHERE boot != ?", lost)[0] or 0
+            tx.execute(f"INSERT OR IGNORE INTO outbox ({_COLUMNS}) SELECT {_COLUMNS} FROM sent WHERE boot != ?", lost)  # noqa: S608
+            tx.execute("DELETE FROM sent WHERE boot != ?", lost)
+            self._recent.note(tx.one("SELECT max(seq) FROM sent")[0] or 0)
+            # Of the rest, those of one batch: their acks may have got lost with the process before.
+            batch = tx.one(
+                "SELECT max(seq) FROM (SELECT seq FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?)", (back, BATCH)
+            )
+            return int(batch[0] or back)
+
+        return await self._database.write(take_back, frees=True)
+
+    async def _absent(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """Those of the rows that are not in the stream for sure, where it does not know them by their ids any more."""
+        oldest = min(datetime.fromisoformat(row[4]) for row in rows)
+        if now() - oldest < timedelta(seconds=KNOWN_SECONDS):
+            return rows
+        there = await self._stored_since(oldest - _CLOCK)
+        return [row for row in rows if row[1] not in there]
+
+    async def _stored_since(self, since: datetime) -> set[str]:
+        """The ids of the stream's events. Unavailable when the events service is."""
+        source, found, token = self._bus.proxy(Events), set[str](), ""
+        while True:
+            try:
+                window = await source.replay(since=None if token else since, token=token, limit=1000)
+            except OutOfRange:  # it goes away from its beginning while it is read
+                token = ""
+                continue
+            found.update(envelope.id for envelope in window.events)
+            token = window.token
+            if not window.more:
+                return found
+
+    async def _publish(self, rows: Sequence[Any]) -> tuple[int, WherryError | None]:
+        """How many of the rows, from the first, the stream took; and why not the next one.
+
+        All at once only where the stream took the last ones: else it might begin to take them in the middle.
+        """
+        taken, error = await self._hand_over(rows if self._flows else rows[:1])
+        if error is None and taken < len(rows):
+            more, error = await self._hand_over(rows[taken:])
+            taken += more
+        self._flows = error is None
+        return taken, error
+
+    async def _hand_over(self, rows: Sequence[Any]) -> tuple[int, WherryError | None]:
+        return await events.publish_all(self._bus.transport, [self._outgoing(row) for row in rows])
 
     def _outgoing(self, row: Any) -> events.Outgoing:
         _, event_id, namespace, topic, at, event = row
-        envelope = Envelope(
-            id=event_id, timestamp=datetime.fromisoformat(at), namespace=namespace, topic=topic, node=self._bus.node,
-            event=json.loads(event),
-        )  # fmt: skip
-        return events.Outgoing(subjects.event(self._bus.node, namespace, topic), events.encode(envelope), event_id)
+        node = self._bus.node
+        data = events.encode_parts(event_id, at, namespace, topic, node, event)
+        return events.Outgoing(subjects.event(node, namespace, topic), data, event_id)
 
-    async def _forget(self, upto: int) -> None:
+    async def _put_aside(self, upto: int) -> None:
+        """The stream has these: they are kept until its files surely have them, too."""
         self._sent = upto
+        synced = self._recent.note(upto)
 
-        def forget(tx: Transaction) -> None:
+        def move(tx: Transaction) -> None:
+            tx.execute(
+                f"INSERT OR REPLACE INTO sent ({_COLUMNS}, boot) SELECT {_COLUMNS}, ? FROM outbox WHERE seq <= ?",  # noqa: S608
+                (self._boot, upto),
+            )
             tx.execute("DELETE FROM outbox WHERE seq <= ?", (upto,))
+            tx.execute("DELETE FROM sent WHERE seq <= ?", (synced,))
 
-        await self._database.write(forget, frees=True)
+        # After a power cut they are in one of the two tables, and go again in either case.
+        await self._database.write(move, frees=True, durable=False)

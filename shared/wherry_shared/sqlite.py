@@ -11,6 +11,7 @@ import asyncio
 import contextvars
 import json
 import logging
+import os
 import queue
 import secrets
 import sqlite3
@@ -109,6 +110,9 @@ class Database:
         self._closed = False
         self._epochs = epoch.takes_part(writer.execute)
         self._sweeping = False
+        self._unsettled = (
+            True  # whether an event may be committed whose transaction was not synced, by a process before
+        )
         self._aside: sqlite3.Connection | None = None
         self._aside_lock = threading.Lock()
         self._ballast = Ballast(path)
@@ -140,20 +144,40 @@ class Database:
         except sqlite3.DatabaseError as e:
             raise translate(e, self.path) from None
 
-    async def write(self, function: Callable[[Transaction], T], *, frees: bool = False) -> T:
+    async def write(self, function: Callable[[Transaction], T], *, frees: bool = False, durable: bool = True) -> T:
         """Run `function` in a durable transaction and answer its result.
 
         frees: a removal, which may use the ballast when the disk is full. ResourceExhausted when it is full.
+        durable: False for what is void after a power cut; a process that is killed loses it in no case. Its events
+        leave the outbox when they are durable (`settle`).
         """
-        return await self._enqueue(function, frees=frees, remember=False)
+        return await self._enqueue(function, frees=frees, remember=False, durable=durable)
 
-    async def mutate(self, function: Callable[[Transaction], T], *, frees: bool = False) -> T:
+    async def mutate(self, function: Callable[[Transaction], T], *, frees: bool = False, durable: bool = True) -> T:
         """The write that is a request's whole effect: `function` returns what the endpoint answers.
 
         If the request in hand carries an idempotency key, the answer is kept under it in the same transaction; a key
-        that took effect before raises Replayed, which answers as it did then.
+        that took effect before raises Replayed, which answers as it did then. frees, durable: as in `write`.
         """
-        return await self._enqueue(function, frees=frees, remember=True)
+        return await self._enqueue(function, frees=frees, remember=True, durable=durable)
+
+    async def settle(self) -> None:
+        """Return when all that was committed before is durable, whatever `durable` it was written with."""
+        if self._unsettled:
+            await asyncio.to_thread(self._flush_log)
+
+    def _flush_log(self) -> None:
+        """Sync the log; what is no longer in it was synced when it went to its place (SQLite's checkpoint)."""
+        self._unsettled = False
+        try:
+            fd = os.open(f"{self.path}-wal", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+        except OSError as e:
+            self._unsettled = True
+            raise Internal(f"database {self.path}: its log cannot be synced: {e.strerror}") from None
 
     async def collect(self, function: Callable[[Transaction], T], *, durable: bool = True) -> T:
         """A write of the garbage collector's: no freeze holds it. durable: False for what is void after a reboot."""
@@ -308,11 +332,15 @@ class Database:
 
     def _transact(self, group: list[_Write]) -> int:
         if any(write.durable for write in group):
-            return self._transact_now(group)
+            events = self._transact_now(group)
+            self._unsettled = False  # one log: its sync is that of all before
+            return events
         # In the log's order with all others, but not waited for: a flush costs more than all the rest of a freeze.
         self._writer.execute("PRAGMA synchronous=NORMAL")
         try:
-            return self._transact_now(group)
+            events = self._transact_now(group)
+            self._unsettled = self._unsettled or events > 0
+            return events
         finally:
             self._writer.execute("PRAGMA synchronous=FULL")
 

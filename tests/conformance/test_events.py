@@ -6,10 +6,12 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from housebus import HouseBus
 from wherry_events.journal import EVENT_BYTES_MAX, Journal
+from wherry_events.kept import MIGRATIONS, Kept
 from wherry_events.service import EventsService
 from wherry_shared import context
 from wherry_shared.api.events import Envelope, Events, Replay
@@ -18,6 +20,7 @@ from wherry_shared.bus.credentials import stream_name
 from wherry_shared.bus.events import encode
 from wherry_shared.bus.transport import EventLog
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, OutOfRange, PermissionDenied, ResourceExhausted
+from wherry_shared.sqlite import Database
 
 TIME = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
 
@@ -30,14 +33,21 @@ async def log_of(bus: Bus) -> EventLog:
     return log
 
 
-async def service_on(bus: Bus) -> EventsService:
+async def service_on(bus: Bus, kept: Kept) -> EventsService:
     own = await bus.of("events") if isinstance(bus, HouseBus) else bus
-    return EventsService(Journal(await log_of(bus), own))
+    return EventsService(Journal(await log_of(bus), own, kept))
 
 
 @pytest.fixture
-async def house(bus: Bus) -> AsyncIterator[Bus]:
-    await bus.serve(await service_on(bus))
+async def kept(tmp_path: Path) -> AsyncIterator[Kept]:
+    database = await Database.open(tmp_path / "events.db", MIGRATIONS)
+    yield Kept(database)
+    await database.close()
+
+
+@pytest.fixture
+async def house(bus: Bus, kept: Kept) -> AsyncIterator[Bus]:
+    await bus.serve(await service_on(bus, kept))
     yield bus
 
 
@@ -133,12 +143,12 @@ async def test_the_same_id_is_one_event(house: Bus, events: Events) -> None:
     assert numbers(await events.replay()) == [1, 2, 3]
 
 
-async def test_the_same_key_is_one_event_over_restarts(house: Bus, events: Events) -> None:
+async def test_the_same_key_is_one_event_over_restarts(house: Bus, events: Events, kept: Kept) -> None:
     with context.use(key="k"):
         made = await events.publish("/a", {"n": 1})
         assert await events.publish("/a", {"n": 1}) == made
         await house.drain()
-        await house.serve(await service_on(house))
+        await house.serve(await service_on(house, kept))
         assert (await events.publish("/a", {"n": 1})).id == made.id
     assert (await events.replay()).events == [made]
 

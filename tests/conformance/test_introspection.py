@@ -224,8 +224,8 @@ async def test_plugins_are_told_once_and_in_order(introspection: Introspection) 
     assert service.exports == {"version": Containers.version}
     assert service.init_error == ""
     requires = {p.id: p.requires for p in found}
-    assert requires["snapshot"] == ["io.wherry.service.v1.lease"]
-    assert requires["container"] == []
+    assert requires["snapshot"] == ["io.wherry.service.v1.lease", "io.wherry.service.v1.events"]
+    assert requires["container"] == ["io.wherry.service.v1.events"]
 
 
 async def test_plugins_are_filtered(introspection: Introspection) -> None:

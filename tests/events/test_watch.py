@@ -12,10 +12,12 @@ from housebus import NODE, HouseServer
 from wherry import Client, Gap, Listed, Watch
 from wherry.client import Address
 from wherry_events.journal import Journal
+from wherry_events.kept import MIGRATIONS, Kept
 from wherry_events.service import EventsService
 from wherry_shared.bus import subjects
 from wherry_shared.bus.credentials import stream_name
 from wherry_shared.errors import InvalidArgument
+from wherry_shared.sqlite import Database
 
 
 @pytest.fixture
@@ -25,9 +27,11 @@ async def client(tmp_path: Path) -> AsyncIterator[Client]:
         own = await bus.of("events")
         log = own.transport.event_log(stream_name(NODE), f"{subjects.EV}.{NODE}.>")
         await log.ensure(max_age=3600, max_bytes=1 << 20)
-        await bus.serve(EventsService(Journal(log, own)))
+        database = await Database.open(tmp_path / "events.db", MIGRATIONS)
+        await bus.serve(EventsService(Journal(log, own, Kept(database))))
         async with Client(bus, "default", Address(server.nats.url, NODE, server.creds, tmp_path)) as made:
             yield made
+        await database.close()
 
 
 async def publish(client: Client, *numbers: int, topic: str = "/test/made", padding: int = 0) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +18,14 @@ from typing import Any
 
 import pytest
 from housebus import HouseServer
+from wherry_events.journal import Journal
+from wherry_events.kept import MIGRATIONS, Kept
+from wherry_events.service import EventsService
+from wherry_shared import outbox as outbox_module
 from wherry_shared.api.events import Envelope
 from wherry_shared.bus import Bus, credentials, events, subjects
 from wherry_shared.bus.transport import EventLog
-from wherry_shared.errors import Unavailable, WherryError
+from wherry_shared.errors import PermissionDenied, Unavailable, WherryError
 from wherry_shared.memory import MemoryTransport
 from wherry_shared.outbox import Outbox
 from wherry_shared.sqlite import Database, Transaction
@@ -167,7 +174,7 @@ async def test_a_crash_between_the_publish_and_the_forgetting(
         raise Unavailable("the process is gone")
 
     with monkeypatch.context() as m:
-        m.setattr(Outbox, "_forget", crash)
+        m.setattr(Outbox, "_put_aside", crash)
         first = Outbox(database, image)
         first.start()
         await write(database, 0, 1, 2)
@@ -269,16 +276,16 @@ async def test_stopping_without_a_bus_leaves_it_for_the_next(
 async def test_nothing_ends_the_relay(
     database: Database, outbox: Outbox, stream: EventLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together, troubles = events.publish_together, iter([ValueError("odd"), KeyError("x"), Unavailable("no")])
+    publish_all, troubles = events.publish_all, iter([ValueError("odd"), KeyError("x"), Unavailable("no")])
 
-    async def troubled(*arguments: Any) -> bool:
+    async def troubled(*arguments: Any) -> Any:
         trouble = next(troubles, None)
         if trouble is not None:
             raise trouble
-        return await together(*arguments)
+        return await publish_all(*arguments)
 
     await write(database, *range(20))
-    monkeypatch.setattr(events, "publish_together", troubled)
+    monkeypatch.setattr(events, "publish_all", troubled)
     outbox.start()
     await drained(database)
     assert next(troubles, None) is None
@@ -292,14 +299,134 @@ async def test_the_stream_takes_an_id_once(image: Bus, stream: EventLog) -> None
     assert (await stream.state()).last == 3
 
 
-async def test_a_batch_is_stored_whole_or_not_at_all(image: Bus, stream: EventLog) -> None:
+async def test_many_at_once_are_stored_in_order_up_to_the_first_that_is_refused(image: Bus, stream: EventLog) -> None:
     subject = "wherry.ev.v1.n1.default.images.create"
-    first, second, third = (events.Outgoing(subject, f"{{{i}}}".encode(), f"id-{i}") for i in range(3))
-    assert await events.publish_together(image.transport, [first, second])
-    assert not await events.publish_together(image.transport, [third, second]), "one of them is there"
-    assert [entry.data for entry in await stream.read()] == [first.data, second.data]
-    assert await events.publish_together(image.transport, [third])
-    assert [entry.data for entry in await stream.read()] == [first.data, second.data, third.data]
+    made = [events.Outgoing(subject, f"{{{i}}}".encode(), f"id-{i}") for i in range(300)]
+    assert await events.publish_all(image.transport, made) == (300, None)
+    assert [entry.data for entry in await stream.read()] == [event.data for event in made]
+    refused = events.Outgoing("wherry.ev.v1.n2.default.images.create", b"{}", "elsewhere")
+    later = [made[0]._replace(id="a"), refused, made[1]._replace(id="b")]
+    taken, error = await events.publish_all(image.transport, later)
+    assert taken == 1
+    assert isinstance(error, PermissionDenied | Unavailable)
+
+
+@pytest.fixture
+def power(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Cuts the power: from then on it is another boot."""
+    boots = itertools.count()
+
+    def cut() -> None:
+        boot = f"boot-{next(boots)}"
+        monkeypatch.setattr(outbox_module, "boot_id", lambda: boot)
+
+    cut()
+    return cut
+
+
+async def relayed(database: Database, bus: Bus, *numbers: int) -> None:
+    """What one process does with some writes, from its start to its end."""
+    outbox = Outbox(database, bus)
+    outbox.start()
+    await write(database, *numbers)
+    await drained(database)
+    await outbox.stop()
+
+
+async def test_what_the_power_took_from_the_stream_goes_into_it_again(
+    server: HouseServer, database: Database, stream: EventLog, image: Bus, power: Callable[[], None], tmp_path: Path
+) -> None:
+    """nats-server acknowledges before it syncs: what its files had at some moment before the cut is what is left."""
+    store = server.nats.root / "jetstream"
+    await relayed(database, image, *range(5))
+    server.nats.stop()
+    shutil.copytree(store, tmp_path / "synced")
+    server.nats.start()
+    await stored(stream)
+    await relayed(database, image, *range(5, 9))
+    server.nats.kill()
+    shutil.rmtree(store)
+    shutil.copytree(tmp_path / "synced", store)
+    server.nats.start()
+    assert numbers(await stored(stream)) == list(range(5))
+    power()
+    await relayed(database, image, 9)
+    assert numbers(await stored(stream)) == list(range(10))
+
+
+async def test_nothing_goes_again_while_the_power_is_on(
+    database: Database, stream: EventLog, places: Callable[[str], Awaitable[Bus]], image: Bus
+) -> None:
+    heard: list[bytes] = []
+    await (await places("admin")).transport.subscribe("wherry.ev.v1.>", lambda message: heard.append(message.data))
+    await relayed(database, image, 0, 1)
+    await relayed(database, image, 2)
+    assert len(heard) == 3
+
+
+async def test_what_the_stream_knows_no_more_by_its_id_is_looked_for(
+    database: Database, stream: EventLog, places: Callable[[str], Awaitable[Bus]], image: Bus,
+    power: Callable[[], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    """The power was off for longer than the stream's window of duplicates: it would take each event a second time."""
+    await relayed(database, image, *range(4))
+    await relayed(database, image, 4)
+    power()
+    monkeypatch.setattr(outbox_module, "KNOWN_SECONDS", 0)
+    sent: list[str] = []
+    publish = events.publish
+
+    async def noted(transport: Any, event: events.Outgoing) -> int:
+        sent.append(event.id)
+        return await publish(transport, event)
+
+    monkeypatch.setattr(events, "publish", noted)
+    kept = await Database.open(tmp_path / "events.db", MIGRATIONS)
+    own = await places("events")
+    await own.serve(EventsService(Journal(stream, own, Kept(kept))))
+    await relayed(database, image, 5)
+    assert len(sent) == 1
+    assert numbers(await stored(stream)) == list(range(6))
+    await kept.close()
+
+
+async def test_what_is_surely_on_the_streams_disk_is_kept_no_longer(
+    database: Database, stream: EventLog, image: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox_module, "KEEP_SECONDS", 0.2)
+    outbox = Outbox(database, image)
+    outbox.start()
+    await write(database, *range(5))
+    await drained(database)
+    assert database.one("SELECT count(*) FROM sent")[0] == 5
+    await asyncio.sleep(0.3)
+    await write(database, 5)
+    await drained(database)
+    assert [row[0] for row in database.all("SELECT seq FROM sent")] == [6]
+    await outbox.stop()
+
+
+async def test_an_event_that_is_not_durable_yet_does_not_leave(
+    database: Database, stream: EventLog, image: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the stream tells must not be undone by a power cut."""
+    synced = 0
+
+    def fdatasync(fd: int) -> None:
+        nonlocal synced
+        assert os.readlink(f"/proc/self/fd/{fd}").endswith("things.db-wal")
+        assert left(database) == 1
+        synced += 1
+
+    outbox = Outbox(database, image)
+    outbox.start()
+    await write(database, 0)
+    await drained(database)
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    await database.write(change(1), durable=False)
+    await drained(database)
+    assert synced == 1
+    await outbox.stop()
 
 
 async def test_in_memory_too(database: Database) -> None:

@@ -18,6 +18,8 @@ from wherry_shared.errors import FailedPrecondition, NotFound, Unavailable
 
 START_SECONDS = 10.0
 STORE_MAX_BYTES = 1 << 30
+# Until then, and for some time more, services keep what the stream has acknowledged (wherry_shared.outbox).
+SYNC_SECONDS = 1
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class NatsServer:
         return f"nats://127.0.0.1:{self.port}"
 
     def write_config(self) -> None:
-        """Loopback only, nkeys only, no monitoring port, every acknowledged event on disk."""
+        """Loopback only, nkeys only, no monitoring port; how soon events are on the disk is what outboxes go by."""
         self.store.mkdir(parents=True, exist_ok=True, mode=0o700)
         text = "\n".join(
             [
@@ -50,7 +52,7 @@ class NatsServer:
                 f"  store_dir: {json.dumps(str(self.store))}",
                 f"  max_file_store: {STORE_MAX_BYTES}",
                 "  max_memory_store: 0",
-                "  sync_interval: always",
+                f'  sync_interval: "{SYNC_SECONDS}s"',
                 "}",
                 # A relative include is looked for beside the configuration.
                 f"include {json.dumps(os.path.relpath(self.users, self.config.parent))}",

@@ -12,6 +12,7 @@ from wherry_shared.errors import Unavailable
 from wherry_shared.runtime import Host, run
 
 from .journal import Journal
+from .kept import MIGRATIONS, Kept
 from .mark import Mark
 from .service import EventsService
 
@@ -40,10 +41,13 @@ async def build(host: Host) -> Events:
     host.plugin(type="io.containerd.event.v1", id="stream")
     root = host.settings.own_root
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Shared: any number of processes may serve one stream.
+    kept = Kept(await host.database(MIGRATIONS, shared=True))
+    await kept.restore(log, host.bus.transport)
     mark = Mark(log, host.bus.transport, root / "mark")
     await mark.start()
     host.on_stop(mark.stop)
-    return EventsService(Journal(log, host.bus, mark))
+    return EventsService(Journal(log, host.bus, kept, mark))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

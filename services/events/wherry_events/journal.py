@@ -16,6 +16,7 @@ from wherry_shared.errors import InvalidArgument, OutOfRange
 from wherry_shared.filters import compile_filters
 from wherry_shared.values import check_identifier, now
 
+from .kept import Kept
 from .mark import DIGEST_LENGTH, Mark, digest
 
 LIMIT_MAX = 1000
@@ -30,8 +31,9 @@ _EARLIEST = datetime(1970, 1, 2, tzinfo=UTC)
 class Journal:
     """The node's events, durable and replayable."""
 
-    def __init__(self, log: EventLog, bus: Bus, mark: Mark | None = None) -> None:
+    def __init__(self, log: EventLog, bus: Bus, kept: Kept, mark: Mark | None = None) -> None:
         self._log = log
+        self._kept = kept
         self._mark = mark or Mark(log, bus.transport)
         self._node = bus.node
         self._transport = bus.transport
@@ -73,7 +75,9 @@ class Journal:
             raise InvalidArgument(f"event of {len(data)} bytes is larger than {EVENT_BYTES_MAX}")
         if b"NaN" in data or b"Infinity" in data:  # perhaps in a text
             json.loads(data, parse_constant=_no_number)
-        self._mark.has(await events.publish(self._transport, events.Outgoing(subject, data, envelope.id)), data)
+        event = events.Outgoing(subject, data, envelope.id)
+        self._mark.has(await events.publish(self._transport, event), data)
+        await self._kept.keep(event)
 
     # ---- reading
 

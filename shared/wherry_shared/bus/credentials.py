@@ -36,15 +36,15 @@ NATS_USERS = "nats-users.conf"
 
 # Which contracts a service calls itself. Everything else is denied.
 CALLS: dict[str, tuple[str, ...]] = {
-    "content": ("lease", "namespace"),
-    "snapshot": ("lease",),
+    "content": ("lease", "namespace", "events"),
+    "snapshot": ("lease", "events"),
     "diff": ("content", "snapshot"),
-    "image": ("lease", "gc"),
-    "container": (),
-    "task": ("container", "content", "snapshot"),
+    "image": ("lease", "gc", "events"),
+    "container": ("events",),
+    "task": ("container", "content", "snapshot", "events"),
     "events": (),
-    "namespace": ("content", "snapshot", "image", "container"),
-    "lease": ("content-gc", "snapshot-gc", "image-gc", "container-gc"),
+    "namespace": ("content", "snapshot", "image", "container", "events"),
+    "lease": ("content-gc", "snapshot-gc", "image-gc", "container-gc", "events"),
     "introspection": (),
 }
 # What makes work for the garbage collector, which lives with the leases.

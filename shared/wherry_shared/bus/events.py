@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -13,14 +12,13 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from ..api.events import Envelope
-from ..errors import DeadlineExceeded, ResourceExhausted, Unavailable
+from ..errors import DeadlineExceeded, ResourceExhausted, Unavailable, WherryError
 from . import subjects
 from .protocol import Message as Received
 from .transport import SUM, Message, NoResponders, Subscription, Transport
 
 _ID_LINE = b"\r\nNats-Msg-Id: "
 MESSAGE_ID = "Nats-Msg-Id"
-BATCH_ID, BATCH_SEQUENCE, BATCH_COMMIT = "Nats-Batch-Id", "Nats-Batch-Sequence", "Nats-Batch-Commit"
 ACK_TIMEOUT = 5.0
 _REMEMBERED = 8192
 
@@ -28,6 +26,14 @@ _REMEMBERED = 8192
 def encode(envelope: Envelope) -> bytes:
     """The event as it stands on the bus: JSON, so that any tool on the bus can read it (docs/decisions/0002)."""
     return envelope.model_dump_json().encode()
+
+
+def encode_parts(id: str, at: str, namespace: str, topic: str, node: str, event: str) -> bytes:
+    """The same of what was checked before: `at` in ISO format, `event` as JSON."""
+    at = at.replace("+00:00", "Z")
+    return (
+        f'{{"id":"{id}","timestamp":"{at}","namespace":"{namespace}","topic":"{topic}","node":"{node}","event":{event}}}'
+    ).encode()
 
 
 def decode(data: bytes) -> Envelope | None:
@@ -73,19 +79,16 @@ async def publish(transport: Transport, event: Outgoing) -> int:
         raise Unavailable(f"the stream refused the event: {str(ack)[:200]}") from None
 
 
-async def publish_together(transport: Transport, events: Sequence[Outgoing]) -> bool:
-    """Publish events, up to 1000, that the stream stores in this order and syncs at once, all of them or none.
-
-    False when it refuses them as one (it has one of them already, say): publish them one after the other then.
-    Unavailable when nobody knows. Subscribers see them in either case (JetStream's atomic batches, ADR-50).
-    """
-    batch = secrets.token_hex(8)
-    for number, event in enumerate(events[:-1], 1):
-        headers = _headers(event) | {BATCH_ID: batch, BATCH_SEQUENCE: str(number)}
-        transport.publish(event.subject, event.data, headers=headers)
-    headers = {BATCH_ID: batch, BATCH_SEQUENCE: str(len(events)), BATCH_COMMIT: "1"}
-    ack = await _ask(transport, events[-1], _headers(events[-1]) | headers)
-    return isinstance(ack, dict) and ack.get("error") is None
+async def publish_all(transport: Transport, events: Sequence[Outgoing]) -> tuple[int, WherryError | None]:
+    """Publish events, all at once, and wait for the stream. Answers how many of them, from the first, it has; and why
+    it has not the next one. Of those behind that one it may have some."""
+    found = await asyncio.gather(*(publish(transport, event) for event in events), return_exceptions=True)
+    for number, result in enumerate(found):
+        if isinstance(result, WherryError):
+            return number, result
+        if isinstance(result, BaseException):
+            raise result
+    return len(events), None
 
 
 async def _ask(transport: Transport, event: Outgoing, headers: dict[str, str]) -> Any:

@@ -40,7 +40,7 @@ class JetStreamLog:
         config: dict[str, Any] = {
             "name": self._name, "subjects": [self._subject], "retention": "limits", "storage": "file",
             "discard": "old", "num_replicas": 1, "max_age": int(max_age * 1e9), "max_bytes": max_bytes,
-            "max_msgs": -1, "max_consumers": -1, "allow_direct": True, "allow_atomic": True,
+            "max_msgs": -1, "max_consumers": -1, "allow_direct": True,
             "duplicate_window": int(min(DUPLICATE_WINDOW_SECONDS, max_age) * 1e9),
         }  # fmt: skip
         there = await self._ask("STREAM.INFO", None)

@@ -1,0 +1,110 @@
+"""What callers published stays published, also when the power takes from the stream what was not synced yet."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from housebus import NODE, HouseServer
+from wherry_events import kept as kept_module
+from wherry_events.journal import Journal
+from wherry_events.kept import MIGRATIONS, Kept
+from wherry_shared import outbox
+from wherry_shared.bus import Bus, events, subjects
+from wherry_shared.bus.credentials import stream_name
+from wherry_shared.bus.transport import EventLog
+from wherry_shared.sqlite import Database
+
+
+@pytest.fixture
+async def bus(tmp_path: Path) -> AsyncIterator[Bus]:
+    with HouseServer(tmp_path / "bus") as server:
+        made = await server.connect("events")
+        yield made
+        await made.transport.close()
+
+
+@pytest.fixture
+async def log(bus: Bus) -> EventLog:
+    made = bus.transport.event_log(stream_name(NODE), f"{subjects.EV}.{NODE}.>")
+    await made.ensure(max_age=3600, max_bytes=1 << 24)
+    return made
+
+
+@pytest.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    made = await Database.open(tmp_path / "events.db", MIGRATIONS)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def power(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Cuts the power: from then on it is another boot."""
+    boots = itertools.count()
+
+    def cut() -> None:
+        boot = f"boot-{next(boots)}"
+        monkeypatch.setattr(kept_module, "boot_id", lambda: boot)
+
+    cut()
+    return cut
+
+
+async def topics(log: EventLog) -> list[str]:
+    return [envelope.topic for entry in await log.read() if (envelope := events.decode(entry.data)) is not None]
+
+
+async def publish(log: EventLog, bus: Bus, database: Database, *topics: str) -> None:
+    """What one process does, from its start on."""
+    kept = Kept(database)
+    await kept.restore(log, bus.transport)
+    for topic in topics:
+        await Journal(log, bus, kept).publish("default", topic, {})
+
+
+async def test_what_the_power_took_is_published_again_and_what_it_left_is_not(
+    log: EventLog, bus: Bus, database: Database, power: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await publish(log, bus, database, "/a", "/b", "/c")
+    read = log.read
+
+    async def cut(**arguments: object) -> object:
+        return (await read(**arguments))[:1] if "since" in arguments else []  # type: ignore[arg-type]
+
+    power()
+    sent: list[str] = []
+    send = events.publish
+
+    async def noted(transport: object, event: events.Outgoing) -> int:
+        sent.append(event.subject.rpartition(".")[2])
+        return await send(transport, event)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as m:
+        m.setattr(events, "publish", noted)
+        m.setattr(log, "read", cut)
+        await Kept(database).restore(log, bus.transport)
+    assert sent == ["b", "c"]
+    assert await topics(log) == ["/a", "/b", "/c"], "and the stream knew them by their ids, as it happens"
+    sent.clear()
+    await publish(log, bus, database, "/d")
+    assert sent == []
+    assert await topics(log) == ["/a", "/b", "/c", "/d"]
+
+
+async def test_what_is_surely_on_the_streams_disk_is_kept_no_longer(
+    log: EventLog, bus: Bus, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Kept(database)
+    journal = Journal(log, bus, kept)
+    monkeypatch.setattr(outbox, "KEEP_SECONDS", 60.0)
+    for _ in range(3):
+        await journal.publish("default", "/a", {})
+    assert database.one("SELECT count(*) FROM kept")[0] == 3
+    monkeypatch.setattr(outbox, "KEEP_SECONDS", 0.05)
+    await asyncio.sleep(0.1)
+    await journal.publish("default", "/a", {})
+    assert [row[0] for row in database.all("SELECT seq FROM kept")] == [4]
