@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from housebus import HouseBus
 from wherry_events.journal import EVENT_BYTES_MAX, Journal
-from wherry_events.kept import MIGRATIONS, Kept
+from wherry_events.kept import Kept
+from wherry_events.metadata import MIGRATIONS, Rows
 from wherry_events.service import EventsService
 from wherry_shared import context
 from wherry_shared.api.events import Envelope, Events, Replay
@@ -41,7 +42,7 @@ async def service_on(bus: Bus, kept: Kept) -> EventsService:
 @pytest.fixture
 async def kept(tmp_path: Path) -> AsyncIterator[Kept]:
     database = await Database.open(tmp_path / "events.db", MIGRATIONS)
-    yield Kept(database)
+    yield Kept(Rows(database))
     await database.close()
 
 

@@ -11,7 +11,8 @@ import pytest
 from housebus import NODE, HouseServer
 from wherry_events import kept as kept_module
 from wherry_events.journal import Journal
-from wherry_events.kept import MIGRATIONS, Kept
+from wherry_events.kept import Kept
+from wherry_events.metadata import MIGRATIONS, Rows
 from wherry_shared import outbox
 from wherry_shared.bus import Bus, events, subjects
 from wherry_shared.bus.credentials import stream_name
@@ -60,7 +61,7 @@ async def topics(log: EventLog) -> list[str]:
 
 async def publish(log: EventLog, bus: Bus, database: Database, *topics: str) -> None:
     """What one process does, from its start on."""
-    kept = Kept(database)
+    kept = Kept(Rows(database))
     await kept.restore(log, bus.transport)
     for topic in topics:
         await Journal(log, bus, kept).publish("default", topic, {})
@@ -86,7 +87,7 @@ async def test_what_the_power_took_is_published_again_and_what_it_left_is_not(
     with monkeypatch.context() as m:
         m.setattr(events, "publish", noted)
         m.setattr(log, "read", cut)
-        await Kept(database).restore(log, bus.transport)
+        await Kept(Rows(database)).restore(log, bus.transport)
     assert sent == ["b", "c"]
     assert await topics(log) == ["/a", "/b", "/c"], "and the stream knew them by their ids, as it happens"
     sent.clear()
@@ -98,7 +99,7 @@ async def test_what_the_power_took_is_published_again_and_what_it_left_is_not(
 async def test_what_is_surely_on_the_streams_disk_is_kept_no_longer(
     log: EventLog, bus: Bus, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = Kept(database)
+    kept = Kept(Rows(database))
     journal = Journal(log, bus, kept)
     monkeypatch.setattr(outbox, "KEEP_SECONDS", 60.0)
     for _ in range(3):

@@ -12,7 +12,8 @@ from housebus import NODE, HouseServer
 from wherry import Client, Gap, Listed, Watch
 from wherry.client import Address
 from wherry_events.journal import Journal
-from wherry_events.kept import MIGRATIONS, Kept
+from wherry_events.kept import Kept
+from wherry_events.metadata import MIGRATIONS, Rows
 from wherry_events.service import EventsService
 from wherry_shared.bus import subjects
 from wherry_shared.bus.credentials import stream_name
@@ -28,7 +29,7 @@ async def client(tmp_path: Path) -> AsyncIterator[Client]:
         log = own.transport.event_log(stream_name(NODE), f"{subjects.EV}.{NODE}.>")
         await log.ensure(max_age=3600, max_bytes=1 << 20)
         database = await Database.open(tmp_path / "events.db", MIGRATIONS)
-        await bus.serve(EventsService(Journal(log, own, Kept(database))))
+        await bus.serve(EventsService(Journal(log, own, Kept(Rows(database)))))
         async with Client(bus, "default", Address(server.nats.url, NODE, server.creds, tmp_path)) as made:
             yield made
         await database.close()

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 from housebus import HouseServer
 from wherry_events.journal import Journal
-from wherry_events.kept import MIGRATIONS, Kept
+from wherry_events.kept import Kept
+from wherry_events.metadata import MIGRATIONS, Rows
 from wherry_events.service import EventsService
 from wherry_shared import outbox as outbox_module
 from wherry_shared.api.events import Envelope
@@ -383,7 +384,7 @@ async def test_what_the_stream_knows_no_more_by_its_id_is_looked_for(
     monkeypatch.setattr(events, "publish", noted)
     kept = await Database.open(tmp_path / "events.db", MIGRATIONS)
     own = await places("events")
-    await own.serve(EventsService(Journal(stream, own, Kept(kept))))
+    await own.serve(EventsService(Journal(stream, own, Kept(Rows(kept)))))
     await relayed(database, image, 5)
     assert len(sent) == 1
     assert numbers(await stored(stream)) == list(range(6))

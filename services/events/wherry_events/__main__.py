@@ -12,8 +12,9 @@ from wherry_shared.errors import Unavailable
 from wherry_shared.runtime import Host, run
 
 from .journal import Journal
-from .kept import MIGRATIONS, Kept
+from .kept import Kept
 from .mark import Mark
+from .metadata import MIGRATIONS, Rows
 from .service import EventsService
 
 MAX_AGE_SECONDS = 7 * 24 * 3600
@@ -42,7 +43,7 @@ async def build(host: Host) -> Events:
     root = host.settings.own_root
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     # Shared: any number of processes may serve one stream.
-    kept = Kept(await host.database(MIGRATIONS, shared=True))
+    kept = Kept(Rows(await host.database(MIGRATIONS, shared=True)))
     await kept.restore(log, host.bus.transport)
     mark = Mark(log, host.bus.transport, root / "mark")
     await mark.start()

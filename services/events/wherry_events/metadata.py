@@ -1,0 +1,53 @@
+"""The rows of the events service: what it published for others a moment ago."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from wherry_shared.bus.events import Outgoing
+from wherry_shared.sqlite import Database, Transaction
+
+MIGRATIONS = (
+    """
+CREATE TABLE kept (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, subject TEXT NOT NULL, data BLOB NOT NULL,
+    at TEXT NOT NULL, boot TEXT NOT NULL)
+""",
+)
+
+
+class Row(NamedTuple):
+    """An event, its number here, and when (ISO format) it was published."""
+
+    seq: int
+    event: Outgoing
+    at: str
+
+
+class Rows:
+    """Events by the boot in which they were published."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def of_others(self, boot: str) -> list[Row]:
+        """Those of every other boot, in order."""
+        found = self._database.all("SELECT seq, at, subject, data, id FROM kept WHERE boot != ? ORDER BY seq", (boot,))
+        return [Row(seq, Outgoing(*event), at) for seq, at, *event in found]
+
+    async def adopt(self, boot: str, upto: int) -> None:
+        """Those up to a number are of this boot from now on."""
+        await self._database.write(
+            lambda tx: tx.execute("UPDATE kept SET boot = ? WHERE seq <= ?", (boot, upto)).rowcount
+        )
+
+    async def add(self, event: Outgoing, at: str, boot: str, forget: Callable[[int], int]) -> None:
+        """Durably add one, and delete those up to the number that `forget` answers for the new one's."""
+
+        def insert(tx: Transaction) -> None:
+            row = (event.id, event.subject, event.data, at, boot)
+            made = tx.execute("INSERT INTO kept (id, subject, data, at, boot) VALUES (?, ?, ?, ?, ?)", row)
+            tx.execute("DELETE FROM kept WHERE seq <= ?", (forget(made.lastrowid or 0),))
+
+        await self._database.write(insert)
