@@ -5,11 +5,13 @@ Services keep their own events in their outboxes (wherry_shared.outbox); callers
 
 from __future__ import annotations
 
+import asyncio
 from datetime import datetime, timedelta
 
 from wherry_shared.bus import events
 from wherry_shared.bus.transport import EventLog, Transport
 from wherry_shared.epoch import boot_id
+from wherry_shared.errors import WherryError
 from wherry_shared.outbox import Recent
 from wherry_shared.values import now
 
@@ -26,6 +28,8 @@ class Kept:
         self._rows = rows
         self._boot = boot_id()
         self._recent = Recent()
+        self._waiting: list[tuple[events.Outgoing, asyncio.Future[None]]] = []
+        self._writing: asyncio.Task[None] | None = None
 
     async def restore(self, log: EventLog, transport: Transport) -> None:
         """Give the stream again what a power cut took from it. Unavailable when it takes it not."""
@@ -39,8 +43,34 @@ class Kept:
         await self._rows.adopt(self._boot, rows[-1].seq)
 
     async def keep(self, event: events.Outgoing) -> None:
-        """Durably keep what the stream has acknowledged."""
-        await self._rows.add(event, now().isoformat(), self._boot, self._recent.note)
+        """Durably keep what the stream has acknowledged; what comes meanwhile is written together."""
+        kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((event, kept))
+        if self._writing is None:
+            self._writing = asyncio.get_running_loop().create_task(self._write())
+        await kept
+
+    async def _write(self) -> None:
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting, []
+                error = await self._add([event for event, _ in batch])
+                for _, kept in batch:
+                    if kept.done():
+                        continue
+                    if error is None:
+                        kept.set_result(None)
+                    else:
+                        kept.set_exception(type(error)(error.message))
+        finally:
+            self._writing = None
+
+    async def _add(self, batch: list[events.Outgoing]) -> WherryError | None:
+        try:
+            await self._rows.add(batch, now().isoformat(), self._boot, self._recent.note)
+        except WherryError as e:
+            return e
+        return None
 
 
 async def _stored_since(log: EventLog, since: datetime) -> set[str]:

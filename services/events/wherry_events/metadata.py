@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from wherry_shared.bus.events import Outgoing
@@ -42,12 +42,15 @@ class Rows:
             lambda tx: tx.execute("UPDATE kept SET boot = ? WHERE seq <= ?", (boot, upto)).rowcount
         )
 
-    async def add(self, event: Outgoing, at: str, boot: str, forget: Callable[[int], int]) -> None:
-        """Durably add one, and delete those up to the number that `forget` answers for the new one's."""
+    async def add(self, events: Sequence[Outgoing], at: str, boot: str, forget: Callable[[int], int]) -> None:
+        """Durably add some, and delete those up to the number that `forget` answers for the last one's."""
 
         def insert(tx: Transaction) -> None:
-            row = (event.id, event.subject, event.data, at, boot)
-            made = tx.execute("INSERT INTO kept (id, subject, data, at, boot) VALUES (?, ?, ?, ?, ?)", row)
-            tx.execute("DELETE FROM kept WHERE seq <= ?", (forget(made.lastrowid or 0),))
+            last = 0
+            for event in events:
+                row = (event.id, event.subject, event.data, at, boot)
+                made = tx.execute("INSERT INTO kept (id, subject, data, at, boot) VALUES (?, ?, ?, ?, ?)", row)
+                last = made.lastrowid or 0
+            tx.execute("DELETE FROM kept WHERE seq <= ?", (forget(last),))
 
         await self._database.write(insert)

@@ -81,6 +81,10 @@ class Registry:
         if len(self._deleted) > DELETED_MAX:
             del self._deleted[next(iter(self._deleted))]
 
+    def knows(self, name: str) -> bool:
+        """Whether `seen` has nothing more to do for that namespace."""
+        return name in self._known
+
     async def seen(self, name: str, at: datetime) -> None:
         """Something happened in `name` at that time: from now on it is known, unless it was deleted since."""
         deleted = self._deleted.get(name)

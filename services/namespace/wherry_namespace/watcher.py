@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 
-from wherry_shared.bus import Bus, Subscriber
+from wherry_shared.bus import Bus, Subscriber, subjects
 from wherry_shared.errors import WherryError
 
 from .registry import Registry
@@ -26,7 +26,7 @@ class Watcher:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self._subscriber = await self._bus.subscribe(node=self._bus.node)
+        self._subscriber = await self._bus.subscribe(node=self._bus.node, unwanted=self._is_known)
         self._task = asyncio.get_running_loop().create_task(self._watch(self._subscriber))
 
     async def stop(self) -> None:
@@ -36,6 +36,10 @@ class Watcher:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+
+    def _is_known(self, subject: str) -> bool:
+        """Whether the event of a subject tells nothing new: nearly all do, and there are many."""
+        return self._registry.knows(subjects.namespace_of_event(subject))
 
     async def _watch(self, subscriber: Subscriber) -> None:
         while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import zlib
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from .transport import SUM, Message, NoResponders, Subscription, Transport
 _ID_LINE = b"\r\nNats-Msg-Id: "
 MESSAGE_ID = "Nats-Msg-Id"
 ACK_TIMEOUT = 5.0
-_REMEMBERED = 8192
+_REMEMBERED = 4096  # at least; twice as many at most
 
 
 def encode(envelope: Envelope) -> bytes:
@@ -111,11 +111,13 @@ class Subscriber:
     catch up by a replay.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, unwanted: Callable[[str], bool] | None = None) -> None:
         self._limit = limit
+        self._unwanted = unwanted
         self._events: deque[bytes] = deque()
         self._more = asyncio.Event()
-        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._seen: set[str] = set()
+        self._seen_before: set[str] = set()
         self._missed = 0
         self._interrupted = False
         self._closed = False
@@ -129,7 +131,7 @@ class Subscriber:
         await transport.flush()
 
     def _on_message(self, message: Message) -> None:
-        if not self.first(id_of(message)):
+        if (self._unwanted is not None and self._unwanted(message.subject)) or not self.first(id_of(message)):
             return
         # After a hole nothing is taken until the reader knows of it: so it is told at the right place.
         if self._missed or self._interrupted or len(self._events) >= self._limit:
@@ -145,11 +147,11 @@ class Subscriber:
 
     def first(self, event_id: str) -> bool:
         """Whether this event was not seen before; a publisher that lost an ack sends it again."""
-        if not event_id or event_id in self._seen:
+        if not event_id or event_id in self._seen or event_id in self._seen_before:
             return False
-        self._seen[event_id] = None
+        self._seen.add(event_id)
         if len(self._seen) > _REMEMBERED:
-            self._seen.popitem(last=False)
+            self._seen, self._seen_before = set(), self._seen
         return True
 
     def __aiter__(self) -> AsyncIterator[Envelope]:

@@ -7,6 +7,8 @@ identifier travels as `~`, which no identifier contains. Tokens that do not vali
 
 from __future__ import annotations
 
+import functools
+
 from ..context import NO_NAMESPACE
 from ..errors import FailedPrecondition, InvalidArgument
 from ..values import check_identifier
@@ -57,10 +59,17 @@ def check_topic(topic: str) -> list[str]:
     return [check_identifier(part, "topic component") for part in topic[1:].split("/")]
 
 
+@functools.lru_cache(maxsize=1024)
 def event(node: str, namespace: str, topic: str) -> str:
     """The subject of an event: topic `/tasks/exit` ends in `tasks.exit`."""
     tokens = ".".join(part.replace(".", "~") for part in check_topic(topic))
     return f"{EV}.{encode_token(node, 'node')}.{encode_token(namespace, 'namespace')}.{tokens}"
+
+
+def namespace_of_event(subject: str) -> str:
+    """The namespace in an event's subject, not validated; "" where there is none."""
+    parts = subject.split(".", 5)
+    return parts[4].replace("~", ".") if len(parts) == 6 else ""
 
 
 def matches(pattern: str, subject: str) -> bool:
