@@ -27,6 +27,8 @@ from .values import now
 log = logging.getLogger("wherry.outbox")
 
 BATCH = 128
+# A moment for more to come: then all that was sent is put aside in one write, or when it is so much.
+LINGER, ASIDE_MAX = 0.05, 1024
 PAUSE_FIRST, PAUSE_LAST = 0.05, 2.0
 # Ten times what nats-server is told (`sync_interval`): a disk may be slow.
 KEEP_SECONDS = 10.0
@@ -53,14 +55,15 @@ class Recent:
 
 
 class Outbox:
-    """Relays one database's outbox to the bus."""
+    """Relays one database's outbox to the bus. shared: other processes relay it, too."""
 
-    def __init__(self, database: Database, bus: Bus) -> None:
+    def __init__(self, database: Database, bus: Bus, *, shared: bool = False) -> None:
         self._database = database
+        self._linger = 0.0 if shared else LINGER  # what lies in the outbox, another would send again
         self._bus = bus
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._sent = 0
+        self._sent = self._aside = 0
         self._boot = boot_id()
         self._recent = Recent()
         self._unsure: int | None = None  # up to here, rows may have been sent before; None: look
@@ -85,6 +88,8 @@ class Outbox:
             async with asyncio.timeout(patience):
                 while await self._send_batch():
                     pass
+        with contextlib.suppress(WherryError):
+            await self._put_aside()
 
     def _on_state(self, connected: bool) -> None:
         self._flows = False
@@ -94,9 +99,10 @@ class Outbox:
     async def _relay(self) -> None:
         pause = PAUSE_FIRST
         while True:
-            await self._wake.wait()
-            self._wake.clear()
             try:
+                if not await self._woken():
+                    await self._put_aside()
+                    continue
                 while await self._send_batch():
                     pause = PAUSE_FIRST
                 continue
@@ -108,10 +114,23 @@ class Outbox:
             pause = min(pause * 2, PAUSE_LAST)
             self._wake.set()
 
+    async def _woken(self) -> bool:
+        """Return True when there is something to send, False when there was nothing for a moment after the last."""
+        if not self._wake.is_set():
+            try:
+                async with asyncio.timeout(self._linger if self._aside < self._sent else None):
+                    await self._wake.wait()
+            except TimeoutError:
+                return False
+        self._wake.clear()
+        return True
+
     async def _send_batch(self) -> int:
-        """Publish the oldest events, and put aside those that the stream has. Raises when one was not taken."""
+        """Publish the oldest events. Raises when one was not taken."""
         if self._unsure is None:
             self._unsure = await self._begin()
+        if self._sent - self._aside >= ASIDE_MAX:
+            await self._put_aside()
         rows = self._database.all(
             f"SELECT {_COLUMNS} FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?",  # noqa: S608 - our own words
             (self._sent, BATCH),
@@ -123,9 +142,7 @@ class Outbox:
         self._unsure = max(self._unsure, rows[-1][0])
         taken, error = await self._publish(absent)
         # What the stream had already counts as taken, up to the first that it did not take.
-        upto = rows[-1][0] if taken == len(absent) else absent[taken][0] - 1
-        if upto >= rows[0][0]:
-            await self._put_aside(upto)
+        self._sent = max(self._sent, rows[-1][0] if taken == len(absent) else absent[taken][0] - 1)
         if error is not None:
             raise error
         return len(rows)
@@ -190,9 +207,11 @@ class Outbox:
         data = events.encode_parts(event_id, at, namespace, topic, node, event)
         return events.Outgoing(subjects.event(node, namespace, topic), data, event_id)
 
-    async def _put_aside(self, upto: int) -> None:
-        """The stream has these: they are kept until its files surely have them, too."""
-        self._sent = upto
+    async def _put_aside(self) -> None:
+        """What the stream has is kept until its files surely have it, too."""
+        upto = self._sent
+        if upto <= self._aside:
+            return
         synced = self._recent.note(upto)
 
         def move(tx: Transaction) -> None:
@@ -205,3 +224,4 @@ class Outbox:
 
         # After a power cut they are in one of the two tables, and go again in either case.
         await self._database.write(move, frees=True, durable=False)
+        self._aside = upto

@@ -172,7 +172,7 @@ class Host:
         backup = Backup(path)
         backup.start()
         self._stack.push_async_callback(backup.stop)
-        outbox = Outbox(database, self.bus)
+        outbox = Outbox(database, self.bus, shared=shared)
         outbox.start()
         self._stack.push_async_callback(outbox.stop)
         return database

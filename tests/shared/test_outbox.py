@@ -171,7 +171,7 @@ asyncio.run(main())
 async def test_a_crash_between_the_publish_and_the_forgetting(
     tmp_path: Path, image: Bus, stream: EventLog, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def crash(self: Any, upto: int) -> None:
+    async def crash(self: Any) -> None:
         raise Unavailable("the process is gone")
 
     with monkeypatch.context() as m:
