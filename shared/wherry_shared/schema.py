@@ -127,7 +127,6 @@ def _check(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _migrate(connection: sqlite3.Connection, migrations: Sequence[str], path: Path) -> None:
-    connection.executescript(f"BEGIN IMMEDIATE; {_BASE} COMMIT;")
     connection.execute("BEGIN IMMEDIATE")
     try:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -135,7 +134,8 @@ def _migrate(connection: sqlite3.Connection, migrations: Sequence[str], path: Pa
             raise FailedPrecondition(
                 f"{path} has schema {version}, and this version knows only {len(migrations)}: run the newer one"
             )
-        for number, script in enumerate(migrations[version:], version + 1):
+        # Only now: a newer version's database stays as it is.
+        for number, script in enumerate([_BASE, *migrations[version:]], version):
             for statement in _statements(script):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {number}")
