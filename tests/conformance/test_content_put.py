@@ -92,3 +92,5 @@ async def test_a_put_is_on_the_callers_lease_whether_it_was_there_or_not(house: 
         await content.put(b"third", digest_of(b"third"))
     with pytest.raises(NotFound):
         await content.info(digest_of(b"third"))
+    blobs = house.root / "content" / "blobs" / "sha256"
+    assert not blobs.exists() or len(list(blobs.iterdir())) == 2

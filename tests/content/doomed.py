@@ -6,11 +6,14 @@ rename    commit, and die when the blob has its name, before its row is there
 row       commit, and die when the row is there, before the ingest is gone
 seal      commit, and die when the bytes are durable, before they are a blob
 delete    commit, delete, and die when the row is gone, before the file is
+put-seal  put the bytes whole, and die when they have the blob's name, before its row is there
+put-row   put them, and die when the row is there, before the ingest is gone
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 import sys
@@ -40,6 +43,7 @@ async def no_lease(digest: str) -> None:
 
 def set_trap(action: str) -> None:
     """Put death behind the step that the action names."""
+    action = action.removeprefix("put-")
     if action == "rename":
         settle = LocalIngest.settle
         LocalIngest.settle = lambda *a: die(settle(*a))  # type: ignore[method-assign]
@@ -55,6 +59,9 @@ async def main(root: Path, action: str) -> None:
     database = await Database.open(root / "metadata.db", metadata.MIGRATIONS)
     store = Store(Metadata(database), LocalBackend(root), instance="doomed")
     await store.start()
+    if action.startswith("put-"):
+        set_trap(action)
+        await store.put(NAMESPACE, BYTES, f"sha256:{hashlib.sha256(BYTES).hexdigest()}", {}, no_lease)
     offset = (await store.open(NAMESPACE, REF, 0, "", truncate=False)).offset
     if action == "hold":
         print("held", flush=True)

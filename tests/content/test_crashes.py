@@ -72,6 +72,21 @@ async def test_killed_after_the_row_is_there(doomed: Doomed, start: Start, tmp_p
     assert (await content.open("layer")).offset == 0
 
 
+@pytest.mark.parametrize("moment", ["put-seal", "put-row"])
+async def test_killed_while_a_blob_is_put_whole(doomed: Doomed, start: Start, tmp_path: Path, moment: str) -> None:
+    assert doomed(moment).wait(30) == -9
+    blob = f"blobs/{DIGEST.replace(':', '/')}"
+    assert blob in files(tmp_path / "content")  # named before its row is there
+    content = (await start()).content
+    if moment == "put-seal":
+        with pytest.raises(NotFound):
+            await content.info(DIGEST)
+        assert files(tmp_path / "content") == []
+        await content.put(BYTES, DIGEST)
+    assert await content.read(DIGEST) == BYTES
+    assert files(tmp_path / "content") == [blob]
+
+
 async def test_killed_between_the_row_and_the_file_of_a_deletion(doomed: Doomed, start: Start, tmp_path: Path) -> None:
     assert doomed("delete").wait(30) == -9
     assert files(tmp_path / "content")

@@ -1,7 +1,7 @@
 """What the content service remembers: blobs and ingests per namespace.
 
 Callbacks named `place`, `remove` or `check` run inside a write transaction. All replicas on a root share its lock,
-so that a file appears and disappears together with its rows: never a row without its file.
+so that a file disappears with its rows, and appears with them or before: never a row without its file.
 """
 
 from __future__ import annotations

@@ -307,7 +307,10 @@ class Store:
                 await self._metadata.refuse(AlreadyExists(f"blob {digest}: already exists"))
         held = await self._fresh(f"blob {digest}")
         try:
-            await asyncio.gather(_fill(held, data), keep(digest))
+            done = await asyncio.gather(_fill(held, data, digest), keep(digest), return_exceptions=True)
+            if failed := [e for e in done if e is not None]:
+                await self._take_back(held, digest)
+                raise failed[0]
             return await self._place(namespace, "", held, digest, len(data), labels)
         finally:
             await held.release(keep=False)
@@ -337,9 +340,13 @@ class Store:
         except AlreadyExists:
             raise
         except WherryError:
-            with suppress(WherryError):
-                await self._metadata.unless_known(digest, lambda: held.unsettle(digest))
+            await self._take_back(held, digest)
             raise
+
+    async def _take_back(self, held: Held, digest: str) -> None:
+        """The bytes are no blob after all; what is left of the name is removed at the next start."""
+        with suppress(WherryError):
+            await self._metadata.unless_known(digest, lambda: held.unsettle(digest))
 
     async def close(self, namespace: str, ref: str) -> None:
         """Let go of an ingest held here; its bytes stay."""
@@ -433,9 +440,9 @@ class Store:
             await self._release(name, writer)
 
 
-async def _fill(held: Held, data: bytes) -> None:
+async def _fill(held: Held, data: bytes, digest: str) -> None:
     await held.append(0, data)
-    await held.seal()
+    await held.seal(digest)
 
 
 def ingest_key(namespace: str, ref: str) -> str:

@@ -11,8 +11,9 @@ A backend is found by name (`--set backend=NAME`): the built-in ones, then the e
 * Keep ingests by key and blobs by digest. Nothing here asks for files: `Place()` and `Located(path="")` say that
   there is none, and bytes then travel over the bus.
 * `Held.seal` ends with the bytes where a power cut, or the loss of this machine, does not reach them, and may give them
-  a name of their own there (an upload completed under a temporary one). `Held.settle` makes them the blob, or finds
-  that another holder's are: the same digest is the same bytes, so whichever comes last may win.
+  a name of their own there (an upload completed under a temporary one; the blob's, where it is told the digest).
+  `Held.settle` makes them the blob, or finds that another holder's are: the same digest is the same bytes, so
+  whichever comes last may win.
 * Bytes of an ingest before `seal` may be kept as the backend can: `open` says how many are there, and whoever writes
   goes on from it. Parts of an upload that were acknowledged must not be lost with the process, unless `progress`
   goes back with them.
@@ -98,8 +99,12 @@ class Held(Protocol):
         """The digest of all bytes, `sha256:...` or `sha512:...`, and how many they are."""
         ...
 
-    async def seal(self) -> None:
-        """Make the bytes durable."""
+    async def seal(self, digest: str = "") -> None:
+        """Make the bytes durable.
+
+        digest: theirs, where nobody else can open this ingest: they may have the blob's name from now on, unless it is
+        taken. Until `settle` no row stands for it, so others may remove it again.
+        """
         ...
 
     def settle(self, digest: str, size: int) -> None:

@@ -7,6 +7,7 @@ are there count; after another boot only as many as the note says, since the res
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -72,6 +73,35 @@ class Note:
                 os.fsync(fd)
         finally:
             os.close(fd)
+
+
+class Directory:
+    """An open directory. Threads that make their names in it durable at one time share an fsync."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._turn = threading.Lock()
+        self._begun = self._done = 0  # fsyncs, counted
+        self._failed = 0  # the last that failed
+        self._error = OSError()
+
+    def sync(self) -> None:
+        """Back when the names are durable that the caller made before. OSError: they may not be."""
+        mine = self._begun + 1  # the first that begins from here on sees them
+        with self._turn:
+            if self._done < mine:
+                self._begun += 1
+                try:
+                    os.fsync(self.fd)
+                except OSError as e:  # told once by the kernel, so kept for all who wait
+                    self._failed, self._error = self._begun, e
+                self._done = self._begun
+            if self._failed >= mine:
+                raise OSError(self._error.errno, self._error.strerror)
+
+    def close(self) -> None:
+        """Close it, when nobody uses it any more."""
+        os.close(self.fd)
 
 
 def noted(path: Path) -> int:

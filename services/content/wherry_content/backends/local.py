@@ -25,7 +25,7 @@ from wherry_shared.errors import DataLoss
 from wherry_shared.files import OwnedFd, make_directory, os_errors
 
 from . import Backend, Progress
-from .durable import noted
+from .durable import Directory, noted
 from .local_ingest import DATA, LocalIngest, same_file
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class LocalBackend:
         self._trash = root / "trash"
         self._rotten = root / "rotten"
         self._pool = ThreadPoolExecutor(THREADS, "content")
-        self._directories: dict[str, int] = {}
+        self._directories: dict[str, Directory] = {}
         self._open: OrderedDict[str, Blob] = OrderedDict()
 
     async def start(self) -> None:
@@ -58,13 +58,13 @@ class LocalBackend:
             for path in (self._ingests, self._trash, self._rotten, *(self._blobs / name for name in _HEX)):
                 make_directory(path)
             for name in _HEX:
-                self._directories[name] = os.open(self._blobs / name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                self._directories[name] = Directory(self._blobs / name)
 
     async def close(self) -> None:
         await asyncio.to_thread(self._pool.shutdown)
         self._open.clear()
-        for fd in self._directories.values():
-            os.close(fd)
+        for directory in self._directories.values():
+            directory.close()
         self._directories.clear()
 
     # ---- ingests
@@ -120,8 +120,8 @@ class LocalBackend:
 
     # ---- blobs
 
-    def _target(self, digest: str) -> tuple[Path, int]:
-        """A blob's path, and the open directory that it is in."""
+    def _target(self, digest: str) -> tuple[Path, Directory]:
+        """A blob's path, and the directory that it is in."""
         algorithm, _, encoded = digest.partition(":")
         return self._blobs / algorithm / encoded, self._directories[algorithm]
 

@@ -54,7 +54,7 @@ class MemoryIngest:
         self.check()
         return f"{algorithm}:{hashlib.new(algorithm, self._data).hexdigest()}", len(self._data)
 
-    async def seal(self) -> None:
+    async def seal(self, digest: str = "") -> None:
         self.check()
 
     def settle(self, digest: str, size: int) -> None:
