@@ -63,7 +63,9 @@ class Snapshotter:
         self._making: set[int] = set()
         self._committing: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
         self._sweeping = asyncio.Lock()
-        self._news = asyncio.Event()
+        # The commits whose transactions are queued: the row to be, and the directories under it.
+        self._queued: dict[tuple[Place, str], tuple[Row, tuple[int, ...]]] = {}
+        self._awaited: WeakValueDictionary[tuple[Place, str], asyncio.Event] = WeakValueDictionary()
 
     async def start(self, *, restored: bool = False) -> None:
         """Begin to remove what an earlier process left. FailedPrecondition: the database is older than the directories.
@@ -106,7 +108,8 @@ class Snapshotter:
         """End what is under way. A removal that is stopped goes on at the next start."""
         await self._syncer.close()
         self._workers.closing = True
-        self._tell()
+        for at in list(self._awaited):
+            self._tell(at)
         await self._workers.close()
 
     # ---- making
@@ -190,44 +193,67 @@ class Snapshotter:
     ) -> Info:
         """Turn an active snapshot into a committed one."""
         raise_if_replayed(self._rows.database)
-        place = self._place(namespace)
-        if parent and patience > 0:
-            await self._await_parent(place, parent, min(patience, PATIENCE_MAX))
-        return await asyncio.shield(self._workers.spawn(self._commit(place, name, key, parent, stored_labels(labels))))
+        place, kept = self._place(namespace), stored_labels(labels)
+        now_is = asyncio.get_running_loop().time
+        give_up = now_is() + min(patience, PATIENCE_MAX)
+        while True:
+            if parent and patience > 0:
+                await self._await_parent(place, parent, give_up - now_is())
+            with suppress(_NotUnder):
+                return await asyncio.shield(self._workers.spawn(self._commit(place, name, key, parent, kept)))
 
     async def _await_parent(self, place: Place, parent: str, patience: float) -> None:
-        """Return when the parent is committed, or when it is not for so long: then the commit says what is wrong."""
+        """Return when the parent is committed or about to be, or when it is not for so long: the commit then says why.
+
+        A commit whose transaction is queued is good enough: one that is queued behind it finds it done.
+        """
+        at = place, parent
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
-                while not self._workers.closing:
+                while not self._workers.closing and at not in self._queued:
                     there = self._rows.find(self._rows.database, place, parent)
                     if there is not None and there.kind == "committed":
                         return
-                    await self._news.wait()
+                    event = self._awaited.setdefault(at, asyncio.Event())
+                    await event.wait()
 
-    def _tell(self) -> None:
+    def _tell(self, at: tuple[Place, str]) -> None:
         """Wake those who wait for a commit."""
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        if (event := self._awaited.pop(at, None)) is not None:
+            event.set()
 
     async def _commit(self, place: Place, name: str, key: str, parent: str, labels: dict[str, str]) -> Info:
-        number = self._committable(self._rows.database, place, name, key, parent)[0].number
+        number = self._committable(self._rows.database, place, name, key, parent, ahead=True)[0].number
         async with self._alone(number):
             raise_if_replayed(self._rows.database)  # by the one that this has waited for
-            row, above = self._committable(self._rows.database, place, name, key, parent)
+            row, above = self._committable(self._rows.database, place, name, key, parent, ahead=True)
             if row.number != number:
                 raise Aborted(f"snapshot {key!r} was replaced meanwhile")
+            chain = self._chain(above, row)
             try:
-                usage = await self._seal(row, above)
+                usage = await self._seal(row, chain, rebase=above is not None or self._rebases(row))
                 done = replace(row, name=name, kind="committed", labels=labels, usage=usage)
-                info = await self._record(done, key, above)
-            except BaseException:
+                info = await self._record(done, key, above, chain)
+            except BaseException as e:
                 await self._unseal(row)
+                if above is not None and isinstance(e, WherryError):
+                    self._check_under(above)
                 raise
-        self._tell()
         self._syncer.after()
         self._workers.spawn(self._settle(number))
         return info
+
+    def _chain(self, above: Row | None, row: Row) -> tuple[int, ...]:
+        """The directories that will be under a snapshot, the nearest first."""
+        if above is not None and (ahead := self._queued.get((above.place, above.name))) and ahead[0] is above:
+            return above.number, *ahead[1]
+        return self._rows.chain(self._rows.database, above.number if above else row.above)
+
+    def _check_under(self, above: Row) -> None:
+        """_NotUnder: the commit that one was queued behind came to nothing, so it is no fault of this one."""
+        there = self._rows.find(self._rows.database, above.place, above.name)
+        if there is None or there.number != above.number or there.kind != "committed":
+            raise _NotUnder
 
     @asynccontextmanager
     async def _alone(self, number: int) -> AsyncIterator[None]:
@@ -236,10 +262,8 @@ class Snapshotter:
         async with lock:
             yield
 
-    async def _seal(self, row: Row, above: Row | None) -> Usage:
-        chain = self._rows.chain(self._rows.database, above.number if above else row.above)
+    async def _seal(self, row: Row, chain: tuple[int, ...], *, rebase: bool) -> Usage:
         self._syncer.check(chain, row.name)
-        rebase = above is not None or self._rebases(row)
         check = self._workers.check_deadline()
         sealed = Snapshot(row.number, row.kind, chain, row.inherited)
         usage = await self._on_disk(row, self._backend.seal, sealed, rebase, check)
@@ -259,7 +283,8 @@ class Snapshotter:
             with suppress(WherryError):
                 await self._workers.run(self._backend.settle, number)
 
-    async def _record(self, done: Row, key: str, above: Row | None) -> Info:
+    async def _record(self, done: Row, key: str, above: Row | None, chain: tuple[int, ...]) -> Info:
+        """Queue the transaction; whoever waits for this snapshot goes on at once, to be queued behind it."""
         parent = above.name if above else ""
 
         def write(tx: Transaction) -> Info:
@@ -275,10 +300,23 @@ class Snapshotter:
             self._publish(tx, "commit", key=key, name=row.name)
             return self._info(row)
 
-        return await self._rows.database.mutate(write)
+        ahead, name = (done, chain), (done.place, done.name)
+        first = self._queued.setdefault(name, ahead) is ahead
+        self._tell(name)
+        try:
+            return await self._rows.database.mutate(write)
+        finally:
+            if first:
+                del self._queued[name]
+            self._tell(name)
 
-    def _committable(self, source: Source, place: Place, name: str, key: str, parent: str) -> tuple[Row, Row | None]:
-        """The active snapshot `key`, and the parent that it is to be put onto, if any. Raises when it may not be."""
+    def _committable(
+        self, source: Source, place: Place, name: str, key: str, parent: str, *, ahead: bool = False
+    ) -> tuple[Row, Row | None]:
+        """The active snapshot `key`, and the parent that it is to be put onto, if any. Raises when it may not be.
+
+        ahead: the parent may be one whose commit is queued, as it will be.
+        """
         if self._rows.find(source, place, name) is not None:
             raise AlreadyExists(f"snapshot {name!r}: already exists")
         row = self._found(source, place, key)
@@ -291,6 +329,8 @@ class Snapshotter:
             raise FailedPrecondition(f"snapshot {key!r} has the parent {row.parent!r}: it cannot get another")
         if not self._rebases(row):
             raise FailedPrecondition(f"snapshot {key!r} was not prepared with the label {REBASE_LABEL}")
+        if ahead and (place, parent) in self._queued:
+            return row, self._queued[place, parent][0]
         return row, self._committed(source, place, parent)
 
     def _rebases(self, row: Row) -> bool:
@@ -435,6 +475,10 @@ class Snapshotter:
 
     def _publish(self, tx: Transaction, what: str, **event: str) -> None:
         tx.publish(f"/snapshot/{what}", {**event, "snapshotter": self.name})
+
+
+class _NotUnder(Exception):
+    """What a commit was to stand on is not committed after all."""
 
 
 _KINDS = {"active": "active", "view": "a view", "committed": "committed"}
