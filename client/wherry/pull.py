@@ -260,7 +260,7 @@ class Pull:
         self._report(Progress(descriptor.digest, "downloading", kind, told, descriptor.size))
         if told > descriptor.size:
             await writer.restart()
-        chunks = self._registry.blob(self._reference, descriptor, offset=writer.offset)
+        chunks = self._registry.pieces(self._reference, descriptor, offset=writer.offset)
         async with aclosing(chunks):
             async for chunk in chunks:
                 await writer.write(chunk)

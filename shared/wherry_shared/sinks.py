@@ -25,7 +25,9 @@ class Sink(Protocol):
 
     end: int
 
-    async def write(self, data: bytes) -> None: ...
+    async def write(self, data: bytes | memoryview) -> None:
+        """Write on. A view must stay as it is until the next call of any method returns."""
+        ...
 
     async def copy(self, source: int) -> None:
         """Write what the open file `source` has from `end` on."""
@@ -42,17 +44,17 @@ class File:
         self._what = what
         self._file = file
         self.end = end
-        self._batch: list[bytes] = []
+        self._batch: list[bytes | memoryview] = []
         self._size = 0
         self._writing: asyncio.Task[Any] | None = None
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes | memoryview) -> None:
         if not data:
             return
         self._batch.append(data)
         self._size += len(data)
         self.end += len(data)
-        if self._size >= LOCAL_CHUNK or len(self._batch) == _BATCH_MAX:
+        if self._size >= LOCAL_CHUNK or len(self._batch) == _BATCH_MAX or isinstance(data, memoryview):
             await self._turn()
 
     async def copy(self, source: int) -> None:
@@ -99,7 +101,7 @@ def _copy(file: OwnedFd, source: int, offset: int, what: str) -> int:
     return done
 
 
-def _append(file: OwnedFd, batch: list[bytes], what: str) -> None:
+def _append(file: OwnedFd, batch: list[bytes | memoryview], what: str) -> None:
     with os_errors(what):
         left = [memoryview(data) for data in batch]
         while left:
@@ -126,10 +128,10 @@ class Chunks:
         self._flying: deque[tuple[int, bytes, asyncio.Task[int]]] = deque()
         self._failures = 0
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes | memoryview) -> None:
         self.end += len(data)
         if not self._buffer and len(data) == CHUNK:
-            await self._launch(data)
+            await self._launch(bytes(data))
             return
         self._buffer += data
         while len(self._buffer) >= CHUNK:

@@ -261,8 +261,9 @@ class BlobWriter:
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes | memoryview) -> None:
         """Write on. Returns while bytes are on their way; what goes wrong with them is raised by a later call.
+        A view must stay as it is until the next call of any method returns.
 
         ResourceExhausted: no space. Aborted: the ingest went away under the writer; begin again with a new one.
         """

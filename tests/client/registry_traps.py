@@ -84,6 +84,9 @@ def client(**options: Any) -> Registry:
 
 
 async def whole(registry: Registry, trap: Trap, *, blob: Descriptor = BLOB, **options: Any) -> bytes:
+    """A blob, as pieces of memory that is used again where nothing is to be verified."""
+    if "verify" not in options:
+        return b"".join([bytes(piece) async for piece in registry.pieces(trap.ref(), blob, **options)])
     return b"".join([chunk async for chunk in registry.blob(trap.ref(), blob, **options)])
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 
 import pytest
 from aiohttp import web
 from wherry.registry import Limits
 from wherry.registry.documents import DOCUMENT_MAX, OCI_MANIFEST
+from wherry.registry.download import PIECE
 from wherry.registry.wire import retry_after
 from wherry_shared.errors import (
     DataLoss,
@@ -23,6 +25,7 @@ from wherry_shared.errors import (
     Unimplemented,
     WherryError,
 )
+from wherry_shared.values import Descriptor
 
 from .registry_traps import (
     BLOB,
@@ -46,6 +49,22 @@ async def test_a_broken_body_is_resumed_with_a_bounded_range() -> None:
     async with serving(cutting(150_000)) as trap, client() as registry:
         assert await whole(registry, trap, verify=True) == DATA
         assert [r.headers.get("Range") for r in trap.requests] == [None, f"bytes=150000-{len(DATA) - 1}"]
+
+
+async def test_a_piece_is_good_for_one_more() -> None:
+    """Whoever keeps the view of a piece is told, and reads no other's bytes."""
+    large = os.urandom(3 * PIECE)
+    blob = Descriptor(media_type=BLOB.media_type, digest=f"sha256:{hashlib.sha256(large).hexdigest()}", size=len(large))
+
+    async def serve(request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(body=large)
+
+    async with serving(serve) as trap, client() as registry:
+        kept = [piece async for piece in registry.pieces(trap.ref(), blob)]
+        assert len(kept) >= 3
+        assert bytes(kept[-1])
+        with pytest.raises(ValueError, match="released"):
+            bytes(kept[0])
 
 
 async def test_a_range_may_be_answered_piecewise() -> None:

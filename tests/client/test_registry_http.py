@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import ssl
+import subprocess
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+import uvloop
 from wherry.registry import http
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -17,8 +21,8 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 class Line:
     """A server that speaks bytes, and how many connections it had."""
 
-    def __init__(self, port: int) -> None:
-        self.target = http.Target("127.0.0.1", port)
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self.target = http.Target("127.0.0.1", port, tls)
         self.connections = 0
 
     async def ask(self, pool: http.Pool, method: str = "GET", body: bytes | http.Body | None = None) -> http.Response:
@@ -33,7 +37,9 @@ class Line:
 
 
 @asynccontextmanager
-async def speaking(talk: Talk) -> AsyncIterator[tuple[Line, http.Pool]]:
+async def speaking(
+    talk: Talk, server_tls: ssl.SSLContext | None = None, client_tls: ssl.SSLContext | None = None
+) -> AsyncIterator[tuple[Line, http.Pool]]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         line.connections += 1
         try:
@@ -43,8 +49,8 @@ async def speaking(talk: Talk) -> AsyncIterator[tuple[Line, http.Pool]]:
         finally:
             writer.transport.abort()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    line = Line(server.sockets[0].getsockname()[1])
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=server_tls)
+    line = Line(server.sockets[0].getsockname()[1], client_tls)
     pool = http.Pool(lambda host: [host], TIMES)
     async with server:
         yield line, pool
@@ -195,6 +201,115 @@ async def test_a_reader_that_waits_stops_the_sender() -> None:
         got = 0
         while got < settled + (1 << 20):
             got += len(await response.readany())
+
+
+@pytest.fixture(scope="module")
+def tls_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A server's context and one that trusts it, as 127.0.0.1."""
+    where = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(where / "key.pem"),
+         "-out", str(where / "cert.pem")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(where / "cert.pem", where / "key.pem")
+    return server, ssl.create_default_context(cafile=str(where / "cert.pem"))
+
+
+LONG = os.urandom(3 << 20)
+
+
+def long_answer(data: bytes = LONG, extra: bytes = b"") -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data) + data + extra
+
+
+async def received(response: http.Response, room: int = 1 << 20) -> list[bytes]:
+    """All of a body, piece by piece."""
+    view, pieces = memoryview(bytearray(room)), []
+    while count := await response.readinto(view):
+        pieces.append(bytes(view[:count]))
+    return pieces
+
+
+@pytest.mark.parametrize("room", [1 << 20, len(LONG), len(LONG) + 1, 100_000, len(LONG) - 1])
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_long_body_comes_where_it_is_wanted(
+    room: int, loop: Callable[[], asyncio.AbstractEventLoop], tls: bool, tls_pair: tuple[ssl.SSLContext, ssl.SSLContext]
+) -> None:
+    async def scenario() -> None:
+        server, client = tls_pair if tls else (None, None)
+        async with speaking(answering(long_answer(), OK, long_answer(), OK), server, client) as (line, pool):
+            for _ in range(2):
+                async with await line.ask(pool) as response:
+                    pieces = await received(response, room)
+                assert b"".join(pieces) == LONG
+                assert len(pieces) < 64  # many at a time, not what each packet brought
+                assert await line.whole(pool) == b"ok"
+            assert line.connections == 1
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(scenario())
+
+
+@pytest.mark.parametrize("room", [1 << 20, len(LONG)])
+async def test_bytes_behind_a_long_body_are_no_answer(room: int) -> None:
+    evil = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
+    async with speaking(answering(long_answer(extra=evil))) as (line, pool):
+        for _ in range(2):
+            async with await line.ask(pool) as response:
+                assert b"".join(await received(response, room)) == LONG
+        assert line.connections == 2
+
+
+async def test_a_long_body_that_ends_early_or_stops_is_an_error() -> None:
+    async def stop(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(3600)
+
+    for then, error in ((hang_up, http.Dropped), (stop, TimeoutError)):
+        async with speaking(answering(long_answer()[:-1], then=then)) as (line, pool), await line.ask(pool) as response:
+            got, view = 0, memoryview(bytearray(1 << 20))
+            with pytest.raises(error):
+                while count := await response.readinto(view):
+                    got += count
+            assert got == len(LONG) - 1 or error is TimeoutError
+            assert await response.readinto(view) == 0
+
+
+async def test_a_slow_body_comes_as_it_comes() -> None:
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for at in range(0, len(LONG), 1 << 20):
+            writer.write(LONG[at : at + (1 << 20)])
+            await asyncio.sleep(0.2)
+
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(LONG)
+    async with speaking(answering(head, then=drip)) as (line, pool), await line.ask(pool) as response:
+        pieces = await received(response, 2 << 20)  # none waits until there is no room left
+        assert b"".join(pieces) == LONG
+        assert len(pieces) >= 3
+
+
+async def test_a_body_of_unknown_length_comes_there_too() -> None:
+    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n300000\r\n" + LONG + b"\r\n0\r\n\r\n"
+    closing = b"HTTP/1.0 200 OK\r\n\r\n" + LONG
+    async with speaking(answering(chunked, OK)) as (line, pool):
+        async with await line.ask(pool) as response:
+            assert b"".join(await received(response, 100_000)) == LONG
+        assert await line.whole(pool) == b"ok"
+        assert line.connections == 1
+    async with speaking(answering(closing, then=hang_up)) as (line, pool), await line.ask(pool) as response:
+        assert b"".join(await received(response)) == LONG
+
+
+async def test_a_server_that_wants_to_close_is_not_asked_again() -> None:
+    last = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(LONG) + LONG
+    async with speaking(answering(last, OK)) as (line, pool):
+        async with await line.ask(pool) as response:
+            assert b"".join(await received(response)) == LONG
+        assert b"".join([await line.whole(pool)]) == LONG
+        assert line.connections == 2
 
 
 def endless(size: int, sent: list[int]) -> http.Body:

@@ -117,6 +117,19 @@ def open_blobs() -> list[str]:
 
 
 @both_ways
+async def test_memory_may_be_used_again(content: Content, local: bool) -> None:
+    """A view that was written is the caller's again when the next one was taken."""
+    blocks = [bytearray(CHUNK), bytearray(CHUNK)]
+    async with BlobWriter(content, "r", expected=DIGEST, local=local) as writer:
+        for at in range(0, len(DATA), CHUNK):
+            piece = DATA[at : at + CHUNK]
+            blocks.reverse()
+            blocks[0][: len(piece)] = piece
+            await writer.write(memoryview(blocks[0])[: len(piece)])
+        assert (await writer.commit()).size == len(DATA)
+
+
+@both_ways
 async def test_in_and_out(replica: Replica, content: Content, local: bool) -> None:
     info = await write_blob(content, "r", pieces(), size=len(DATA), expected=DIGEST, labels={"a": "b"}, local=local)
     assert (info.digest, info.size, info.labels) == (DIGEST, len(DATA), {"a": "b"})

@@ -7,7 +7,7 @@ import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar, cast
 
 from wherry_shared.errors import (
     DataLoss,
@@ -37,7 +37,7 @@ from .documents import (
     parse_index,
     refuse_foreign,
 )
-from .download import Download, Hasher, check_digest_of, hasher_for, make_hasher
+from .download import Download, Hasher, Piece, check_digest_of, hasher_for, make_hasher
 from .hosts import DEFAULT_ENDPOINT, HostRules, Lookup, Origin, PinnedResolver, split_authority, system_lookup
 from .mirrors import Endpoint, Mirrors, directories
 from .reference import DEFAULT_REGISTRY, Reference
@@ -163,6 +163,16 @@ class Registry:
         hashlib object of the digest's algorithm that has seen the bytes before `offset` is fed and checked. With
         False the digest is the storer's business. Close the iterator (`aclosing`) when leaving early.
         """
+        download = self._download(ref, descriptor, offset, verify, reuse=False)
+        return cast("AsyncGenerator[bytes, None]", download.chunks())
+
+    def pieces(self, ref: Reference, descriptor: Descriptor, *, offset: int = 0) -> AsyncGenerator[Piece, None]:
+        """The same for large blobs: views of up to PIECE bytes, each good until the one after the next is asked for."""
+        return self._download(ref, descriptor, offset, False, reuse=True).chunks()
+
+    def _download(
+        self, ref: Reference, descriptor: Descriptor, offset: int, verify: bool | Hasher, *, reuse: bool
+    ) -> Download:
         check_digest(descriptor.digest)
         if is_foreign(descriptor.media_type) and not self._foreign:
             refuse_foreign(descriptor)
@@ -183,7 +193,7 @@ class Registry:
             return await open_(extra)
 
         hasher = make_hasher(verify, descriptor.digest, offset)
-        return Download(self._wire, open_, descriptor, lambda: hosts.name, offset, hasher).chunks()
+        return Download(self._wire, open_, descriptor, lambda: hosts.name, offset, hasher, reuse=reuse)
 
     async def upload(self, ref: Reference) -> Upload:
         """What puts blobs and manifests into a reference's repository: the first host that may be pushed to."""

@@ -1,6 +1,7 @@
 """One HTTP/1.1 connection: a request out, its answer in, each at the pace of who sends or reads it.
 
-h11 knows the protocol; here its bytes are moved. Errors say what happened and hold nothing that was sent.
+h11 knows the protocol; here its bytes are moved. Of a long body whose length is known only the beginning goes through
+h11: the rest is received where its reader wants it. Errors say what happened and hold nothing that was sent.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ HEAD_MAX = 64 << 10
 """Longest head of an answer, in bytes."""
 READ_BUFFER = 1 << 20
 """Bytes that a connection may hold before it stops reading."""
+LINGER = 0.05
+"""Seconds that the first bytes wait for more to fill their reader's memory."""
+UNKNOWN = -1
+_SCRATCH = 64 << 10
+_NONE = memoryview(b"")
 
 
 class HttpError(Exception):
@@ -50,35 +56,72 @@ class Body:
     chunks: Callable[[], AsyncIterable[bytes]]
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One connection, one exchange at a time."""
 
     def __init__(self) -> None:
-        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_MAX)
+        self._begin()
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._writable: asyncio.Future[None] | None = None
-        self._held = 0
         self._paused = False
         self._ended = False
         self._answered = False
         self.idle_since = 0.0
+        self._scratch = memoryview(bytearray(_SCRATCH))
+        self._lingering: asyncio.TimerHandle | None = None
+
+    def _begin(self) -> None:
+        """A new exchange."""
+        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_MAX)
+        self._held = 0
+        self._left = UNKNOWN  # how many bytes of the body are still to be read, where its length is known
+        self._direct = False  # they come past h11 from now on
+        self._rest = bytearray()  # what came of them before there was room
+        self._room = _NONE
+        self._filled = 0
 
     # ---- the transport's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._room[self._filled :] if self._room else self._scratch
+
+    def buffer_updated(self, nbytes: int) -> None:
         if self._ended:
             return
         self._answered = True
-        self._http.receive_data(data)
-        self._held += len(data)
-        if self._held > READ_BUFFER and not self._paused and self._transport is not None:
+        if self._room:
+            self._fill(nbytes)
+            return
+        data = self._scratch[:nbytes]
+        if self._direct:
+            self._rest += data
+        else:
+            self._http.receive_data(cast(bytes, data))  # which are copied
+            self._held += nbytes
+        if self._held + len(self._rest) > READ_BUFFER:
+            self._pause()
+        self._wake()
+
+    def _fill(self, count: int) -> None:
+        """So many bytes have come into the room."""
+        if not self._filled and self._lingering is None:
+            self._lingering = asyncio.get_running_loop().call_later(LINGER, self._filled_enough)
+        self._filled += count
+        if self._filled >= min(len(self._room), self._left):
+            self._filled_enough()
+
+    def _filled_enough(self) -> None:
+        self._pause()  # or what comes next would find no room
+        self._wake()
+
+    def _pause(self) -> None:
+        if not (self._paused or self._ended) and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
-        self._wake()
 
     def eof_received(self) -> None:
         self._end(clean=True)
@@ -99,7 +142,7 @@ class Connection(asyncio.Protocol):
         if self._ended:
             return
         self._ended = True
-        if clean:
+        if clean and not self._direct:
             self._http.receive_data(b"")
         self._wake()
 
@@ -151,36 +194,87 @@ class Connection(asyncio.Protocol):
         if self._ended and not self._answered:
             raise Dropped("the connection ended")
 
-    async def head(self) -> h11.Response:
-        """The head of the answer; interim ones are passed over."""
+    async def head(self, with_body: bool) -> h11.Response:
+        """The head of the answer; interim ones are passed over. with_body: what it says of a body is meant."""
         while True:
             event = await self.event(None)
             if isinstance(event, h11.Response):
+                self._left = _length(event) if with_body else UNKNOWN
                 return event
             if not isinstance(event, h11.InformationalResponse):
                 raise ProtocolError("the answer has no head")
 
     async def event(self, idle: float | None) -> Any:
         """The next part of the answer."""
-        while True:
-            try:
-                event = self._http.next_event()
-            except h11.RemoteProtocolError as e:
-                raise (Dropped if self._ended else ProtocolError)(str(e)[:200]) from None
-            if event is not h11.NEED_DATA:
-                if isinstance(event, h11.Data):
-                    self._held = max(0, self._held - len(event.data))
-                return event
+        while (event := self._next()) is h11.NEED_DATA:
+            await self._more(idle)
+        return event
+
+    def _next(self) -> Any:
+        """The same, NEED_DATA where it has not come yet."""
+        try:
+            event = self._http.next_event()
+        except h11.RemoteProtocolError as e:
+            raise (Dropped if self._ended else ProtocolError)(str(e)[:200]) from None
+        if isinstance(event, h11.Data):
+            self._held = max(0, self._held - len(event.data))
+            if self._left != UNKNOWN:
+                self._left -= len(event.data)
+        elif event is h11.NEED_DATA:
             self._held = 0
             if self._ended:
                 raise Dropped("the connection ended")
-            await self._more(idle)
+        return event
+
+    async def read_into(self, view: memoryview, idle: float) -> int:
+        """Bytes of the body into `view`: all that fit, or that have come when the first have waited LINGER; 0 at its
+        end."""
+        while not (self._direct or self._rest):
+            event = self._next()
+            if isinstance(event, h11.Data):
+                self._rest += event.data
+            elif event is not h11.NEED_DATA:
+                return 0
+            elif self._left != UNKNOWN:
+                self._direct = True
+            else:
+                await self._more(idle)
+        if self._rest:
+            return self._take_rest(view)
+        return await self._receive(view, idle) if self._left else 0
+
+    def _take_rest(self, view: memoryview) -> int:
+        count = min(len(view), len(self._rest))
+        if self._direct:
+            count = min(count, self._left)
+            self._left -= count
+        view[:count] = self._rest[:count]
+        del self._rest[:count]
+        return count
+
+    async def _receive(self, view: memoryview, idle: float) -> int:
+        """Let the transport write into `view`."""
+        # Never exactly what is left: bytes that nobody asked for then come along, and cost the connection.
+        self._room, self._filled = view[: -1 if len(view) == self._left > 1 else None], 0
+        try:
+            if not self._ended:
+                await self._more(idle)
+        finally:
+            self._pause()
+            self._room = _NONE
+            if self._lingering is not None:
+                self._lingering.cancel()
+                self._lingering = None
+        if not self._filled:
+            raise Dropped("the connection ended")
+        count = min(self._filled, self._left)
+        self._rest += view[count : self._filled]
+        self._left -= count
+        return count
 
     async def _more(self, idle: float | None) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
-        if self._paused and self._transport is not None:
-            self._paused = False
-            self._transport.resume_reading()
+        self._resume()
         try:
             async with asyncio.timeout(idle):
                 await self._waiter
@@ -189,14 +283,28 @@ class Connection(asyncio.Protocol):
 
     def renew(self) -> bool:
         """Make ready for the next exchange; False when the connection cannot have one."""
-        if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE or self._ended:
+        theirs = not self._left and not self._rest if self._direct else self._http.their_state is h11.DONE
+        if self._http.our_state is not h11.DONE or not theirs or self._ended:
             return False
-        unasked = bool(self._http.trailing_data[0])
-        self._http.start_next_cycle()
-        self._held = 0
+        unasked = not self._direct and bool(self._http.trailing_data[0])
+        self._begin()
+        self._resume()
         return not unasked
+
+    def _resume(self) -> None:
+        if self._paused and not self._ended and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
 
     def close(self) -> None:
         """End it at once; what is unsent is lost."""
         if self._transport is not None:
             self._transport.abort()
+
+
+def _length(head: h11.Response) -> int:
+    """The length of a body that comes as it is; UNKNOWN where h11 has to find its end."""
+    fields = dict(head.headers)
+    value = fields.get(b"content-length", b"")
+    plain = head.status_code in (200, 206) and b"transfer-encoding" not in fields
+    return int(value) if plain and value.isdigit() and len(value) < 20 else UNKNOWN

@@ -24,6 +24,9 @@ Open = Callable[[Mapping[str, str]], Awaitable[http.Response]]
 """request headers -> an answer with status 200 or 206; raises Transient or a typed error."""
 
 
+Piece = bytes | memoryview
+PIECE = 1 << 20
+
 Host = Callable[[], str]
 """The host that answers at the moment, as messages name it."""
 
@@ -31,7 +34,7 @@ Host = Callable[[], str]
 class Hasher(Protocol):
     """The part of hashlib's objects that is used."""
 
-    def update(self, data: bytes, /) -> None:
+    def update(self, data: Piece, /) -> None:
         """Take in bytes."""
         ...
 
@@ -55,8 +58,9 @@ class Download:
     """The state of one transfer: `position` counts bytes handed to the consumer, from the blob's start."""
 
     def __init__(
-        self, wire: Wire, open_: Open, descriptor: Descriptor, host: Host, offset: int, hasher: Hasher | None
-    ) -> None:
+        self, wire: Wire, open_: Open, descriptor: Descriptor, host: Host, offset: int, hasher: Hasher | None, *,
+        reuse: bool = False,
+    ) -> None:  # fmt: skip
         if not 0 <= offset <= descriptor.size:
             raise OutOfRange(f"offset {offset} is outside of {descriptor.digest}, which has {descriptor.size} bytes")
         self._wire = wire
@@ -69,13 +73,17 @@ class Download:
         self._failures = 0
         self._mark = self.position = offset
         self._discarded = False
+        self._memory = _Memory() if reuse else None
 
     @property
     def _host(self) -> str:
         return self._name()
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The bytes from the offset to the end, in pieces as the network brought them (some 50 KiB to 2 MiB)."""
+    async def chunks(self) -> AsyncGenerator[Piece, None]:
+        """The bytes from the offset to the end, in pieces as the network brought them (up to 2 MiB).
+
+        With `reuse` they are views of PIECE bytes at most, each good until the one after the next is asked for.
+        """
         while self.position < self._size:
             try:
                 async with await self._answer() as response, aclosing(self._body(response)) as body:
@@ -87,7 +95,7 @@ class Download:
         if self._hasher is not None:
             check_digest_of(self._hasher, self._digest, self._host)
 
-    async def _body(self, response: http.Response) -> AsyncGenerator[bytes, None]:
+    async def _body(self, response: http.Response) -> AsyncGenerator[Piece, None]:
         skip = self._to_skip(response)
         while chunk := await self._read(response):
             if skip:
@@ -140,11 +148,11 @@ class Download:
             raise DataLoss(f"{self._host} sent another part of {self._digest} than was asked for")
         return last - first + 1
 
-    async def _read(self, response: http.Response) -> bytes:
+    async def _read(self, response: http.Response) -> Piece:
         now = asyncio.get_running_loop().time
         before = now()
         try:
-            chunk = await response.readany()
+            chunk = await (response.readany() if self._memory is None else self._memory.read(response))
         except (TimeoutError, http.HttpError, OSError) as e:
             raise failure(self._host, e) from None
         if chunk:
@@ -157,6 +165,23 @@ class Download:
         self._mark = self.position
         self._failures += 1
         await self._wire.back_off(reason, self._failures)
+
+
+class _Memory:
+    """Two blocks that pieces are received into by turns: to have new ones all the time costs more than to receive."""
+
+    def __init__(self) -> None:
+        self._blocks = [memoryview(bytearray(PIECE)) for _ in range(2)]
+        self._given = [memoryview(b""), memoryview(b"")]
+
+    async def read(self, response: http.Response) -> memoryview:
+        """The next piece, empty at the end. The one before the last is good no longer: using it is a ValueError."""
+        self._blocks.reverse()
+        self._given.reverse()
+        self._given[0].release()
+        count = await response.readinto(self._blocks[0])
+        self._given[0] = self._blocks[0][:count]
+        return self._given[0]
 
 
 def make_hasher(verify: bool | Hasher, digest: str, offset: int) -> Hasher | None:

@@ -125,6 +125,23 @@ class Response:
         self._done(True)
         return b""
 
+    async def readinto(self, view: memoryview) -> int:
+        """The next bytes of the body into `view`, without a copy on the way where its length is known; 0 at its end.
+
+        Answers when it is full, or the first bytes have waited a moment. TimeoutError after `idle` seconds of silence.
+        """
+        if not self._open:
+            return 0
+        try:
+            count = await self._connection.read_into(view, self.idle)
+        except BaseException:
+            self.close()
+            raise
+        if not count:
+            self._open = False
+            self._done(True)
+        return count
+
     async def release(self) -> None:
         """Give the connection back if the rest of the body is short and near, else close it."""
         total = 0
@@ -200,7 +217,7 @@ class Pool:
         try:
             await connection.send(request, body, self._timeouts.idle)
             async with asyncio.timeout(self._timeouts.head):
-                head = await connection.head()
+                head = await connection.head(request.method == b"GET")
         except BaseException:
             self._drop(connection)
             raise
