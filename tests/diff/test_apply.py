@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import zstandard
 from wherry_diff.ahead import Ahead
-from wherry_diff.apply import Applied, apply
+from wherry_diff.apply import Application, Applied, apply, run
 from wherry_diff.extract import Target
 from wherry_diff.limits import Limits
 from wherry_shared.errors import (
@@ -26,6 +26,7 @@ from wherry_shared.errors import (
     Unimplemented,
     WherryError,
 )
+from wherry_shared.values import Mount
 
 from .conftest import Place
 from .layers import DIR, FILE, TAR, archive, entry, look, put
@@ -172,3 +173,24 @@ def test_the_same_layer_twice_is_the_same_tree(tmp_path: Path) -> None:
     one, two = (look(root) for root in roots)
     one.pop(b""), two.pop(b"")
     assert one == two and len(one) == 302
+
+
+def test_a_blob_that_was_unpacked_leaves_the_page_cache(tmp_path: Path) -> None:
+    size = 32 << 20
+    blob, tree = tmp_path / "blob", tmp_path / "tree"
+    tree.mkdir()
+    blob.write_bytes(archive(entry(b"large", FILE, os.urandom(size))))
+    with blob.open("rb") as file:
+        os.fsync(file.fileno())
+    assert cached(blob) > size // 2
+    mounts = (Mount(type="bind", source=str(tree), options=["rw"]),)
+    job = Application(str(blob), "application/vnd.oci.image.layer.v1.tar", mounts, str(tmp_path))
+    assert run(job).entries == 1
+    assert (tree / "large").stat().st_size == size
+    assert cached(blob) <= size // 2  # the last of it, and what somebody else may have in hand
+
+
+def cached(path: Path) -> int:
+    """How many bytes of a file are in the page cache."""
+    command = ["fincore", "--bytes", "--noheadings", "--output", "RES", str(path)]
+    return int(subprocess.run(command, capture_output=True, check=True).stdout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,14 @@ def test_whether_ids_can_be_mapped_is_tried(tmp_path: Path) -> None:
     assert overlay.idmap.works_on(tmp_path)
     assert not overlay.idmap.works_on(Path("/proc"))
     assert not overlay.idmap.works_on(tmp_path / "nothing")
+
+
+def test_a_layers_tree_is_put_where_there_is_room(backend: OverlayBackend) -> None:
+    """On ext4; what stands on others stays near them."""
+    for made in (snapshot(1), snapshot(2, "active", 1), snapshot(3, "view")):
+        backend.create(made, never)
+    paths = [f"{backend.root}/snapshots/{number}" for number in (1, 2, 3)]
+    said = subprocess.run(["lsattr", "-d", *paths], capture_output=True, text=True, check=False)
+    if said.returncode or magic(backend.root) != 0xEF53:
+        pytest.skip("not on ext4")
+    assert ["T" in line.split()[0] for line in said.stdout.splitlines()] == [True, False, False]

@@ -16,12 +16,13 @@ from wherry_shared.values import Mount
 
 from . import processors, targets
 from .ahead import Ahead
-from .decompress import decompress
+from .decompress import CHUNK, decompress
 from .extract import Target, extract
 from .limits import DEFAULT, Limits
 from .processors import Processor
 from .tar import Reader, Stream
 
+_DROP_BYTES = 8 << 20  # of a blob that are dropped from the page cache at once
 _AHEAD = 16  # pieces of 256 KiB that may wait between the two threads
 _PLAIN = "application/vnd.oci.image.layer.v1.tar"
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -62,17 +63,29 @@ def run(job: Application) -> Applied:
     with ExitStack() as stack:
         target = stack.enter_context(targets.opened(job.mounts, job.at, standalone=job.standalone))
         try:
-            source: BinaryIO = stack.enter_context(open(job.path, "rb", buffering=0))
+            file: BinaryIO = stack.enter_context(open(job.path, "rb", buffering=0))
         except OSError as e:
             raise Unavailable(f"{job.path}: {e.strerror}") from e
+        source: BinaryIO | Iterable[bytes] = _passing(file)
         media_type = job.media_type
         if steps:
-            processed = processors.processed(source, media_type, steps, job.payloads, job.deadline)
+            processed = processors.processed(file, media_type, steps, job.payloads, job.deadline)
             source, media_type = stack.enter_context(processed), steps[-1].returns
         applied = apply(source, media_type, target, job.limits, job.deadline)
         if job.sync:
             sync(target.root)
     return applied
+
+
+def _passing(file: BinaryIO) -> Iterator[bytes]:
+    """A blob's bytes. What was read leaves the page cache, and makes room there for what it unpacks to."""
+    begin = end = 0
+    while data := file.read(CHUNK):
+        end += len(data)
+        if end - begin >= _DROP_BYTES:
+            os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
+            begin = end
+        yield data
 
 
 def apply(

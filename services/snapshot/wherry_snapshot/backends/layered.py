@@ -40,6 +40,8 @@ class Layered(Directories):
 
     def fill(self, new: str, snapshot: Snapshot, owner: tuple[int, int]) -> None:
         """Make what an active snapshot or a view has of its own; owner: of its root (uid, gid)."""
+        if snapshot.kind == "active" and not snapshot.parents:
+            trees.spread(new)  # a layer comes, thousands of files
         _mkdir(f"{new}/fs", 0o755)
         os.chown(f"{new}/fs", *owner)
         if snapshot.kind == "active":
