@@ -15,10 +15,11 @@ from . import context
 from .contract import Encoded, pack, pack_page, unpack
 from .errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
 from .filters import Adaptor, Matcher, compile_filters
+from .records import Record
 from .sqlite import Database, Transaction
-from .values import Model, Page
+from .values import Page
 
-M = TypeVar("M", bound=Model)
+M = TypeVar("M", bound=Record)
 V = TypeVar("V")
 
 SCHEMA = """

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from .api import contracts, second_contracts
 from .bus import subjects
 from .contract import Endpoint
+from .records import Record
 from .values import Digest, Identifier, Labels, Name
 
 _NAMED: dict[Any, str] = {Digest: "Digest", Identifier: "Identifier", Labels: "Labels", Name: "Name", Any: "any"}
@@ -24,7 +25,7 @@ _NAMED: dict[Any, str] = {Digest: "Digest", Identifier: "Identifier", Labels: "L
 
 def text() -> str:
     """The whole wire."""
-    models: dict[str, type[BaseModel]] = {}
+    models: dict[str, Any] = {}
     lines = [
         "Subjects, requests, replies, errors and events. Generated: python -m wherry_shared.wire > docs/wire.txt",
         "Bodies are msgpack maps of the parameters (bytes are answered raw); ! marks what an idempotency key protects.",
@@ -45,11 +46,11 @@ def text() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _fields(model: type[BaseModel]) -> list[tuple[str, Any]]:
-    return list(model.model_fields.items())
+def _fields(model: type[BaseModel | Record]) -> list[tuple[str, Any]]:
+    return list(model.__pydantic_fields__.items())
 
 
-def _operation(endpoint: Endpoint, token: str, models: dict[str, type[BaseModel]]) -> Iterator[str]:
+def _operation(endpoint: Endpoint, token: str, models: dict[str, Any]) -> Iterator[str]:
     hints = typing.get_type_hints(endpoint.function, include_extras=True)
     parameters = []
     for name, parameter in list(inspect.signature(endpoint.function).parameters.items())[1:]:
@@ -63,7 +64,7 @@ def _operation(endpoint: Endpoint, token: str, models: dict[str, type[BaseModel]
         yield f"    errors: {', '.join(e.__name__ for e in endpoint.errors)}"
 
 
-def _type(hint: Any, models: dict[str, type[BaseModel]]) -> str:
+def _type(hint: Any, models: dict[str, Any]) -> str:
     for known, name in _NAMED.items():
         if hint is known or hint == known:
             return name
@@ -81,18 +82,18 @@ def _type(hint: Any, models: dict[str, type[BaseModel]]) -> str:
     return _plain(hint, models)
 
 
-def _plain(hint: Any, models: dict[str, type[BaseModel]]) -> str:
-    if isinstance(hint, type) and issubclass(hint, BaseModel):
+def _plain(hint: Any, models: dict[str, Any]) -> str:
+    if isinstance(hint, type) and issubclass(hint, BaseModel | Record):
         # A page of things is written Page[Thing]; an equal name of two services is told apart by its module.
         name = hint.__name__
         if name.startswith("Page["):
-            item = typing.get_args(hint.model_fields["items"].annotation)[0]
+            item = typing.get_args(hint.__pydantic_fields__["items"].annotation)[0]
             return f"Page[{_plain(item, models)}]"
         service = hint.__module__.rpartition(".")[2]
         name = name if service == "values" else f"{service}.{name}"
         if name not in models:
             models[name] = hint
-            for info in hint.model_fields.values():
+            for _, info in _fields(hint):
                 _type(info.rebuild_annotation(), models)
         return name
     if hint is None or hint is type(None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..records import RECORDS
 from ..values import Model
 
 
@@ -39,6 +40,8 @@ def build() -> None:
         model = todo.pop()
         todo += model.__subclasses__()
         model.model_rebuild()
+    for kind in RECORDS:
+        kind.model_rebuild()
 
 
 def second_contracts() -> list[Any]:

@@ -7,17 +7,20 @@ from typing import Any, Protocol
 
 from ..contract import Contract, endpoint
 from ..errors import AlreadyExists, NotFound
-from ..values import Identifier, Labels, Model, Page
+from ..records import Record, record
+from ..values import Identifier, Labels, Page
 
 
-class Runtime(Model):
+@record
+class Runtime(Record):
     """The OCI runtime that runs the container's task: a name known to the task service, or a path it allows."""
 
     name: str
     options: dict[str, Any] = {}
 
 
-class Container(Model):
+@record
+class Container(Record):
     """A container: what its task will be made of. `spec` is an OCI runtime specification."""
 
     id: Identifier

@@ -17,13 +17,15 @@ from ..errors import (
     ResourceExhausted,
     Unavailable,
 )  # fmt: skip
+from ..records import Record, record
 from ..values import Digest, Labels, Model, Name, Page
 
 CHUNK = 960 * 1024
 """The most bytes of one read's answer and of one write: with all that goes with them they fit into 1 MiB."""
 
 
-class Info(Model):
+@record
+class Info(Record):
     """What is known of a committed blob."""
 
     digest: Digest

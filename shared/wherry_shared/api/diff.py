@@ -15,14 +15,16 @@ from ..errors import (
     Unimplemented,
     Unknown,
 )
-from ..values import Descriptor, Labels, Model, Mount, Page
+from ..records import Record, record
+from ..values import Descriptor, Labels, Mount, Page
 
 GZIP_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 UNCOMPRESSED_LABEL = "containerd.io/uncompressed"
 """On a compressed layer: the digest of the archive in it, its diff id."""
 
 
-class Change(Model):
+@record
+class Change(Record):
     """One path that differs: A added, C changed, D deleted.
 
     path: absolute; bytes that are no UTF-8 stand as `\\xNN`.

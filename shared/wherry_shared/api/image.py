@@ -7,10 +7,12 @@ from typing import Protocol
 
 from ..contract import Contract, endpoint
 from ..errors import AlreadyExists, NotFound
-from ..values import Descriptor, Labels, Model, Name, Page
+from ..records import Record, record
+from ..values import Descriptor, Labels, Name, Page
 
 
-class Image(Model):
+@record
+class Image(Record):
     """A name, the descriptor it points at, and labels. The target blob need not be there."""
 
     name: Name

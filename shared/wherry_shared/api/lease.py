@@ -7,12 +7,14 @@ from typing import Protocol
 
 from ..contract import Contract, endpoint
 from ..errors import AlreadyExists, NotFound, Unimplemented
-from ..values import Labels, Model, Page
+from ..records import Record, record
+from ..values import Labels, Page
 
 EXPIRE_LABEL = "containerd.io/gc.expire"
 
 
-class Lease(Model):
+@record
+class Lease(Record):
     """A lease. The label `containerd.io/gc.expire` (RFC 3339) says when it is void."""
 
     id: str
@@ -20,7 +22,8 @@ class Lease(Model):
     created_at: datetime
 
 
-class Resource(Model):
+@record
+class Resource(Record):
     """What a lease keeps. type: `content` (id: digest), `ingests` (ref), `images` (name), `snapshots/<snapshotter>`
     (key)."""
 

@@ -6,10 +6,12 @@ from typing import Protocol
 
 from ..contract import Contract, endpoint
 from ..errors import AlreadyExists, FailedPrecondition, NotFound
-from ..values import Identifier, Labels, Model, Page
+from ..records import Record, record
+from ..values import Identifier, Labels, Page
 
 
-class Namespace(Model):
+@record
+class Namespace(Record):
     """A namespace and its labels."""
 
     name: Identifier

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 from ..contract import Contract, endpoint
 from ..errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
+from ..records import Record, record
 from ..values import Labels, Model, Mount, Name, Page
 
 Kind = Literal["active", "view", "committed"]
@@ -21,7 +22,8 @@ UPPERDIR_LABEL = "containerd.io/snapshot/overlay.upperdir"
 """Told of overlay's snapshots where its setting `upperdir_label` is on; never stored."""
 
 
-class Info(Model):
+@record
+class Info(Record):
     """One snapshot. `parent` is "" for a base."""
 
     kind: Kind
