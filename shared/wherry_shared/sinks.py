@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from .api.content import CHUNK
 from .errors import DeadlineExceeded, NotFound, OutOfRange, Unavailable
 from .files import OwnedFd, os_errors
+from .heap import keep_heap
 
 LOCAL_CHUNK = 1 << 20
 COPY_STEP = 64 << 20  # bytes copied in a thread before a cancellation is looked for
@@ -154,6 +155,8 @@ class Chunks:
         await cancel(task for _, _, task in self._flying)
 
     async def _launch(self, chunk: bytes) -> None:
+        if self._flying:
+            keep_heap()
         while len(self._flying) >= self._window:
             await self._settle()
         self._fly(self._sent, chunk)

@@ -32,6 +32,7 @@ from .errors import (
     WherryError,
 )  # fmt: skip
 from .files import OwnedFd, os_errors
+from .heap import keep_heap
 from .sinks import ATTEMPTS, LOCAL_CHUNK, Chunks, File, Sink, cancel
 
 T = TypeVar("T")
@@ -117,6 +118,8 @@ async def _remote_chunks(
     content: Content, digest: str, offset: int, size: int, window: int
 ) -> AsyncGenerator[bytes, None]:
     flying: deque[asyncio.Task[bytes]] = deque()
+    if size - offset > CHUNK:
+        keep_heap()
     try:
         while offset < size or flying:
             while offset < size and len(flying) < window:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 from wherry_shared.api.lease import Leases
 from wherry_shared.api.namespace import Namespaces
 from wherry_shared.errors import InvalidArgument
+from wherry_shared.heap import keep_heap
 from wherry_shared.runtime import Host, run
 
 from . import backends, metadata
@@ -16,9 +16,6 @@ from .metadata import Metadata
 from .service import ContentService
 from .sharing import Policy, Sharing
 from .store import IDLE_SECONDS, Store
-
-# mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, in bytes.
-_MALLOC = {-3: 4 << 20, -1: 32 << 20, -2: 4 << 20}
 
 
 async def build(host: Host) -> ContentService:
@@ -48,20 +45,8 @@ def _idle(text: str | None) -> float:
     return seconds
 
 
-def _keep_heap() -> None:
-    """Have the C library keep what chunks were in for the next ones.
-
-    By default each chunk of 1 MiB is memory that the kernel hands out, clears and takes back: half of the time that
-    receiving one takes. Up to 32 MiB stay with an idle process for that.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc's; musl has none
-        for parameter, value in _MALLOC.items():
-            libc.mallopt(parameter, value)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    _keep_heap()
+    keep_heap()
     run("content", build, arguments)
 
 
