@@ -117,24 +117,25 @@ class Table(Generic[M]):
             raise self.missing(key)
         return record
 
-    def insert(self, tx: Transaction, namespace: str, record: M) -> None:
-        """Add a record. AlreadyExists when its key is taken."""
-        key = self._key(record)
+    def insert(self, tx: Transaction, namespace: str, record: M) -> M:
+        """Add a record; it is answered as it travels (`contract.Encoded`). AlreadyExists when its key is taken."""
+        key, document = self._key(record), self._encode(record)
         done = tx.execute(
             "INSERT INTO records (namespace, key, record) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
-            (namespace, key, self._encode(record)),
+            (namespace, key, document),
         )
         if not done.rowcount:
             raise AlreadyExists(f"{self._noun} {key!r}: already exists")
+        return cast(M, Encoded(document))
 
-    def replace(self, tx: Transaction, namespace: str, record: M) -> None:
-        """Put a record in the place of the one with its key. NotFound when there is none."""
-        key = self._key(record)
-        done = tx.execute(
-            "UPDATE records SET record = ? WHERE namespace = ? AND key = ?", (self._encode(record), namespace, key)
-        )
+    def replace(self, tx: Transaction, namespace: str, record: M) -> M:
+        """Put a record in the place of the one with its key; it is answered as it travels. NotFound when there is
+        none."""
+        key, document = self._key(record), self._encode(record)
+        done = tx.execute("UPDATE records SET record = ? WHERE namespace = ? AND key = ?", (document, namespace, key))
         if not done.rowcount:
             raise self.missing(key)
+        return cast(M, Encoded(document))
 
     def remove(self, tx: Transaction, namespace: str, key: str) -> None:
         """Take a record out. NotFound when it is not there."""

@@ -39,6 +39,8 @@ CONTAINERS_MAX = 1 << 16
 LARGE = 32 << 10
 # How deep lists and maps may be nested in a request: an OCI specification needs 8.
 DEPTH_MAX = 64
+# The bytes that begin no list or map in msgpack: where few others are, nothing can be nested deep.
+_WITHIN = bytes([*range(0x80), *range(0xA0, 0xDC), *range(0xE0, 0x100)])
 
 OWNERS: dict[str, str] = {}
 """The contracts that are known here by their services, and whose processes serve them."""
@@ -250,7 +252,7 @@ class Endpoint:
             body = unpack(data) if data else {}
             if not isinstance(body, dict):
                 raise InvalidArgument(f"{self.contract.service}.{self.name}: the body is not a map")
-            if len(data) > DEPTH_MAX and _deeper_than(body, DEPTH_MAX):
+            if len(data.translate(None, _WITHIN)) > DEPTH_MAX and _deeper_than(body, DEPTH_MAX):
                 raise InvalidArgument(f"{self.contract.service}.{self.name}: nested deeper than {DEPTH_MAX} levels")
             arguments: dict[str, Any] = self._request.validator.validate_python(body).__dict__
             return arguments

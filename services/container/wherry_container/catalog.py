@@ -39,10 +39,10 @@ class Catalog:
         _check(new)
 
         def write(tx: Transaction) -> Container:
-            self._containers.insert(tx, namespace, new)
+            answer = self._containers.insert(tx, namespace, new)
             event = {"id": new.id, "image": new.image, "runtime": new.runtime.model_dump()}
             tx.publish("/containers/create", event, namespace=namespace)
-            return new
+            return answer
 
         return await self._containers.database.mutate(write)
 
@@ -51,10 +51,10 @@ class Catalog:
 
         def write(tx: Transaction) -> Container:
             new = _changed(self._containers.require(tx, namespace, container.id), container, mask)
-            self._containers.replace(tx, namespace, new)
+            answer = self._containers.replace(tx, namespace, new)
             event = {"id": new.id, "image": new.image, "labels": new.labels, "snapshot_key": new.snapshot_key}
             tx.publish("/containers/update", event, namespace=namespace)
-            return new
+            return answer
 
         return await self._containers.database.mutate(write)
 

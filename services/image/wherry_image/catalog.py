@@ -36,9 +36,9 @@ class Catalog:
         new = _created(image)
 
         def write(tx: Transaction) -> Image:
-            self._images.insert(tx, namespace, new)
+            answer = self._images.insert(tx, namespace, new)
             tx.publish("/images/create", _event(new), namespace=namespace)
-            return new
+            return answer
 
         return await self._images.database.mutate(write)
 
@@ -52,9 +52,9 @@ class Catalog:
 
         def write(tx: Transaction) -> Image:
             new = _changed(self._images.require(tx, namespace, image.name), image, mask)
-            self._images.replace(tx, namespace, new)
+            answer = self._images.replace(tx, namespace, new)
             tx.publish("/images/update", _event(new), namespace=namespace)
-            return new
+            return answer
 
         return await self._images.database.mutate(write)
 
@@ -63,9 +63,8 @@ class Catalog:
             check_digest(target)
 
         def write(tx: Transaction) -> None:
-            image = self._images.require(tx, namespace, name)
-            if target and image.target.digest != target:
-                raise NotFound(f"image {name!r} with target {target}: not found, it is at {image.target.digest}")
+            if target and (there := self._images.require(tx, namespace, name).target.digest) != target:
+                raise NotFound(f"image {name!r} with target {target}: not found, it is at {there}")
             self._images.remove(tx, namespace, name)
             tx.publish("/images/delete", {"name": name}, namespace=namespace)
 
