@@ -87,6 +87,7 @@ class _Packer(threading.local):
 
 
 _packer = _Packer()
+_NONE = b"\xc0"
 
 
 def pack(value: Any) -> bytes:
@@ -115,6 +116,20 @@ def pack_page(documents: Sequence[bytes], next: str) -> Encoded:
     packer = msgpack.Packer()
     head = packer.pack_map_header(2) + packer.pack("items") + packer.pack_array_header(len(documents))
     return Encoded(head + b"".join(documents) + packer.pack("next") + packer.pack(next))
+
+
+def without(document: bytes, field: str) -> bytes:
+    """An encoded map whose `field`, if it has it, is nothing (None). What is in it is not decoded. DataLoss."""
+    unpacker = msgpack.Unpacker(max_buffer_size=len(document))
+    unpacker.feed(document)
+    with suppress(ValueError, TypeError, msgpack.UnpackException):
+        for _ in range(unpacker.read_map_header()):
+            found, at = unpacker.unpack() == field, unpacker.tell()
+            unpacker.skip()
+            if found:
+                return document[:at] + _NONE + document[unpacker.tell() :]
+        return document
+    raise DataLoss("a stored record is no map")
 
 
 @contextmanager

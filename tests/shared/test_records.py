@@ -10,7 +10,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from wherry_shared.api.container import Container, Runtime
 from wherry_shared.api.image import Image, Images
-from wherry_shared.contract import LARGE, pack, pack_page, unpack
+from wherry_shared.contract import LARGE, pack, pack_page, unpack, without
 from wherry_shared.errors import DataLoss
 from wherry_shared.records import RECORDS
 from wherry_shared.values import Descriptor, Digest, Page, Platform, explain, now
@@ -89,3 +89,14 @@ def test_one_bad_record_spoils_a_page() -> None:
     assert len(answer) > LARGE
     with pytest.raises(DataLoss, match=r"items\.999\.target\.digest"):
         walk.decode_reply(answer)
+
+
+def test_a_field_is_left_out_of_what_is_encoded() -> None:
+    spec = {"process": {"args": ["sh"], "env": ["spec=1"]}, "spec": {"spec": None}}
+    box = Container(id="c", runtime=Runtime(name="r"), spec=spec, snapshotter="overlay", created_at=now())
+    stored = pack(box.model_dump(exclude_defaults=True))
+    assert Container.model_validate(unpack(without(stored, "spec"))) == box.model_copy(update={"spec": None})
+    assert without(stored, "sandbox") == stored
+    for damaged in (b"", b"\xc1", pack([1]), stored[:-9]):
+        with pytest.raises(DataLoss):
+            without(damaged, "labels")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from wherry_shared.api.container import Container
 from wherry_shared.catalog import Table, check_mask, update_map
-from wherry_shared.contract import pack, unpack
+from wherry_shared.contract import without
 from wherry_shared.errors import InvalidArgument
 from wherry_shared.sqlite import Transaction
 from wherry_shared.values import Page, check_identifier, check_labels, now, stored_labels, update_labels
 
 MUTABLE = ("labels", "spec", "extensions", "image", "snapshot_key")
 MAPS = ("labels", "extensions")
+_without_spec = partial(without, field="spec")
 
 
 class Catalog:
@@ -64,12 +66,6 @@ class Catalog:
             tx.publish("/containers/delete", {"id": id}, namespace=namespace)
 
         await self._containers.database.mutate(write, frees=True)
-
-
-def _without_spec(document: bytes) -> bytes:
-    record = unpack(document)
-    record["spec"] = None
-    return pack(record)
 
 
 def _changed(old: Container, new: Container, mask: Sequence[str]) -> Container:
