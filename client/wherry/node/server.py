@@ -20,6 +20,10 @@ START_SECONDS = 10.0
 STORE_MAX_BYTES = 1 << 30
 # Until then, and for some time more, services keep what the stream has acknowledged (wherry_shared.outbox).
 SYNC_SECONDS = 1
+# One OS thread for Go's scheduler: hand-overs between cores cost more than they bring at this size. And a heap that is
+# collected when it has grown by a third instead of twofold: most of what lives in it are buffers without pointers, so
+# that costs next to nothing. (A limit, GOMEMLIMIT, would have it collect all the time once more than that is alive.)
+_GO = {"GOMAXPROCS": "1", "GOGC": "30"}
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ class NatsServer:
 
     def start(self, prepare_child: Callable[[], None]) -> subprocess.Popen[bytes]:
         """Start the process; `prepare_child` runs in it before the program. Unavailable when it does not listen."""
-        # One OS thread for Go's scheduler: hand-overs between cores cost more than they bring at this size.
-        environment = {"GOMAXPROCS": os.environ.get("WHERRY_NATS_GOMAXPROCS", "1"), "PATH": os.defpath}
+        environment = {name: os.environ.get(f"WHERRY_NATS_{name}", value) for name, value in _GO.items()}
+        environment["PATH"] = os.defpath
         process = subprocess.Popen(
             [self.binary, "--config", self.config, "--log", self.config.with_name("nats-server.log")],
             env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
