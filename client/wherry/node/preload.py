@@ -20,6 +20,8 @@ from wherry_shared.runtime import package_version
 # CPython's small objects come in classes of 16 bytes up to 512, out of pools of 16 KiB (Objects/obmalloc.c).
 _CLASS, _LARGEST, _POOL, _POOL_HEADER = 16, 512, 1 << 14, 48
 _BYTES_OVERHEAD = 33
+# What is loaded by who runs, not by who is loaded; of a service's own that is what its module lists as LATER.
+_COMMON = ("uvloop", "wherry_shared.sqlite", "wherry_shared.bus.direct", "wherry.client", "wherry.node.keeper")
 _TRIES = 1 << 14  # of each class: another allocator than CPython's has no pools
 
 
@@ -28,8 +30,9 @@ def preload(services: Mapping[str, str]) -> list[bytes]:
 
     What it returns is to be held as long as there are forks to come.
     """
-    for module in ("uvloop", "wherry_shared.sqlite", *(entry.partition(":")[0] for entry in services.values())):
-        importlib.import_module(module)
+    for module in (*_COMMON, *(entry.partition(":")[0] for entry in services.values())):
+        for later in getattr(importlib.import_module(module), "LATER", ()):
+            importlib.import_module(later)
     for name in services:
         package_version(f"wherry-{name}")
     load_connection()

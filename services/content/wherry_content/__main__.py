@@ -17,6 +17,7 @@ from .service import ContentService
 from .sharing import Policy, Sharing
 from .store import IDLE_SECONDS, Store
 
+LATER = (backends.BUILT_IN["local"],)
 
 async def build(host: Host) -> ContentService:
     options = host.settings.options

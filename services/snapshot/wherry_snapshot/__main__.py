@@ -21,6 +21,7 @@ from .snapshotter import Snapshotter
 
 log = logging.getLogger("wherry.snapshot")
 
+LATER = tuple(entry.module for entry in backends.OWN)
 PLUGIN = "io.containerd.snapshotter.v1"
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 

@@ -22,7 +22,7 @@ REBASE = "rebase"
 REMAP_IDS = "remap-ids"
 """Capability: the labels UID_LABEL and GID_LABEL show a container its parents' files under other owners."""
 
-_OWN = (
+OWN = (
     EntryPoint("btrfs", "wherry_snapshot.backends.btrfs:BtrfsBackend", GROUP),
     EntryPoint("erofs", "wherry_snapshot.backends.erofs:ErofsBackend", GROUP),
     EntryPoint("native", "wherry_snapshot.backends.native:NativeBackend", GROUP),
@@ -125,4 +125,4 @@ Factory = Callable[[Path, Mapping[str, str]], Backend]
 
 def available() -> dict[str, EntryPoint]:
     """Every snapshotter that is installed, by name; `load()` gives its Factory. Ours need no entry points."""
-    return {e.name: e for e in (*entry_points(group=GROUP), *_OWN)}
+    return {e.name: e for e in (*entry_points(group=GROUP), *OWN)}
