@@ -102,20 +102,21 @@ class Lab:
         with NODES[side](self.base) as node:
             yield node
 
-    def node(self, side: str, *, replicas: int = 1) -> Node:
+    def node(self, side: str, *, replicas: int = 1, together: bool = False) -> Node:
         """The node that all rows share which leave little behind; started when it is asked for the first time.
 
-        replicas: one with so many content services.
+        replicas: one with so many content services. together: one whose services share a process.
         """
-        known: dict[tuple[str, int], Node | str] = self.__dict__.setdefault("_nodes", {})
-        if (side, replicas) not in known:
+        known: dict[tuple[str, int, bool], Node | str] = self.__dict__.setdefault("_nodes", {})
+        key = side, replicas, together
+        if key not in known:
             made = NODES[side](self.base)
-            made.replicas = replicas
+            made.replicas, made.together = replicas, together
             try:
-                known[side, replicas] = self._stack.enter_context(made)
+                known[key] = self._stack.enter_context(made)
             except FAILURES as error:
-                known[side, replicas] = _reason(error)
-        found = known[side, replicas]
+                known[key] = _reason(error)
+        found = known[key]
         if isinstance(found, str):
             raise MeasureError(found)
         return found

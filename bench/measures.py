@@ -130,6 +130,23 @@ def fifty(lab: Lab) -> None:
     lab.alternate(rows, lab.runs, measure)
 
 
+def fifty_together(lab: Lab) -> None:
+    """The memory again, of a node whose services share a process."""
+    row = "node_pss_50_together"
+
+    def measure(side: str) -> Mapping[str, float]:
+        node = lab.node(side, together=side == "wherry")
+        image = lab.with_image(node, "busybox")
+        node.driver.call(
+            "start_many", image=image.reference, top=image.top, runtime="runc", count=MANY, callers=START_CALLERS
+        )
+        whole = node.pss()
+        node.driver.call("stop_many", callers=START_CALLERS)
+        return {row: whole / MIB}
+
+    lab.alternate_sides([row], lab.runs, measure)
+
+
 def recovery(lab: Lab) -> None:
     """The task service dies, and some of many containers end before it is there again."""
 
@@ -302,6 +319,7 @@ ALL: tuple[Callable[[Lab], None], ...] = (
     events,
     lives,
     fifty,
+    fifty_together,
     recovery,
     listing,
     collecting,

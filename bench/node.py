@@ -28,6 +28,7 @@ class Node(ABC):
     side: str
     stop_signal = signal.SIGTERM
     replicas = 1  # of the service that has the content, where it can have several
+    together = False  # services in one process, where there are several
 
     def __init__(self, base: Path) -> None:
         self.number = next(_numbers)

@@ -37,6 +37,7 @@ ROWS = (
     Row("stop_50", "the 50 killed, waited for and deleted by 10 callers", "s"),
     Row("monitor_pss", "memory (PSS) of the monitor / shim of one container, among 50", "MiB"),
     Row("node_pss_50", "memory (PSS) of all services and monitors / containerd and shims with 50 containers", "MiB"),
+    Row("node_pss_50_together", "the same, a Wherry node whose services share a process (`--together all`)", "MiB"),
     Row(
         "recovery",
         "50 containers run, the task service is killed, 10 of them end meanwhile: ends told once and right",

@@ -26,6 +26,7 @@ class WherryNode(Node):
         return [
             WHERRY, "up", "--root", str(self.place / "root"), "--state", str(self._state), "--port", "0",
             "--node", f"bench-{os.getpid()}-{self.number}", "--scale", f"content={self.replicas}",
+            *(["--together", "all"] if self.together else []),
         ]  # fmt: skip
 
     def ready(self) -> bool:

@@ -24,7 +24,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -145,17 +145,34 @@ def _nats_of(state: Path) -> str:
         return "nats://127.0.0.1:4222"
 
 
+class Stop:
+    """What a signal asks of all of a process's services: to stop; `immediate`: with everything that they run."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.immediate = False
+
+    def ask(self, number: int) -> None:
+        self.immediate = self.immediate or number == signal.SIGINT
+        self.asked.set()
+
+
 class Host:
     """What `build` builds on: the settings, the bus, databases, and what has to be undone at the end."""
 
-    def __init__(self, settings: Settings, bus: Bus, stack: AsyncExitStack) -> None:
+    def __init__(self, settings: Settings, bus: Bus, stack: AsyncExitStack, stop: Stop | None = None) -> None:
         self.settings = settings
         self.bus = bus
         self.instance = settings.instance or secrets.token_hex(8)
         self.metadata: dict[str, str] = {}
-        self.immediate_stop = False
+        self._stop = stop or Stop()
         self._stack = stack
         self.also: list[Contract] = []
+
+    @property
+    def immediate_stop(self) -> bool:
+        """Whether what runs is to end with the service: SIGINT."""
+        return self._stop.immediate
 
     async def database(self, migrations: Sequence[str], *, shared: bool = False) -> Database:
         """The service's database, with its outbox relayed. `shared`: replicas on the same root may have it open too.
@@ -205,30 +222,69 @@ Build = Callable[[Host], Awaitable[Contract]]
 
 def run(service: str, build: Build, arguments: Sequence[str] | None = None) -> None:
     """Run a service until SIGTERM or SIGINT, then drain it. Exits 1 with one line when it cannot start."""
+    run_together({service: build}, arguments)
+
+
+def run_together(
+    services: Mapping[str, Build], arguments: Sequence[str] | None = None,
+    beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
+) -> None:  # fmt: skip
+    """The same for several in one process, each with an identity, a connection and a database of its own.
+
+    They stop one after the other, in this order. Where one cannot start or breaks, all end: decision 0020.
+    beside: what else is to run, for ever; it is cancelled before anything stops.
+    """
     import uvloop
 
+    names = "+".join(services)
+    who = names if len(services) == 1 else "together %(name)s"
     try:
-        settings = Settings.parse(service, arguments)
+        parts = [(Settings.parse(service, arguments), build) for service, build in services.items()]
         logging.basicConfig(
-            level=settings.log_level, stream=sys.stderr, format=f"%(asctime)s {service} %(levelname)s %(message)s"
+            level=parts[0][0].log_level, stream=sys.stderr, format=f"%(asctime)s {who} %(levelname)s %(message)s"
         )
-        uvloop.run(_serve(settings, build))
-    except WherryError as e:
-        print(f"wherry-{service}: {e}", file=sys.stderr)  # noqa: T201 - the process's last word
+        uvloop.run(_serve_all(parts, beside))
+    except (WherryError, ExceptionGroup) as e:
+        first: Exception = e
+        while isinstance(first, ExceptionGroup):
+            first = first.exceptions[0]
+        if not isinstance(first, WherryError):
+            raise
+        print(f"wherry-{names}: {first}", file=sys.stderr)  # noqa: T201 - the process's last word
         raise SystemExit(1) from None
 
 
-async def _serve(settings: Settings, build: Build) -> None:
-    stop: asyncio.Event = asyncio.Event()
-    loop = asyncio.get_running_loop()
+async def _serve_all(
+    parts: Sequence[tuple[Settings, Build]], beside: Callable[[], Coroutine[Any, Any, None]] | None
+) -> None:
+    stop = Stop()
     os.umask(0o077)
+    if len(parts) == 1 and beside is None:
+        await _serve(*parts[0], stop, stop.asked)
+        return
+    async with asyncio.TaskGroup() as group:
+        turns = [asyncio.Event() for _ in parts]
+        tasks = [group.create_task(_serve(*part, stop, turn)) for part, turn in zip(parts, turns, strict=True)]
+        other = group.create_task(beside()) if beside else None
+        await stop.asked.wait()
+        if other is not None:
+            other.cancel()
+            await asyncio.wait([other])
+        for task, turn in zip(tasks, turns, strict=True):
+            turn.set()
+            await asyncio.wait([task])
+
+
+async def _serve(settings: Settings, build: Build, stop: Stop, turn: asyncio.Event) -> None:
+    """Serve until `turn`, which `stop` is followed by."""
+    loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
         bus = await _connect(settings)
         stack.push_async_callback(bus.transport.close)
-        host = Host(settings, bus, stack)
+        host = Host(settings, bus, stack, stop)
         await _export(host, stack)
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, _stopping, host, stop, number)
+            loop.add_signal_handler(number, stop.ask, number)
         implementation = await build(host)
         # What is there now stays to the end: without it, a full collection takes a fraction of the time.
         gc.collect()
@@ -237,7 +293,7 @@ async def _serve(settings: Settings, build: Build) -> None:
             await bus.serve(second, instance=host.instance)
         server = await bus.serve(implementation, instance=host.instance, metadata=host.metadata)
         log.info("serving on node %s as %s", settings.node, server.instance)
-        await stop.wait()
+        await turn.wait()
         log.info("stopping")
         await bus.drain(DRAIN_SECONDS)
 
@@ -256,11 +312,6 @@ async def _export(host: Host, stack: AsyncExitStack) -> None:
         exporter = Exporter(host.bus, about)
         stack.push_async_callback(exporter.close)
         host.metadata["metrics"] = await exporter.open(settings.metrics)
-
-
-def _stopping(host: Host, stop: asyncio.Event, number: int) -> None:
-    host.immediate_stop = host.immediate_stop or number == signal.SIGINT
-    stop.set()
 
 
 async def _connect(settings: Settings) -> Bus:

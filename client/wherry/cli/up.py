@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from wherry_shared.bus.credentials import CALLS
 from wherry_shared.errors import InvalidArgument, WherryError
 from wherry_shared.runtime import default_node
 from wherry_shared.values import check_identifier
@@ -21,6 +22,9 @@ def command(
     port: Annotated[int, typer.Option(help="nats-server's loopback port; 0 for any free one.")] = 0,
     nats: Annotated[str, typer.Option(envvar="WHERRY_NATS", help="A NATS server of your own instead (URLs).")] = "",
     scale: Annotated[list[str], typer.Option(help="Several processes of a service: content=3.")] = [],  # noqa: B006
+    together: Annotated[
+        str, typer.Option(help="Services that share a process, which saves memory: image,container; `all` that may.")
+    ] = "",
     user: Annotated[str, typer.Option(help="Who runs the services that need no root.")] = "",
     log_level: Annotated[str, typer.Option(help="What the services tell on stderr.")] = "WARNING",
 ) -> None:
@@ -32,7 +36,8 @@ def command(
     try:
         plan = Plan(
             root=root.absolute(), state=state.absolute(), node=check_identifier(node or default_node(), "node"),
-            port=port, nats=nats, scale=dict(_scale(item) for item in scale), user=user, log_level=log_level.upper(),
+            port=port, nats=nats, scale=dict(_scale(item) for item in scale), together=_together(together), user=user,
+            log_level=log_level.upper(),
         )  # fmt: skip
         code = Supervisor(plan, say=_say, beside={"cli": serve}).run()
     except WherryError as e:
@@ -43,6 +48,12 @@ def command(
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+def _together(text: str) -> frozenset[str]:
+    from wherry.node.supervisor import ALONE
+
+    return frozenset(CALLS) - ALONE if text == "all" else frozenset(name for name in text.split(",") if name)
 
 
 def _scale(item: str) -> tuple[str, int]:

@@ -33,10 +33,11 @@ def serve(state: Path, log_level: str, *, boot: bool) -> None:
     import uvloop
 
     logging.basicConfig(level=log_level, format="%(asctime)s keeper %(levelname)s %(message)s")
-    uvloop.run(_serve(state, boot=boot))
+    uvloop.run(keep(state, boot=boot))
 
 
-async def _serve(state: Path, *, boot: bool) -> None:
+async def keep(state: Path, *, boot: bool) -> None:
+    """The same in a process that does something else too."""
     while True:
         try:
             async with (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import importlib
 import json
 import os
@@ -19,14 +20,14 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from wherry_shared.bus import credentials
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
-from wherry_shared.runtime import NODE_FILE
+from wherry_shared.runtime import NODE_FILE, run_together
 
 from .preload import preload
 from .server import NatsServer, find_binary, free_port
@@ -36,13 +37,18 @@ STOP_SECONDS = 20.0
 # Only these need root: they make and remove what belongs to any user, mount, and run.
 PRIVILEGED = frozenset({"snapshot", "diff", "task"})
 SCALABLE = frozenset({"content"})
+# diff forks its workers, which no process with threads may do.
+ALONE = frozenset({"diff"})
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `wherry up` was asked for. port 0: any free one. user: who runs what needs no root ("": this user)."""
+    """What `wherry up` was asked for. port 0: any free one. user: who runs what needs no root ("": this user).
+
+    together: the services that share a process; with `user` two, one for those that need root.
+    """
 
     root: Path
     state: Path
@@ -50,6 +56,7 @@ class Plan:
     port: int = 0
     nats: str = ""
     scale: dict[str, int] = field(default_factory=dict)
+    together: frozenset[str] = frozenset()
     user: str = ""
     log_level: str = "WARNING"
 
@@ -64,6 +71,7 @@ class Child:
     started: float = 0.0
     backoff: float = BACKOFF_FIRST
     due: float = 0.0
+    serves: tuple[str, ...] = ()
 
 
 class Supervisor:
@@ -96,13 +104,14 @@ class Supervisor:
         try:
             self._start_nats()
             self._held = preload(services)
-            for name, entry in services.items():
-                for number in range(self._plan.scale.get(name, 1)):
-                    self._add(name, number, entry)
-            self._add_probe(sum(1 for _ in self._children))
+            for names in self._groups(services):
+                for number in range(self._plan.scale.get(names[0], 1)):
+                    self._add(names, number, services)
+            self._add_probe(sum(self._plan.scale.get(name, 1) for name in services))
             for name, main in self._beside.items():
                 self._add_beside(name, main)
-            self._add_keeper()
+            if not any(len(c.serves) > 1 and "task" in c.serves for c in self._children.values()):
+                self._add_keeper()
             self._loop()
         finally:
             self._stop_all()
@@ -121,8 +130,23 @@ class Supervisor:
         unknown = set(self._plan.scale) - SCALABLE
         if unknown:
             raise InvalidArgument(f"only {', '.join(sorted(SCALABLE))} can be scaled, not {', '.join(sorted(unknown))}")
+        self._check_together(found)
         # task first: it re-adopts what runs before anybody asks for it.
         return dict(sorted(found.items(), key=lambda item: (item[0] != "events", item[0] != "task", item[0])))
+
+    def _check_together(self, found: Mapping[str, str]) -> None:
+        together = self._plan.together
+        apart = (together & ALONE) | (together - set(found)) | {n for n in together if self._plan.scale.get(n, 1) > 1}
+        if apart:
+            raise InvalidArgument(f"these cannot share a process: {', '.join(sorted(apart))}")
+
+    def _groups(self, services: Iterable[str]) -> list[list[str]]:
+        """The names of the services that each process is to have; task is the first to stop, and events the last."""
+        found: dict[str, list[str]] = {}
+        for name in services:
+            rights = "root" if self._plan.user and name in PRIVILEGED else "all"
+            found.setdefault(rights if name in self._plan.together else name, []).append(name)
+        return [sorted(names, key=lambda name: (name != "task", name == "events")) for names in found.values()]
 
     def _prepare(self, services: Sequence[str]) -> None:
         os.umask(0o077)
@@ -199,27 +223,35 @@ class Supervisor:
 
     # ---- children
 
-    def _add(self, name: str, number: int, entry: str) -> None:
-        label = f"{name}-{number}" if self._plan.scale.get(name, 1) > 1 else name
+    def _add(self, names: Sequence[str], number: int, entries: Mapping[str, str]) -> None:
+        label = f"{names[0]}-{number}" if self._plan.scale.get(names[0], 1) > 1 else "+".join(names)
 
         def start() -> int:
-            return self._fork(name, lambda: self._serve(name, entry))
+            name = names[0] if len(names) == 1 else "together"
+            return self._fork(name, lambda: self._serve({name: entries[name] for name in names}, child))
 
-        self._children[label] = Child(label, start)
+        child = self._children[label] = Child(label, start, serves=tuple(names))
 
-    def _serve(self, name: str, entry: str) -> None:
-        if self._plan.user and name not in PRIVILEGED:
+    def _serve(self, entries: Mapping[str, str], child: Child) -> None:
+        if self._plan.user and PRIVILEGED.isdisjoint(entries):
             user = pwd.getpwnam(self._plan.user)
             os.setgroups([])
             os.setgid(user.pw_gid)
             os.setuid(user.pw_uid)
             _die_with_parent()
-        module, _, function = entry.partition(":")
         plan = self._plan
-        getattr(importlib.import_module(module), function)(
-            ["--node", plan.node, "--nats", self._url, "--root", str(plan.root), "--state", str(plan.state),
-             "--log-level", plan.log_level]
-        )  # fmt: skip
+        arguments = ["--node", plan.node, "--nats", self._url, "--root", str(plan.root), "--state", str(plan.state),
+                     "--log-level", plan.log_level]  # fmt: skip
+        modules = {name: importlib.import_module(entry.partition(":")[0]) for name, entry in entries.items()}
+        if len(modules) == 1:
+            ((name, module),) = modules.items()
+            getattr(module, entries[name].partition(":")[2])(arguments)
+        else:
+            from .keeper import keep
+
+            builds = {name: module.build for name, module in modules.items()}
+            keeping = functools.partial(keep, plan.state, boot=not child.started) if "task" in builds else None
+            run_together(builds, arguments, keeping)
 
     def _fork(self, name: str, main: Callable[[], None]) -> int:
         sys.stdout.flush()
@@ -329,11 +361,9 @@ class Supervisor:
         self._stopping = self._stopping or signal.SIGTERM
         # The keeper first of all, or it would start again what is taken down.
         self._stop([c for c in self._children.values() if c.name == "keeper"], signal.SIGTERM)
-        task = [c for c in self._children.values() if c.name == "task"]
-        self._stop(task, self._stopping)
-        rest = [c for c in self._children.values() if c.name not in ("keeper", "task", "events")]
-        self._stop(rest, signal.SIGTERM)
-        self._stop([c for c in self._children.values() if c.name == "events"], signal.SIGTERM)
+        self._stop([c for c in self._children.values() if "task" in c.serves], self._stopping)
+        self._stop([c for c in self._children.values() if "events" not in c.serves], signal.SIGTERM)
+        self._stop(list(self._children.values()), signal.SIGTERM)
         if self._nats is not None and self._nats.returncode is None:
             self._nats.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
