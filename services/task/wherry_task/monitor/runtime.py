@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 
-from wherry_task.monitor import cgroups, compact, libc, records, wire
+from wherry_task.monitor import cgroups, compact, libc, records, sealed, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,14 +60,18 @@ class Runtime:
         # crun dies of it when a hook ends before it has read the state. A container must not inherit it ignored.
         default = (libc.SIGXFSZ,) if hooks_only else (libc.SIGPIPE, libc.SIGXFSZ)
         actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)]
-        try:
-            # The environment is bare: the container's comes from its spec, and ours is none of its business.
-            return os.posix_spawnp(
-                self.binary, line, {"PATH": os.environ.get("PATH", _PATH)},
-                file_actions=actions, setsigmask=(), setsigdef=default,
-            )  # fmt: skip
-        except OSError as error:
-            raise wire.failure_of(error, f"OCI runtime {self.binary} cannot be run") from None
+        program = sealed.program(self.binary)
+        while True:
+            try:
+                # The environment is bare: the container's comes from its spec, and ours is none of its business.
+                return os.posix_spawnp(
+                    program, line, {"PATH": os.environ.get("PATH", _PATH)},
+                    file_actions=actions, setsigmask=(), setsigdef=default,
+                )  # fmt: skip
+            except OSError as error:
+                if program == self.binary:
+                    raise wire.failure_of(error, f"OCI runtime {self.binary} cannot be run") from None
+                program = self.binary  # a copy may not be executed here
 
     def release(self, pid: int) -> bool:
         """Let the created init go on without running the runtime's `start` (see the function of this name)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import _socket
 import os
 
-from wherry_task.monitor import libc, operations, wire
+from wherry_task.monitor import libc, operations, sealed, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def main(monitor: Monitor, report: int, operation: str, name: str, args: dict[st
         else:
             os.dup2(report, _REPORT, inheritable=False)
             # Not one of the monitor's descriptors may live on in here: a held stdin would not end when it closes it.
-            os.closerange(_REPORT + 1, _MAX_FDS)
+            os.closerange(_REPORT + 1, sealed.NUMBER)
+            os.closerange(sealed.NUMBER + 1, _MAX_FDS)
             result = do(monitor, operation, name, args)
         send(result)
     except BaseException as error:

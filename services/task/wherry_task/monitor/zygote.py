@@ -25,7 +25,7 @@ import fcntl
 import gc
 import select
 
-from wherry_task.monitor import beginning, libc, rehearsal, wire, worker
+from wherry_task.monitor import beginning, libc, rehearsal, sealed, wire, worker
 from wherry_task.monitor.beginning import LISTENER, LOCK, SIGNALS
 
 _MAX_FDS = os.sysconf("SC_OPEN_MAX")
@@ -139,6 +139,7 @@ def main(path: str, oom_score_adj: str = "") -> None:
         libc.forbid_dumps()
         libc.become_subreaper()
         _put(libc.signal_descriptor(), SIGNALS)
+        sealed.make()
         rehearsal.play()
         libc.rename_process(b"wherry-zygote")
         _settle(name)
