@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
@@ -108,3 +109,37 @@ def test_one_forked_ahead_ends_with_its_connection(rig: Rig) -> None:
     eventually(lambda: len(rig.zygote().call("ping")["children"]) == 1)
     ahead.close()
     eventually(lambda: rig.zygote().call("ping")["children"] == [])
+
+
+def test_an_ended_container_is_taken_away_before_it_is_deleted(rig: Rig, runtime: str) -> None:
+    client, path, pid = launch(rig, runtime, ["sh", "-c", "exit 7"], plain=True)
+    state = rig.base / "runtimes" / runtime / path.name
+    folders = [folder / path.name for folder in rig.cgroups() if (folder / path.name).is_dir()]
+    assert state.is_dir() and folders
+    release(rig, runtime, path, pid)
+    told = client.notice()
+    assert (told["id"], told["exit_status"]) == ("", 7)
+    eventually(lambda: not state.exists() and not any(folder.exists() for folder in folders))
+    monitor = client.call("state")["monitor"]
+    assert str(path) not in Path(f"/proc/{monitor}/mountinfo").read_text()
+    assert client.call("state")["state"] == "stopped"
+    assert client.call("delete")["exit_status"] == 7
+    eventually(lambda: not alive(monitor))
+    client.close()
+
+
+def test_what_cannot_go_yet_goes_with_the_deletion(rig: Rig, runtime: str) -> None:
+    client, path, pid = launch(rig, runtime, ["true"], plain=True)
+    folders = [folder / path.name for folder in rig.cgroups() if (folder / path.name).is_dir()]
+    busy = next((folder for folder in folders if "/pids/" in str(folder)), folders[0]) / "kept"
+    busy.mkdir()
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        (busy / "cgroup.procs").write_text(str(sleeper.pid))
+        release(rig, runtime, path, pid)
+        assert client.notice()["exit_status"] == 0
+        assert client.call("state")["state"] == "stopped"
+        assert busy.is_dir()
+        sleeper.kill()
+    assert client.call("delete")["exit_status"] == 0
+    eventually(lambda: not busy.parent.exists())
+    client.close()

@@ -76,8 +76,8 @@ class Monitor(Clients):
     """Serves until its container is deleted, or until nobody is left who could ask it to make one."""
 
     __slots__ = (
-        "_busy", "_early", "_jobs", "_launching", "_leaving", "_notices", "_queue", "_workers", "init", "logs",
-        "oom_file", "oom_kills", "processes", "sequence", "shared_pids", "signals", "state",
+        "_busy", "_early", "_jobs", "_launching", "_leaving", "_notices", "_queue", "_removed", "_workers", "init",
+        "logs", "oom_file", "oom_kills", "processes", "sequence", "shared_pids", "signals", "state",
     )  # fmt: skip
 
     def __init__(self, signals: int) -> None:
@@ -91,6 +91,7 @@ class Monitor(Clients):
         self.shared_pids = False
         self.logs: dict[str, pump.LogFile] = {}
         self._leaving = False
+        self._removed = False
         self._jobs: dict[int, Job] = {}
         self._workers: set[int] = set()
         self._launching = 0
@@ -376,6 +377,16 @@ class Monitor(Clients):
         if last and self.init.exit and not self.init.told and not self._launching:
             self.state = STOPPED
             self._tell_one(self.init)
+            self._remove_early()
+
+    def _remove_early(self) -> None:
+        """Take away what an ended container leaves while the service writes its end down: `delete` is what comes next.
+
+        Not while a worker may still look at it, nor while output is to be passed on, which must not wait for this.
+        """
+        used = self._jobs or any(each.pumps or each.logger for each in self.processes.values())
+        if self.state == STOPPED and not used:
+            self._removed = operations.remove(self)
 
     def _tell_one(self, process: Process) -> None:
         process.told = True
@@ -467,7 +478,7 @@ class Monitor(Clients):
             self._next()
             return
         try:
-            if self.init.ended and operations.remove(self):
+            if self._removed or (self.init.ended and operations.remove(self)):
                 self.state = DELETED
                 self.send(client, wire.reply(args.get("id"), self.init.exit))
                 self._leave()
