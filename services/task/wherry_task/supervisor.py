@@ -194,11 +194,14 @@ class Supervisor:
             raise InvalidArgument(f"signal {signal} is not between 1 and 64")
         task = self.task(namespace, container)
         row = task.process(exec_id).row
+        key = context.current().key
         if row.exit_status is not None or (all and task.process("").row.exit_status is not None):
+            if key and await task.shim.has_sent(exec_id, key):
+                return  # a second delivery, of what ended it
             raise NotFound(f"process {exec_id or 'init'} of task {container}: process already finished")
         if not row.pid:
             raise FailedPrecondition(f"process {exec_id or 'init'} of task {container}: process not created")
-        await task.shim.kill(signal, exec_id, all=all)
+        await task.shim.kill(signal, exec_id, all=all, key=key)
 
     async def pause(self, namespace: str, container: str) -> None:
         """Freeze."""

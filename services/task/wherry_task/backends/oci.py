@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from wherry_shared.api.task import CheckpointOptions, Stdio
-from wherry_shared.errors import FailedPrecondition, Unavailable, Unknown
+from wherry_shared.errors import FailedPrecondition, Unavailable, Unknown, WherryError
 
 from wherry_task.monitor import cgroups, runtime
 from wherry_task.monitor import zygote as zygote_program
@@ -77,8 +77,15 @@ class MonitorShim:
         )
         return int(made["pid"])
 
-    async def kill(self, signal: int, exec_id: str, *, all: bool) -> None:
-        await self.channel.ask("kill", signal=signal, exec_id=exec_id, all=all)
+    async def kill(self, signal: int, exec_id: str, *, all: bool, key: str = "") -> None:
+        await self.channel.ask("kill", signal=signal, exec_id=exec_id, all=all, key=key)
+
+    async def has_sent(self, exec_id: str, key: str) -> bool:
+        try:
+            await self.channel.ask("kill", signal=0, exec_id=exec_id, key=key)
+        except WherryError:
+            return False
+        return True
 
     async def pause(self) -> None:
         await self.channel.ask("pause")

@@ -32,6 +32,7 @@ _AT_ANY_TIME = ("exec", "state", "resize", "kill_all")
 _AFTERWARDS = {"create": CREATED, "start": RUNNING, "resume": RUNNING, "pause": PAUSED}
 
 _NO_REPORT = [b"0", b"0"]
+_KEYS_MAX = 8  # signals that were sent, by the keys of their requests
 _OOM_TICKS = 10  # the kernel wakes us before it kills, and without a kill too
 _WORKER_DIED = b'{"code":13,"message":"the worker died; monitor.log in the bundle may tell why"}'
 
@@ -63,21 +64,22 @@ class Process:
 class Job:
     """What a worker was forked for, and who waits for it; None where nobody does."""
 
-    __slots__ = ("client", "name", "operation", "request")
+    __slots__ = ("client", "key", "name", "operation", "request")
 
-    def __init__(self, operation: str, name: str, client: Client | None, request: Any) -> None:
+    def __init__(self, operation: str, name: str, client: Client | None, request: Any, key: Any) -> None:
         self.operation = operation
         self.name = name
         self.client = client
         self.request = request
+        self.key = key
 
 
 class Monitor(Clients):
     """Serves until its container is deleted, or until nobody is left who could ask it to make one."""
 
     __slots__ = (
-        "_busy", "_early", "_jobs", "_launching", "_leaving", "_notices", "_queue", "_removed", "_workers", "init",
-        "logs", "oom_file", "oom_kills", "processes", "sequence", "shared_pids", "signals", "state",
+        "_busy", "_early", "_jobs", "_keys", "_launching", "_leaving", "_notices", "_queue", "_removed", "_workers",
+        "init", "logs", "oom_file", "oom_kills", "processes", "sequence", "shared_pids", "signals", "state",
     )  # fmt: skip
 
     def __init__(self, signals: int) -> None:
@@ -99,6 +101,7 @@ class Monitor(Clients):
         self._notices: list[tuple[int, str, bytes]] = []
         self._queue: list[tuple[str, str, Args, Client]] = []
         self._busy = False
+        self._keys: list[str] = []
         self.signals = signals
 
     # -- clients --------------------------------------------------------------------------------------------------
@@ -138,6 +141,8 @@ class Monitor(Clients):
             self._add_watcher(client, args)
         elif operation == "wait":
             self._wait(client, args, self._find(name))
+        elif operation == "kill" and args.get("key") and args["key"] in self._keys:
+            self.send(client, wire.reply(args.get("id"), b""))
         elif operation == "kill" and not args.get("all"):
             self._kill(client, args, self._find(name))
         elif operation == "close_stdin":
@@ -198,11 +203,17 @@ class Monitor(Clients):
             os.kill(process.pid, signal)
         except OSError as error:
             raise wire.failure_of(error, f"signal {signal}") from None
+        self._sent(args.get("key"))
         if self.state == PAUSED and signal == libc.SIGKILL:
             self._queue.append(("resume", "", args, client))  # a frozen process dies once it is thawed
             self._next()
         else:
             self.send(client, wire.reply(args.get("id"), b""))
+
+    def _sent(self, key: Any) -> None:
+        """A signal of this key was sent: a second delivery sends none."""
+        if key:
+            self._keys = [*self._keys[1 - _KEYS_MAX :], key]
 
     def _close_stdin(self, process: Process) -> None:
         if process.stdin >= 0:
@@ -228,7 +239,7 @@ class Monitor(Clients):
             worker.main(self, its, operation, name, args)
         os.close(its)
         self._workers.add(pid)
-        self._jobs[mine] = Job(operation, name, client, args.get("id"))
+        self._jobs[mine] = Job(operation, name, client, args.get("id"), args.get("key"))
         self._launching += operation in _LAUNCHING
         self._busy |= operation in _EXCLUSIVE
         self.watch(mine, select.POLLIN, self._reported)
@@ -262,7 +273,9 @@ class Monitor(Clients):
 
     def _succeeded(self, job: Job, pid: int, roles: list[bytes], fds: list[int], body: bytes) -> None:
         operation = job.operation
-        if operation == "exited":
+        if operation == "kill_all":
+            self._sent(job.key)
+        elif operation == "exited":
             self.processes[job.name].exit = body
         elif operation == "delete":
             self.state = DELETED
