@@ -7,9 +7,12 @@ import os
 import pty
 import signal
 import subprocess
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from node import WHERRY, Node, eventually
+from wherry.cli.app import make
 
 Run = subprocess.CompletedProcess[str]
 
@@ -53,13 +56,34 @@ def test_run_pulls_what_is_missing(node: Node, ns: list[str], busybox_ref: str) 
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["/nonexistent"], 127), (["nonexistent"], 127), (["/etc/passwd"], 126)],
+    [(["/nonexistent"], 127), (["nonexistent"], 127), (["/etc/passwd"], 126), (["/etc"], 126)],
 )
-def test_run_tells_dockers_codes(node: Node, ns: list[str], pulled: str, arguments: list[str], code: int) -> None:
-    done = node.run("run", *ns, "--rm", pulled, *arguments, check=False)
+@pytest.mark.parametrize("runtime", ["crun", "runc"])
+def test_run_tells_dockers_codes(
+    node: Node, ns: list[str], pulled: str, arguments: list[str], code: int, runtime: str
+) -> None:
+    done = node.run("run", *ns, "--rm", "--runtime", runtime, pulled, *arguments, check=False)
     assert done.returncode == code, done.stderr
     assert arguments[0] in done.stderr
     assert node.json("ps", *ns, "-a") == []
+
+
+@pytest.mark.parametrize("verb", ["run", "create", "exec"])
+def test_a_flag_that_is_none_is_125(node: Node, verb: str) -> None:
+    done = node.run(verb, "--nonesuch", "x", "true", check=False)
+    assert done.returncode == 125 and "--nonesuch" in done.stderr
+    assert node.run("ps", "--nonesuch", check=False).returncode == 2
+
+
+def test_every_flag_means_one_thing() -> None:
+    def flags(command: Any) -> Iterator[tuple[str, list[str]]]:
+        if hasattr(command, "list_commands"):
+            for name in command.list_commands(None):
+                yield from flags(command.get_command(None, name))
+        yield command.name, [flag for each in command.params for flag in (*each.opts, *each.secondary_opts)]
+
+    for verb, declared in flags(make()):
+        assert len(declared) == len(set(declared)), (verb, sorted(declared))
 
 
 def test_run_with_an_unknown_runtime_is_125(node: Node, ns: list[str], pulled: str) -> None:

@@ -6,10 +6,22 @@ import sys
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
 from typer.main import get_command
 
 from . import VERBS, load
+
+
+class Forwarding(TyperCommand):
+    """A verb whose exit code is a process's: a flag that is none is Docker's 125, for 2 could be the process's own."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except TyperException as e:
+            e.exit_code = 125
+            raise
 
 
 class Verbs(TyperGroup):
@@ -29,7 +41,8 @@ class Verbs(TyperGroup):
             if hasattr(module.command, "declare"):  # its flags depend on what was typed
                 module.command.declare()
             single = typer.Typer(add_completion=False)
-            single.command(cmd_name, help=VERBS[cmd_name], context_settings=settings)(module.command)
+            kind = Forwarding if cmd_name in ("run", "create", "exec") else None
+            single.command(cmd_name, cls=kind, help=VERBS[cmd_name], context_settings=settings)(module.command)
             made = get_command(single)
         made.name = cmd_name
         made.help = VERBS[cmd_name]

@@ -13,7 +13,7 @@ from .terminal import DETACH_KEYS
 if TYPE_CHECKING:
     from wherry import Client, Process
 
-SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+SETTINGS = {"ignore_unknown_options": False, "allow_interspersed_args": False}
 
 
 def command(

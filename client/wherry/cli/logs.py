@@ -20,7 +20,7 @@ def command(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends.")] = False,
     since: Annotated[str, typer.Option(help="10m, 2h, 3d, or an RFC 3339 time.")] = "",
     until: Annotated[str, typer.Option(help="10m, 2h, 3d, or an RFC 3339 time.")] = "",
-    tail: Annotated[str, typer.Option("--tail", "-n", help="How many of the last lines, or all.")] = "all",
+    tail: Annotated[str, typer.Option("--tail", help="How many of the last lines, or all.")] = "all",
     timestamps: Annotated[bool, typer.Option("--timestamps", "-t", help="When each line was written.")] = False,
     namespace: NamespaceOption = "default",
 ) -> None:
