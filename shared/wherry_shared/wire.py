@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from .api import contracts, second_contracts
 from .bus import subjects
+from .bus.audit import FIELDS
 from .contract import Endpoint
 from .records import Record
 from .values import Digest, Identifier, Labels, Name
@@ -39,7 +40,7 @@ def text() -> str:
         for topic, fields in contract.events.items():
             subject = f"{subjects.EV}.<node>.<ns>" + topic.replace("/", ".")
             lines.append(f"  event {subject} {{{fields}}}")
-    lines += ["", "models"]
+    lines += ["", "audit", f"  {subjects.AUDIT}.<node>.<ns>|_.<service> {{{' '.join(FIELDS)}}}", "", "models"]
     for name in sorted(models):
         lines += [f"  {name}"]
         lines += [f"    {field}: {_type(info.rebuild_annotation(), models)}" for field, info in _fields(models[name])]

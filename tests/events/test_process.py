@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from housebus import NODE, HouseServer
 from wherry_shared import context
 from wherry_shared.api.events import Envelope, Events
 from wherry_shared.bus import Bus
-from wherry_shared.bus.credentials import stream_name
+from wherry_shared.bus.credentials import audit_stream_name, stream_name
 from wherry_shared.errors import OutOfRange, PermissionDenied, Unavailable
 
 
@@ -183,3 +184,21 @@ async def test_two_services_share_one_stream(place: Place, bus: Bus, events: Eve
         assert first is not None
         first.terminate()
         assert first.wait(20) == 0
+
+
+async def test_the_audit_is_kept_where_it_is_wanted(place: Place) -> None:
+    place.start("audit=3600")
+    admin, auditor = await place.house.connect(), await place.house.connect("auditor")
+    tenant = await place.house.connect("tenant-default")
+    wrong = Envelope(id="1", timestamp=datetime.now(UTC), namespace="other", topic="/x/y", event={}, node="")
+    with context.use(timeout=20):
+        await admin.proxy(Events).stream()
+        with pytest.raises(PermissionDenied):
+            await tenant.proxy(Events, namespace="default").forward(wrong)
+        log = auditor.transport.event_log(audit_stream_name(NODE), "wherry.audit.v1.n1.>")
+        (kept,) = await log.read()
+    assert kept.subject == f"wherry.audit.v1.{NODE}.default.events"
+    assert json.loads(kept.data)["operation"] == "forward" and json.loads(kept.data)["identity"] == "tenant-default"
+    assert (await admin.proxy(Events).stream()).last == 0  # it is no event
+    for bus in (admin, auditor, tenant):
+        await bus.close()

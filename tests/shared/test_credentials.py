@@ -118,7 +118,7 @@ async def test_nobody_gets_in_without_credentials(house: HouseServer) -> None:
 
 
 async def test_everybody_issued_gets_in(house: HouseServer, connect: Connect) -> None:
-    users = [*CALLS, "admin", "observer", "tenant-a", "tenant-b.c"]
+    users = [*CALLS, "admin", "auditor", "observer", "tenant-a", "tenant-b.c"]
     assert sorted(users) == sorted(path.stem for path in house.creds.glob("*.nk"))
     for user in users:
         assert (await connect(user)).transport.connected
@@ -250,7 +250,9 @@ async def test_a_caller_is_known_by_the_inbox_that_it_wants_the_answer_in(
     await tenant.proxy(Leases, namespace="a").get("x")
     await operator.flush()
     assert (answers, len(who)) == (["7"], 6)
-    (line,) = (record.message for record in caplog.records if record.message.startswith("refused "))
+    lines = [record.message for record in caplog.records if record.message.startswith("refused ")]
+    assert all(f"identity= role= subject='{subject}' reason=" in line and "dropped" in line for line in lines[:-1])
+    line = lines[-1]
     assert f"identity=tenant-b.c role=tenant subject='{subject}' reason=" in line and "_INBOX" not in line
     await operator.close()
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from wherry_shared.api.events import Events
 from wherry_shared.bus import subjects
-from wherry_shared.bus.credentials import stream_name
+from wherry_shared.bus.credentials import audit_stream_name, stream_name
+from wherry_shared.bus.transport import EventLog
 from wherry_shared.errors import Unavailable
 from wherry_shared.runtime import Host, run
 
@@ -18,27 +19,19 @@ from .metadata import MIGRATIONS, Rows
 from .service import EventsService
 
 MAX_AGE_SECONDS = 7 * 24 * 3600
-MAX_BYTES = 256 << 20
+MAX_BYTES, AUDIT_MAX_BYTES = 256 << 20, 64 << 20
 JETSTREAM_SECONDS = 15.0
 
 
 async def build(host: Host) -> Events:
-    """Settings: max_age (seconds), max_bytes."""
+    """Settings: max_age (seconds), max_bytes; audit (seconds that refusals are kept; without it they are not)."""
     node = host.settings.node
     log = host.bus.transport.event_log(stream_name(node), f"{subjects.EV}.{subjects.encode_token(node)}.>")
     options = host.settings.options
-    give_up = asyncio.get_running_loop().time() + JETSTREAM_SECONDS
-    while True:
-        try:
-            await log.ensure(
-                max_age=float(options.get("max_age", MAX_AGE_SECONDS)),
-                max_bytes=int(options.get("max_bytes", MAX_BYTES)),
-            )
-            break
-        except Unavailable:  # JetStream recovers its streams after the server listens
-            if asyncio.get_running_loop().time() > give_up:
-                raise
-            await asyncio.sleep(0.1)
+    await _ensure(log, float(options.get("max_age", MAX_AGE_SECONDS)), int(options.get("max_bytes", MAX_BYTES)))
+    if audit := options.get("audit"):
+        subject = f"{subjects.AUDIT}.{subjects.encode_token(node)}.>"
+        await _ensure(host.bus.transport.event_log(audit_stream_name(node), subject), float(audit), AUDIT_MAX_BYTES)
     host.plugin(type="io.containerd.event.v1", id="stream")
     root = host.settings.own_root
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -49,6 +42,18 @@ async def build(host: Host) -> Events:
     await mark.start()
     host.on_stop(mark.stop)
     return EventsService(Journal(log, host.bus, kept, mark))
+
+
+async def _ensure(log: EventLog, max_age: float, max_bytes: int) -> None:
+    """Make the stream, as soon as JetStream can: it recovers its streams after the server listens."""
+    give_up = asyncio.get_running_loop().time() + JETSTREAM_SECONDS
+    while True:
+        try:
+            return await log.ensure(max_age=max_age, max_bytes=max_bytes)
+        except Unavailable:
+            if asyncio.get_running_loop().time() > give_up:
+                raise
+            await asyncio.sleep(0.1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -30,7 +30,7 @@ from . import subjects
 log = logging.getLogger("wherry.credentials")
 
 ADMIN, OBSERVER, AUDITOR = "admin", "observer", "auditor"
-ROLES = (ADMIN, OBSERVER)
+ROLES = (ADMIN, OBSERVER, AUDITOR)
 IDENTITIES = "identities.json"
 NATS_USERS = "nats-users.conf"
 
@@ -49,7 +49,7 @@ CALLS: dict[str, tuple[str, ...]] = {
 }
 # What makes work for the garbage collector, which lives with the leases.
 DELETIONS = ("/content/delete", "/snapshot/remove", "/images/delete", "/containers/delete")
-STREAM = "WHERRY-EV"
+STREAM, AUDIT_STREAM = "WHERRY-EV", "WHERRY-AUDIT"
 _LEAF = "leaf-"
 
 
@@ -133,6 +133,7 @@ def issue(directory: Path, node: str, tenants: Iterable[str] = (), leaves: Itera
         (Identity(name, "service"), service_permissions(name, node)) for name in CALLS
     ]
     users += [(Identity(ADMIN, ADMIN), admin_permissions()), (Identity(OBSERVER, OBSERVER), observer_permissions())]
+    users.append((Identity(AUDITOR, AUDITOR), auditor_permissions(node)))
     users += [(Identity(tenant(ns), "tenant", ns), tenant_permissions(ns)) for ns in sorted({*known, *tenants})]
     identities: dict[str, Any] = {}
     lines = []
@@ -155,6 +156,7 @@ def service_permissions(service: str, node: str) -> dict[str, Any]:
     own = subjects.encode_token(node)
     publish = [f"{subjects.RPC}.{own}.*.{other}.>" for other in CALLS[service]]
     publish += [f"{subjects.EV}.{own}.*.{topic}.>" for topic in topics(service)]
+    publish.append(f"{subjects.AUDIT}.{own}.>")
     served = [service, *(c.service for c in second_contracts() if c.owner == service)]
     subscribe = [f"{subjects.RPC}.{own}.*.{contract}.>" for contract in served] + _discovery(service)
     if service == "namespace":
@@ -165,7 +167,7 @@ def service_permissions(service: str, node: str) -> dict[str, Any]:
         publish.append(f"{subjects.IO}.{own}.>")
         subscribe.append(f"{subjects.IO}.{own}.>")
     if service == "events":
-        publish += [f"{subjects.EV}.{own}.>", *_stream_api(stream_name(node))]
+        publish += [f"{subjects.EV}.{own}.>", *_stream_api(stream_name(node)), *_stream_api(audit_stream_name(node))]
     if service == "introspection":
         publish += ["$SRV.PING", "$SRV.INFO", "$SRV.STATS"]
     return {"publish": publish, "subscribe": subscribe, "respond": True}
@@ -185,6 +187,11 @@ def _discovery(service: str) -> list[str]:
 def stream_name(node: str) -> str:
     """The name of a node's stream of events."""
     return f"{STREAM}-{subjects.encode_token(node)}"
+
+
+def audit_stream_name(node: str) -> str:
+    """The name of the stream that keeps a node's audit, where one is wanted."""
+    return f"{AUDIT_STREAM}-{subjects.encode_token(node)}"
 
 
 def _stream_api(stream: str) -> list[str]:
@@ -215,6 +222,16 @@ def observer_permissions() -> dict[str, Any]:
     return {
         "publish": [f"{subjects.RPC}.*.*.events.{m}" for m in ("replay", "stream")] + _srv(),
         "subscribe": [f"{subjects.EV}.>"],
+        "respond": False,
+    }
+
+
+def auditor_permissions(node: str) -> dict[str, Any]:
+    """The audit, as it comes and as this node's stream of it keeps it; nothing else."""
+    stream = audit_stream_name(node)
+    return {
+        "publish": [f"$JS.API.STREAM.INFO.{stream}", f"$JS.API.DIRECT.GET.{stream}", f"$JS.API.DIRECT.GET.{stream}.>"],
+        "subscribe": [f"{subjects.AUDIT}.>"],
         "respond": False,
     }
 

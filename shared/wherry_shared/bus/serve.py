@@ -25,12 +25,14 @@ from ..errors import (
     InvalidArgument,
     PermissionDenied,
     ResourceExhausted,
+    Unauthenticated,
     Unavailable,
     Unimplemented,
     WherryError,
 )  # fmt: skip
 from . import subjects
 from .answers import Answer, Answers, Back
+from .audit import Audit
 from .card import Card, Stats
 from .proxy import DEADLINE, ERROR, ERROR_CODE, KEY, LEASE, RETRY, TRACE
 from .transport import Message, Publisher, Subscription, Transport
@@ -120,6 +122,7 @@ class Server:
         self._backlog: deque[Request] = deque()
         self._backlog_bytes = 0
         self._answers = Answers()
+        self._audit = Audit(transport, self.node, self.service)
         self._draining = False
         self.entrance: Entrance | None = None
 
@@ -189,7 +192,8 @@ class Server:
             return
         identity = self._identity_of(message.reply)
         if identity is None:
-            log.warning("request on %s with a reply outside every known inbox: dropped", message.subject)
+            unknown = Unauthenticated("the reply is wanted outside every known inbox: dropped")
+            self._audit.refused(None, message.subject, unknown)
             return
         self.take(message, identity, self._transport)
 
@@ -209,7 +213,7 @@ class Server:
         except WherryError as e:
             self._card.refuse(e)
             if isinstance(e, PermissionDenied):
-                _audit(identity, message.subject, e)
+                self._audit.refused(identity, message.subject, e)
             self._send(back, error_answer(e))
             return
         ctx = request.context
@@ -362,6 +366,8 @@ class Server:
 
     def _finish(self, request: Request, answer: Answer, error: WherryError | None = None) -> None:
         """Answer everybody who waits for it."""
+        if isinstance(error, PermissionDenied):
+            self._audit.refused(request.context.identity, self._subject(request), error)
         key = request.context.key
         if not key:
             self._send(request.back, answer)
@@ -369,6 +375,10 @@ class Server:
         transient = isinstance(error, _TRANSIENT) or (answer[1] is not None and RETRY in answer[1])
         for back in self._answers.settle(key, None if transient else answer):
             self._send(back, answer)
+
+    def _subject(self, request: Request) -> str:
+        token = subjects.namespace_token(request.context.namespace)
+        return f"{self._prefix}.{token}.{self.service}.{request.endpoint.name}"
 
     def _send(self, back: Back, answer: Answer) -> None:
         data, headers = answer
@@ -401,13 +411,6 @@ def _deadline(header: str | None) -> float:
     if not 0 <= deadline < float("inf"):
         raise InvalidArgument(f"{DEADLINE} {header[:40]!r} is not a time")
     return min(deadline, time.time() + DEADLINE_MAX)
-
-
-def _audit(identity: Identity, subject: str, error: PermissionDenied) -> None:
-    """One line for each refusal, its values quoted: a subject is the caller's own text."""
-    log.warning(
-        "refused identity=%s role=%s subject=%a reason=%a", identity.name, identity.role, subject, error.message
-    )
 
 
 def _stopping() -> Answer:
