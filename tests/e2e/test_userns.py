@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
 import stat
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from node import Node
+from node import Node, eventually
 
 FIRST, GROUP = 100_000, 200_000
 REMAP = ["--userns-remap", f"{FIRST}:{GROUP}:65536"]
@@ -91,3 +94,44 @@ def test_limits_hold_for_it_too(node: Node, ns: list[str], pulled: str) -> None:
     many = "for i in $(seq 40); do sleep 5 & done; wait"
     done = node.run("run", *ns, "--rm", *REMAP, *limits, pulled, "sh", "-c", many, check=False)
     assert "fork" in done.stderr, done.stderr
+
+
+def test_files_are_copied_with_the_containers_numbers(node: Node, ns: list[str], pulled: str, tmp_path: Path) -> None:
+    script = "mkdir /own; echo mine > /own/file; chown -R 5:6 /own; exec sleep 1000"
+    node.run("run", *ns, "-d", *REMAP, "--name", "copied", pulled, "sh", "-c", script)
+    (tmp_path / "given/deep").mkdir(parents=True)
+    (tmp_path / "given/deep/file").write_text("given\n")
+    os.chown(tmp_path / "given/deep/file", 7, 8)
+    eventually(
+        lambda: node.run("exec", *ns, "copied", "test", "-f", "/own/file", check=False).returncode == 0, "no file"
+    )
+    node.run("cp", *ns, str(tmp_path / "given"), "copied:/var/log/given")  # into a directory that is its image's
+    node.run("cp", *ns, "-a", str(tmp_path / "given"), "copied:/kept")
+    look = "stat -c %u:%g /var/log /var/log/given /var/log/given/deep/file /kept/deep/file; cat /kept/deep/file"
+    seen = node.run("exec", *ns, "copied", "sh", "-c", look).stdout.split()
+    assert seen == ["0:0", "0:0", "0:0", "7:8", "given"]
+    node.run("cp", *ns, "-", "copied:/", input=_tar("loose/deep/file", b"in").getvalue(), text=False)
+    assert node.run("exec", *ns, "copied", "stat", "-c", "%u:%g", "/loose", "/loose/deep").stdout.split() == ["0:0"] * 2
+
+    def copied_out(name: str) -> None:
+        node.run("cp", *ns, "-a", "copied:/own", str(tmp_path / name))
+        assert owners(tmp_path / name / "file") == (5, 6) and (tmp_path / name / "file").read_text() == "mine\n"
+        node.run("cp", *ns, "-a", "copied:/etc/passwd", str(tmp_path / f"{name}-passwd"))
+        assert owners(tmp_path / f"{name}-passwd") == (0, 0)
+
+    copied_out("running")
+    node.run("stop", *ns, "-t", "0", "copied")
+    copied_out("stopped")
+    refused = node.run("cp", *ns, str(tmp_path / "given"), "copied:/no", check=False)
+    assert refused.returncode == 1 and "while it does not run" in refused.stderr
+    node.run("rm", *ns, "copied")
+
+
+def _tar(name: str, data: bytes) -> io.BytesIO:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    made.seek(0)
+    return made

@@ -38,7 +38,7 @@ class Wish:
 async def copy_out(container: Container, source: str, target: str | BinaryIO, wish: Wish = Wish()) -> list[str]:
     """Copy a path of a container to one of this host, or as a tar to a stream; answers what was left out (devices).
 
-    Unimplemented: from afar, or of a container with mapped ids. NotFound, FailedPrecondition: a path, as cp(1) says.
+    Unimplemented: from afar. NotFound, FailedPrecondition: a path, as cp(1) says.
     """
     async with _rooted(container, writable=False) as inside:
         if not isinstance(target, str):
@@ -52,9 +52,10 @@ async def copy_out(container: Container, source: str, target: str | BinaryIO, wi
 
 
 async def copy_in(container: Container, source: str | BinaryIO, target: str, wish: Wish = Wish()) -> list[str]:
-    """Copy a path of this host, or the tar of a stream, to a path of a container; the errors of `copy_out`."""
-    rules = Rules(owner=None if wish.keep_owner else (0, 0), set_id=True)
+    """Copy a path of this host, or the tar of a stream, to a path of a container; the errors of `copy_out`, and
+    Unimplemented for one with mapped ids that does not run."""
     async with _rooted(container, writable=True) as inside:
+        rules = Rules(owner=None if wish.keep_owner else (0, 0), set_id=True, ids=inside.ids)
         if not isinstance(source, str):
             return await asyncio.to_thread(_unpack_at, inside, target, source, rules)
         with Tree.of_host() as outside:
@@ -88,7 +89,7 @@ def _end(path: str) -> str:
 
 def _pack_to(tree: Tree, source: str, name: str, stream: BinaryIO, wish: Wish) -> list[str]:
     with tree.open(_plain(source) or "/", follow=wish.follow) as start:
-        return pack(start, name or ".", stream)
+        return pack(start, name or ".", stream, tree.ids)
 
 
 def _unpack_at(tree: Tree, target: str, stream: BinaryIO, rules: Rules) -> list[str]:
@@ -110,7 +111,7 @@ def _through(source: Tree, path: str, target: Tree, where: str, wish: Wish, rule
             def work() -> None:
                 try:
                     with os.fdopen(writer, "wb") as stream:
-                        said.extend(pack(start, name, stream))
+                        said.extend(pack(start, name, stream, source.ids))
                 except BaseException as e:  # told below, in the thread that waits
                     failed.append(e)
 

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from wherry_shared.errors import Aborted
 
+from .owners import PLAIN, Ids
 from .roots import Found
 
 DEPTH_MAX = 512
@@ -20,24 +21,26 @@ _PSEUDO = frozenset((
 ))  # fmt: skip
 
 
-def pack(start: Found, name: str, stream: BinaryIO) -> list[str]:
+def pack(start: Found, name: str, stream: BinaryIO, ids: Ids = PLAIN) -> list[str]:
     """Write what `start` is, and all below it, as `name` and `name/...` (`.`: only what is below, if a directory).
+    Owners are written as `ids` has them inside.
 
     Answers what was left out: sockets, and filesystems that are no storage. Aborted: a file changed its size.
     """
     left: list[str] = []
     with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar:
-        _add(tar, start.fd, start.info, name, left, depth=0, device=-1)
+        _add(tar, start.fd, start.info, name, left, ids, depth=0, device=-1)
     return left
 
 
 def _add(
-    tar: tarfile.TarFile, fd: int, info: os.stat_result, name: str, left: list[str], *, depth: int, device: int
+    tar: tarfile.TarFile, fd: int, info: os.stat_result, name: str, left: list[str], ids: Ids, *, depth: int,
+    device: int,
 ) -> None:  # fmt: skip
     mode = info.st_mode
     member = tarfile.TarInfo(name)
-    member.mode, member.uid, member.gid = stat.S_IMODE(mode), info.st_uid, info.st_gid
-    member.mtime = info.st_mtime
+    member.mode, member.mtime = stat.S_IMODE(mode), info.st_mtime
+    member.uid, member.gid = ids.inside(info.st_uid, info.st_gid)
     if stat.S_ISREG(mode):
         _add_file(tar, fd, info, member)
         return
@@ -47,7 +50,7 @@ def _add(
             return
         member.type = tarfile.DIRTYPE
         tar.addfile(member)
-        _add_children(tar, fd, info, name, left, depth)
+        _add_children(tar, fd, info, name, left, ids, depth)
         return
     if stat.S_ISLNK(mode):
         member.type, member.linkname = tarfile.SYMTYPE, os.readlink("", dir_fd=fd)
@@ -74,7 +77,7 @@ def _add_file(tar: tarfile.TarFile, fd: int, info: os.stat_result, member: tarfi
 
 
 def _add_children(
-    tar: tarfile.TarFile, fd: int, info: os.stat_result, name: str, left: list[str], depth: int
+    tar: tarfile.TarFile, fd: int, info: os.stat_result, name: str, left: list[str], ids: Ids, depth: int
 ) -> None:  # fmt: skip
     directory = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -85,7 +88,7 @@ def _add_children(
                 continue  # removed meanwhile
             try:
                 path = child if name == "." else f"{name}/{child}"
-                _add(tar, found, os.fstat(found), path, left, depth=depth + 1, device=info.st_dev)
+                _add(tar, found, os.fstat(found), path, left, ids, depth=depth + 1, device=info.st_dev)
             finally:
                 os.close(found)
     finally:

@@ -17,6 +17,7 @@ from wherry_shared.openat2 import IN_ROOT, NO_MAGICLINKS, openat2
 from wherry_shared.values import Mount
 
 from .. import nearby
+from .owners import PLAIN, Ids
 
 if TYPE_CHECKING:
     from ..container import Container
@@ -42,8 +43,9 @@ class Found:
 class Tree:
     """A root directory; paths are resolved as if it were `/`, whatever links say. Close it, or use `with`."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, ids: Ids = PLAIN) -> None:
         self.fd = fd
+        self.ids = ids
 
     @classmethod
     def of_host(cls) -> Tree:
@@ -78,11 +80,11 @@ class Tree:
 async def container_root(container: Container, *, writable: bool) -> Tree:
     """The root of a container: through its process while it has one, else its snapshot, mounted where nobody sees it.
 
-    Unimplemented: from afar, with mapped ids, or mounts of several parts. FailedPrecondition: it has no snapshot.
+    Unimplemented: from afar, to be written with mapped ids while it does not run, or mounts of several parts.
+    FailedPrecondition: it has no snapshot.
     """
     nearby.require(container.client, "copying files")
-    if ((container.record.spec or {}).get("linux") or {}).get("uidMappings"):
-        raise Unimplemented(f"container {container.id} has mapped ids: its files cannot be copied yet")
+    ids = Ids.of(container.record.spec or {})
     for _ in range(3):
         pid = await _pid(container)
         if not pid:
@@ -94,7 +96,7 @@ async def container_root(container: Container, *, writable: bool) -> Tree:
         try:
             # What was opened is the container's process if that still runs now: a number is given anew only after.
             if await _pid(container) == pid:
-                return Tree(os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=process))
+                return Tree(os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=process), ids)
         except (FileNotFoundError, ProcessLookupError):
             continue
         finally:
@@ -102,7 +104,10 @@ async def container_root(container: Container, *, writable: bool) -> Tree:
     mounts = await container.mounts()
     if not mounts:
         raise FailedPrecondition(f"container {container.id} has no snapshot and does not run")
-    return Tree(_mounted(mounts, writable=writable))
+    if ids.mapped and writable:
+        # Mounted without the mapping, what is copied up from a layer would be nobody's in the container.
+        raise Unimplemented(f"container {container.id} has mapped ids: nothing is copied into it while it does not run")
+    return Tree(_mounted(mounts, writable=writable), ids)
 
 
 async def _pid(container: Container) -> int:
@@ -118,8 +123,6 @@ def _mounted(mounts: Sequence[Mount], *, writable: bool) -> int:
     the mount lives as long as the descriptor."""
     if len(mounts) != 1 or mounts[0].type.startswith("format/") or mounts[0].target:
         raise Unimplemented(f"a snapshot of {len(mounts)} mounts cannot be copied while its container does not run")
-    if any(option.startswith(("uidmap=", "gidmap=")) for option in mounts[0].options):
-        raise Unimplemented("a snapshot with mapped ids cannot be copied yet")
     opened: list[int] = []
     failed: list[OSError] = []
 
@@ -151,7 +154,7 @@ def _mount_at(place: str, mount: Mount, *, writable: bool) -> None:
         return
     options = {key: value for key, _, value in (o.partition("=") for o in mount.options)}
     layers = options.pop("lowerdir", "").split(":")
-    options = {k: v for k, v in options.items() if k not in ("ro", "rw")}
+    options = {k: v for k, v in options.items() if k not in ("ro", "rw", "uidmap", "gidmap")}
     if flags:
         # Read only, the topmost layer is one more of the lower ones: nothing is written beside it.
         layers = [layer for layer in (options.pop("upperdir", ""), *layers) if layer]

@@ -14,16 +14,24 @@ from typing import BinaryIO
 from wherry_shared.errors import DataLoss, FailedPrecondition, InvalidArgument
 from wherry_shared.openat2 import BENEATH, NO_MAGICLINKS, NO_SYMLINKS, openat2
 
+from .owners import PLAIN, Ids
+
 _BELOW = BENEATH | NO_SYMLINKS | NO_MAGICLINKS
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY
 
 
 @dataclass(frozen=True)
 class Rules:
-    """owner: who gets the files, None for the one in the tar. set_id: whether set-id bits stay."""
+    """owner: who gets the files, None for the one in the tar. set_id: whether set-id bits stay. ids: what these
+    numbers are on the host."""
 
     owner: tuple[int, int] | None
     set_id: bool
+    ids: Ids = PLAIN
+
+    def owner_of(self, member: tarfile.TarInfo) -> tuple[int, int]:
+        """Whom a file belongs to, by the host's numbers."""
+        return self.ids.on_host(*(self.owner or (member.uid, member.gid)))
 
 
 def unpack(directory: int, stream: BinaryIO, rules: Rules) -> list[str]:
@@ -40,7 +48,7 @@ def unpack(directory: int, stream: BinaryIO, rules: Rules) -> list[str]:
             for member in tar:
                 parts = _parts(member.name)
                 if member.isdir():
-                    _directory(directory, parts)
+                    _directory(directory, parts, rules)
                     later.append((parts, member))
                 elif member.ischr() or member.isblk():
                     left.append(member.name)
@@ -68,13 +76,15 @@ def _parts(name: str) -> list[str]:
     return parts
 
 
-def _directory(root: int, parts: list[str]) -> None:
-    """Make a directory and those above it, where they are missing."""
+def _directory(root: int, parts: list[str], rules: Rules) -> None:
+    """Make a directory and those above it, where they are missing; they are root's."""
     for depth in range(1, len(parts) + 1):
         parent = openat2(root, "/".join(parts[: depth - 1]), _DIRECTORY, _BELOW)
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(parts[depth - 1], 0o755, dir_fd=parent)
+                if rules.ids.mapped:
+                    os.chown(parts[depth - 1], *rules.ids.on_host(0, 0), dir_fd=parent, follow_symlinks=False)
         finally:
             os.close(parent)
     with _explained("/".join(parts)):
@@ -92,7 +102,7 @@ def _explained(path: str) -> Iterator[None]:
 def _add(root: int, parts: list[str], member: tarfile.TarInfo, tar: tarfile.TarFile, rules: Rules) -> None:
     if not parts:
         raise InvalidArgument(f"the tar has a file of the name {member.name[:80]!r}")
-    _directory(root, parts[:-1])
+    _directory(root, parts[:-1], rules)
     parent = openat2(root, "/".join(parts[:-1]), _DIRECTORY, _BELOW)
     try:
         if member.isreg():
@@ -150,11 +160,11 @@ def _hard_link(root: int, parent: int, name: str, member: tarfile.TarInfo) -> No
 
 
 def _attributes(fd: int, member: tarfile.TarInfo, rules: Rules) -> None:
-    os.fchown(fd, *(rules.owner or (member.uid, member.gid)))
+    os.fchown(fd, *rules.owner_of(member))
     os.fchmod(fd, member.mode & (0o7777 if rules.set_id else 0o1777))
     os.utime(fd, (member.mtime, member.mtime))
 
 
 def _own(parent: int, name: str, member: tarfile.TarInfo, rules: Rules) -> None:
-    uid, gid = rules.owner or (member.uid, member.gid)
+    uid, gid = rules.owner_of(member)
     os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
