@@ -75,15 +75,25 @@ def test_a_flag_that_is_none_is_125(node: Node, verb: str) -> None:
     assert node.run("ps", "--nonesuch", check=False).returncode == 2
 
 
-def test_every_flag_means_one_thing() -> None:
-    def flags(command: Any) -> Iterator[tuple[str, list[str]]]:
-        if hasattr(command, "list_commands"):
-            for name in command.list_commands(None):
-                yield from flags(command.get_command(None, name))
-        yield command.name, [flag for each in command.params for flag in (*each.opts, *each.secondary_opts)]
+def every_verb(command: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield path, command
+    if hasattr(command, "list_commands"):
+        for name in command.list_commands(None):
+            yield from every_verb(command.get_command(None, name), *path, name)
 
-    for verb, declared in flags(make()):
-        assert len(declared) == len(set(declared)), (verb, sorted(declared))
+
+def test_every_flag_means_one_thing_and_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    wherry = make()
+    for path, command in every_verb(wherry):
+        flags = [flag for each in command.params for flag in (*each.opts, *each.secondary_opts)]
+        assert len(flags) == len(set(flags)), (path, sorted(flags))
+        with pytest.raises(SystemExit) as ended:
+            wherry([*path, "--help"], prog_name="wherry")
+        assert ended.value.code == 0, path
+        shown = "".join(capsys.readouterr().out.split())
+        for each in command.params:
+            words = "".join((each.help or "").split())[:12]
+            assert words in shown and (each.opts[0] in shown or each.param_type_name == "argument"), (path, each.name)
 
 
 def test_run_with_an_unknown_runtime_is_125(node: Node, ns: list[str], pulled: str) -> None:

@@ -46,7 +46,15 @@ class Verbs(TyperGroup):
             made = get_command(single)
         made.name = cmd_name
         made.help = VERBS[cmd_name]
+        _plain(made)
         return made
+
+
+def _plain(command: Any) -> None:
+    """Its help as plain text: in rich's tables, brackets are markup and long flags are cut off."""
+    command.rich_markup_mode = None
+    for below in getattr(command, "commands", {}).values():
+        _plain(below)
 
 
 def make() -> Any:
