@@ -36,7 +36,8 @@ class Wanted:
     """What may go.
 
     Images that no container uses and that are dangling: without a tag, or pointing at nothing that is here; with
-    `all` every image that no container uses. containers: containers that do not run, too, and their snapshots.
+    `all` every image that no container uses. As with Docker a container uses the name that it was made by: another
+    name of the same target goes, and takes nothing along. containers: containers that do not run, too, and their snapshots.
     labels: `key`, `key=value` or, for its absence, `key!=value` / `!key`; all must hold. until: only what was made
     before that.
     """

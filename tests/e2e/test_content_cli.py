@@ -65,7 +65,7 @@ def test_stdin_and_what_must_be(node: Node, ns: list[str]) -> None:
 
 
 def test_labels(node: Node, ns: list[str]) -> None:
-    digest = bytes_of(node, "ingest", *ns, "-l", "a=1", data=b"data").stdout.decode().strip()
+    digest = bytes_of(node, "ingest", *ns, "-l", "a=1", "-", data=b"data").stdout.decode().strip()
     node.run("content", "label", *ns, digest, "a=", "containerd.io/gc.root=true")
     assert node.json("content", "info", *ns, digest)["labels"] == {"containerd.io/gc.root": "true"}
     assert "containerd.io/gc.root" in node.run("content", "info", *ns, digest).stdout

@@ -101,7 +101,7 @@ def get(
 
 @app.command("ingest")
 def ingest(
-    source: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="stdin without it.")] = None,
+    source: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="stdin without it, or for -.")] = None,
     digest: Annotated[str, typer.Option(help="What it must be, sha256:... or sha512:...")] = "",
     expected_size: Annotated[int, typer.Option("--size", help="How many bytes it must be.")] = 0,
     ref: Annotated[str, typer.Option(help="The ingest to begin or to go on with; one of its own without.")] = "",
@@ -122,7 +122,7 @@ def ingest(
         given = labels_of(labels)
         await client.ensure_namespace()
         with os_errors(str(source or "stdin")):
-            file = sys.stdin.buffer if source is None else source.open("rb")
+            file = sys.stdin.buffer if source in (None, Path("-")) else source.open("rb")
         with file:
             try:
                 print((await _ingest(client, name, file, digest, expected_size, given)).digest)

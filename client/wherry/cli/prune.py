@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    all: Annotated[bool, typer.Option("--all", "-a", help="Every image that no container uses.")] = False,
+    all: Annotated[bool, typer.Option("--all", "-a", help="Every image name that no container was made by.")] = False,
     containers: Annotated[bool, typer.Option("--containers", help="Containers that do not run, too.")] = False,
     filters: Annotated[
         list[str], typer.Option("--filter", help="label=KEY[=VALUE], label!=KEY[=VALUE], until=24h or a time.")
