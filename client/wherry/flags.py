@@ -14,6 +14,7 @@ from wherry_shared.errors import InvalidArgument, NotFound
 from . import cdi, devices, limits, restarts, seccomp, spec, volumes
 
 FILE_MAX = 1 << 20
+NAME_FILES = ("/etc/hosts", "/etc/resolv.conf")
 Given = Mapping[str, Any]
 """What was typed, by the name of the flag with `_` for `-`; what was not, is absent or empty."""
 
@@ -131,6 +132,19 @@ def check_sources(mounts: Sequence[Mapping[str, Any]]) -> None:
     for each in mounts:
         if each.get("type") == "bind" and not os.path.lexists(each["source"]):
             raise NotFound(f"mount source {each['source']}: there is no such file or directory on the node")
+
+
+def host_names(options: Mapping[str, Any], *, here: bool) -> list[dict[str, Any]]:
+    """The mounts of a container; with the node's network it looks up names as the node does, too.
+
+    here: whether the node is this host: what it does not have is left out then. From afar it is taken to have both.
+    """
+    own = list(options.get("mounts", ()))
+    if options.get("namespaces", {}).get("network") != spec.HOST:
+        return own
+    there = {each["destination"] for each in own}
+    wanted = [path for path in NAME_FILES if path not in there and (not here or os.path.isfile(path))]
+    return [*own, *(volumes.bind(path, path, ["ro"]) for path in wanted)]
 
 
 def _devices(given: Given) -> dict[str, Any]:

@@ -37,9 +37,9 @@ class Wanted:
 
     Images that no container uses and that are dangling: without a tag, or pointing at nothing that is here; with
     `all` every image that no container uses. As with Docker a container uses the name that it was made by: another
-    name of the same target goes, and takes nothing along. containers: containers that do not run, too, and their snapshots.
-    labels: `key`, `key=value` or, for its absence, `key!=value` / `!key`; all must hold. until: only what was made
-    before that.
+    name of the same target goes, and takes nothing along. containers: containers that do not run, too, and their
+    snapshots. labels: `key`, `key=value` or, for its absence, `key!=value` / `!key`; all must hold. until: only what
+    was made before that.
     """
 
     all: bool = False

@@ -143,6 +143,20 @@ def test_namespaces_and_sysctls(node: Node, ns: list[str], pulled: str) -> None:
     assert shared == [os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid", "ipc", "uts")]
 
 
+@pytest.mark.parametrize("runtime", ["crun", "runc"])
+def test_names_are_looked_up_as_on_the_host_whose_network_it_has(
+    node: Node, ns: list[str], pulled: str, tmp_path: Path, runtime: str
+) -> None:
+    flags = ["--net", "host", "--runtime", runtime, "--read-only"]
+    wanted = Path("/etc/hosts").read_text() + Path("/etc/resolv.conf").read_text()
+    script = "cat /etc/hosts /etc/resolv.conf; echo x 2>/dev/null >> /etc/hosts && echo written"
+    assert inside(node, ns, pulled, *flags, script=f"{script} || true") == wanted.strip()
+    (tmp_path / "hosts").write_text("127.0.0.9 own\n")
+    own = ["-v", f"{tmp_path}/hosts:/etc/hosts"]
+    assert inside(node, ns, pulled, *flags, *own, script="cat /etc/hosts") == "127.0.0.9 own"
+    assert inside(node, ns, pulled, "--net", "none", script="ls /etc/hosts /etc/resolv.conf 2>/dev/null || true") == ""
+
+
 def test_one_container_in_anothers_namespaces_also_after_a_restart(node: Node, ns: list[str], pulled: str) -> None:
     node.run("run", *ns, "-d", "--name", "main", pulled, "sleep", "1000")
     script = "readlink /proc/self/ns/net; readlink /proc/self/ns/pid"

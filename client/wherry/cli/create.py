@@ -203,8 +203,10 @@ async def make(client: Client, reference: str, args: list[str], given: dict[str,
     if given.get("device") or given.get("privileged"):
         nearby.require(client, "a container with devices of the node")
     options = flags.options(given)
-    if nearby.is_here(client):
+    here = nearby.is_here(client)
+    if here:
         flags.check_sources(options.get("mounts", ()))
+    options["mounts"] = flags.host_names(options, here=here)
     if parent := given.get("cgroup_parent"):
         options["cgroup"] = f"{parent.rstrip('/')}/{id}"
     image = await find_image(client, reference, options.get("snapshotter", ""), given.get("pull", "missing"))
