@@ -66,6 +66,13 @@ async def find(client: Client, name: str) -> Container:
     return Container(client, named[0])
 
 
+async def check_free(client: Client, name: str) -> None:
+    """AlreadyExists: a container has this id, or is called so. Two who look at once may both find it free."""
+    with contextlib.suppress(NotFound):
+        other = await find(client, name)
+        raise AlreadyExists(f"the name {name!r} is taken by container {other.id}: remove or rename that one first")
+
+
 async def namespace_of(client: Client, name: str, kind: str) -> str:
     """The path of another container's namespace on the node. NotFound; FailedPrecondition: it does not run."""
     other = await find(client, name)
@@ -107,11 +114,8 @@ class Container:
         or id; two renames at once may both find it free.
         """
         check_identifier(name, "container name")
-        if name != self.id:
-            with contextlib.suppress(NotFound):
-                other = await find(self.client, name)
-                if other.id != self.id:
-                    raise AlreadyExists(f"container {other.id} is called {name!r}")
+        if name != self.id and name != self.name:
+            await check_free(self.client, name)
         await self.label({NAME_LABEL: "" if name == self.id else name})
 
     async def label(self, labels: Mapping[str, str]) -> None:

@@ -188,6 +188,23 @@ def test_detached_life(node: Node, ns: list[str], pulled: str) -> None:
     assert not os.path.exists(f"/proc/{row['pid']}")
 
 
+def test_a_name_is_one_containers(node: Node, ns: list[str], pulled: str) -> None:
+    for name in ("one", "two"):
+        node.run("create", *ns, "--name", name, pulled, "true")
+    node.run("rename", *ns, "one", "uno")
+    node.run("rename", *ns, "uno", "uno")
+    assert {row["id"]: row["name"] for row in node.json("ps", *ns, "-a")} == {"one": "uno", "two": "two"}
+    for verb in (["rename", *ns, "two", "uno"], ["rename", *ns, "two", "one"], ["rename", *ns, "uno", "two"]):
+        refused = node.run(*verb, check=False)
+        assert refused.returncode == 1 and f"the name '{verb[-1]}' is taken by container" in refused.stderr
+    for name in ("uno", "one", "two"):
+        refused = node.run("run", *ns, "--name", name, pulled, "true", check=False)
+        assert refused.returncode == 125 and f"the name '{name}' is taken by container" in refused.stderr
+    node.run("rename", *ns, "uno", "one")
+    assert {row["name"] for row in node.json("ps", *ns, "-a")} == {"one", "two"}
+    node.run("rm", *ns, "one", "two")
+
+
 def test_rm_force_of_a_running_one(node: Node, ns: list[str], pulled: str) -> None:
     node.run("run", *ns, "-d", "--name", "s", pulled, "sleep", "1000")
     node.run("rm", *ns, "-f", "s")

@@ -209,6 +209,10 @@ async def make(client: Client, reference: str, args: list[str], given: dict[str,
     options["mounts"] = flags.host_names(options, here=here)
     if parent := given.get("cgroup_parent"):
         options["cgroup"] = f"{parent.rstrip('/')}/{id}"
+    if given.get("name"):
+        from wherry.container import check_free
+
+        await check_free(client, id)
     image = await find_image(client, reference, options.get("snapshotter", ""), given.get("pull", "missing"))
     container = await client.new_container(id, image, args=args, **options)
     if given.get("cidfile"):
