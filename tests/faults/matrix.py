@@ -162,6 +162,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
         f"{_CREDS}::test_wildcards_in_ones_own_prefix_are_refused_by_the_service",
         f"{_CREDS}::test_a_caller_is_known_by_the_inbox_that_it_wants_the_answer_in",
         f"{_TENANTS}::test_another_namespace_is_closed",
+        "shared/test_audit.py::test_a_refusal_is_told_and_nothing_of_what_was_sent",
     ),
     "25 others' events, inboxes and streams": (
         f"{_CREDS}::test_a_tenant_sees_its_own_namespace_only",

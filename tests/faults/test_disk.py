@@ -22,8 +22,11 @@ def test_full_disk(registry: Registry, busybox_ref: str, tmp_path: Path) -> None
             assert "Traceback" not in refused.stderr
             assert os.path.exists(f"/proc/{pid}")
             assert made.run("exec", "before", "echo", "alive", check=False).stdout in ("alive\n", "")
+            made.run("tag", busybox_ref, "spare:1", check=False)
             made.run("rm", "-f", "before")
             assert made.json("ps", "-a") == []
+            made.run("prune", "--all", "--yes")
+            assert made.json("images") == [] and made.json("content", "ls") == []
             (disk / "filler").unlink()
             assert made.run("run", "--rm", busybox_ref, "echo", "room").stdout == "room\n"
         finally:
