@@ -6,7 +6,7 @@ set -eu
 cd "$(dirname "$0")/.."
 
 demo='busybox-static crun docker-registry runc'
-test='btrfs-progs containerd docker-compose e2fsprogs erofs-utils git make openssl procps systemd xfsprogs'
+test='btrfs-progs containerd docker-compose e2fsprogs erofs-utils git make openssl procps systemd tini xfsprogs'
 bench=''  # what it needs, the tests need too
 
 say() { printf '==> %s\n' "$*" >&2; }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from wherry_shared.errors import InvalidArgument, NotFound
 from . import cdi, devices, limits, restarts, seccomp, spec, volumes
 
 FILE_MAX = 1 << 20
+# Statically linked, or they would not run on an image's libraries.
+INITS = ("docker-init", "tini-static", "catatonit")
 NAME_FILES = ("/etc/hosts", "/etc/resolv.conf")
 Given = Mapping[str, Any]
 """What was typed, by the name of the flag with `_` for `-`; what was not, is absent or empty."""
@@ -37,6 +40,8 @@ def options(given: Given) -> dict[str, Any]:
     made = {key: value for key, value in named.items() if value not in ("", None, (), {}, [])}
     if given.get("entrypoint") is not None:
         made["entrypoint"] = [given["entrypoint"]] if given["entrypoint"] else []
+    if given.get("init"):
+        made["init"] = init_program()
     return made | _devices(given) | _security(given) | _namespaces(given) | _user_namespace(given) | _hooks(given)
 
 
@@ -132,6 +137,14 @@ def check_sources(mounts: Sequence[Mapping[str, Any]]) -> None:
     for each in mounts:
         if each.get("type") == "bind" and not os.path.lexists(each["source"]):
             raise NotFound(f"mount source {each['source']}: there is no such file or directory on the node")
+
+
+def init_program() -> str:
+    """The path of this host's program for `--init`. NotFound: it has none."""
+    found = next(filter(None, map(shutil.which, INITS)), None)
+    if found is None:
+        raise NotFound(f"init: the node has none of {', '.join(INITS)} on its PATH (Debian: apt install tini)")
+    return os.path.realpath(found)
 
 
 def host_names(options: Mapping[str, Any], *, here: bool) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ MOUNTS: list[dict[str, Any]] = [
     {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*_NS, "ro"]},
 ]  # fmt: skip
 # Kinds of namespaces that a caller may choose; `mount` is always the container's own.
+INIT = "/dev/init"  # where a container has the init of the node's
 KINDS = ("pid", "ipc", "uts", "network", "cgroup")
 PRIVATE, HOST = "private", "host"
 RLIMITS: Mapping[str, tuple[int, int]] = {"RLIMIT_NOFILE": (1024, 1024)}
@@ -68,6 +69,7 @@ class Options:
     too) or "unconfined". no_new_privileges: True, unless privileged. privileged: every capability and device of the
     node, nothing masked or filtered. uid_mappings, gid_mappings: a user namespace whose root is nobody on the host.
     cdi_devices: VENDOR/CLASS=NAME, looked up on this host. stop_signal: instead of the image's.
+    init: a static program of the node that becomes process 1 (tini, say), reaps, and passes signals on.
     """
 
     args: Sequence[str] = ()
@@ -103,6 +105,7 @@ class Options:
     gid_mappings: IdMap = ()
     hooks: Mapping[str, Sequence[dict[str, Any]]] = field(default_factory=dict)
     stop_signal: str = ""
+    init: str = ""
 
     def namespace(self, kind: str) -> str:
         """`private`, `host` or a path."""
@@ -201,6 +204,8 @@ def _check(options: Options) -> None:
             raise InvalidArgument(f"{kind} namespace {where[:80]!r} is not private, host or a path")
     if (options.hostname or options.domainname) and options.namespace("uts") != PRIVATE:
         raise InvalidArgument("a host name needs a UTS namespace of the container's own")
+    if options.init and options.namespace("pid") != PRIVATE:
+        raise InvalidArgument("an init needs a PID namespace of the container's own, or it is not process 1")
     shared = [kind for kind in KINDS if options.namespace(kind) == HOST]
     for name, value in options.sysctls.items():
         limits.sysctl(name, value, shared)
@@ -216,7 +221,7 @@ def _process(container_id: str, image: ImageConfig | None, options: Options, use
     own = [] if options.namespace("uts") != PRIVATE else [f"HOSTNAME={options.hostname or container_id[:63]}"]
     nothing_new = options.no_new_privileges
     made = process(
-        command(image, options),
+        [*((INIT, "--") if options.init else ()), *command(image, options)],
         env=environment(image, [*own, *(["TERM=xterm"] if options.terminal else []), *options.env]),
         cwd=working_directory(image, options.cwd),
         user=user,
@@ -249,7 +254,8 @@ def _mounts(options: Options) -> list[dict[str, Any]]:
             "options": [*_NS, "relatime", mode],
         }
         defaults = [*defaults, cgroup]
-    return volumes.merged(defaults, options.mounts)
+    init = [volumes.bind(options.init, INIT, ["ro"])] if options.init else []
+    return volumes.merged(defaults, [*options.mounts, *init])
 
 
 # The host's own, asked for as such; /dev/mqueue shows the namespace's queues by itself.

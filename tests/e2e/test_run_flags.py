@@ -144,6 +144,20 @@ def test_namespaces_and_sysctls(node: Node, ns: list[str], pulled: str) -> None:
 
 
 @pytest.mark.parametrize("runtime", ["crun", "runc"])
+def test_an_init_reaps_and_passes_signals_on(node: Node, ns: list[str], pulled: str, runtime: str) -> None:
+    flags = ["--init", "--runtime", runtime, "--read-only", "-u", "nobody"]
+    said = inside(node, ns, pulled, *flags, script="cat /proc/1/comm; echo $$ $PPID; exit 0").split()
+    assert said[0] in ("tini-static", "docker-init", "catatonit", "init") and said[1] != "1" == said[2]
+    assert node.run("run", *ns, "--rm", *flags, pulled, "sh", "-c", "exit 7", check=False).returncode == 7
+    node.run("run", *ns, "-d", "--name", "asleep", *flags, pulled, "sleep", "1000")  # as process 1 it takes no notice
+    node.run("kill", *ns, "-s", "TERM", "asleep")
+    assert node.run("wait", *ns, "asleep").stdout.strip() == "143"
+    node.run("rm", *ns, "asleep")
+    refused = node.run("run", *ns, "--rm", "--init", "--pid", "host", pulled, "true", check=False)
+    assert refused.returncode == 125 and "PID namespace" in refused.stderr
+
+
+@pytest.mark.parametrize("runtime", ["crun", "runc"])
 def test_names_are_looked_up_as_on_the_host_whose_network_it_has(
     node: Node, ns: list[str], pulled: str, tmp_path: Path, runtime: str
 ) -> None:

@@ -112,6 +112,7 @@ PROCESS = [
     many("--group-add", "A further group, by name or number."),
     flag("--workdir -w", "Where it starts."),
     flag("--entrypoint", 'Instead of the image\'s; "" for none.', None, str | None),
+    switch("--init", "The node's tini or catatonit as process 1: reaps, and passes signals on."),
     many("--ulimit", "nofile=1024:2048."),
     flag("--stop-signal", "What `stop` sends."),
     flag("--oom-score-adj", "How soon it is killed for memory, -1000 to 1000.", None, int | None),
@@ -202,6 +203,8 @@ async def make(client: Client, reference: str, args: list[str], given: dict[str,
     id = given.get("name") or f"{_stem(reference)}-{secrets.token_hex(3)}"
     if given.get("device") or given.get("privileged"):
         nearby.require(client, "a container with devices of the node")
+    if given.get("init"):
+        nearby.require(client, "an init")
     options = flags.options(given)
     here = nearby.is_here(client)
     if here:
