@@ -35,6 +35,7 @@ from .backup import Backup, open_database
 from .bus import Bus, connect
 from .contract import Contract
 from .errors import FailedPrecondition, InvalidArgument, Unavailable, WherryError
+from .files import os_errors
 from .outbox import Outbox
 from .sqlite import Database
 from .values import check_identifier
@@ -196,7 +197,8 @@ class Host:
 
     def lock(self, path: Path) -> None:
         """Hold `path` locked until this process ends. FailedPrecondition when another process holds it."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with os_errors(str(path)):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._stack.callback(os.close, fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

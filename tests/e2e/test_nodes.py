@@ -102,7 +102,14 @@ def test_unprivileged_services(busybox_ref: str, tmp_path: Path) -> None:
         if directory == Path("/tmp"):
             break
         directory.chmod(0o755)  # pytest makes these for us alone
+    with Node(tmp_path) as made:  # by root alone, first: what it made then changes hands
+        made.run("run", "--rm", busybox_ref, "true")
+        (made.root / "image/elsewhere").symlink_to(tmp_path / "mine")
+        (tmp_path / "mine").touch()
+        os.link(tmp_path / "mine", made.root / "image/another")
     with Node(tmp_path, "--user", "nobody") as made:
+        assert (tmp_path / "mine").stat().st_uid == 0
+        assert made.json("images")
         uids = {name: os.stat(f"/proc/{made.service_pid(name)}").st_uid for name in ("content", "image", "task")}
         assert uids["content"] == uids["image"] == 65534 and uids["task"] == 0
         assert made.run("run", "--rm", busybox_ref, "echo", "hi").stdout == "hi\n"

@@ -29,6 +29,7 @@ from wherry_shared.bus import credentials
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
 from wherry_shared.runtime import NODE_FILE, run_together
 
+from . import owners
 from .preload import preload
 from .server import NatsServer, find_binary, free_port
 
@@ -184,7 +185,7 @@ class Supervisor:
             os.chown(creds / f"{name}.nk", user.pw_uid, user.pw_gid)
             for parent in (self._plan.root, self._plan.state):
                 (parent / name).mkdir(exist_ok=True)
-                os.chown(parent / name, user.pw_uid, user.pw_gid)
+                owners.give(parent / name, user.pw_uid, user.pw_gid)
 
     def _watch_signals(self) -> None:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
