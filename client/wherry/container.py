@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from wherry_shared import context
 from wherry_shared.api.container import Container as Record
 from wherry_shared.api.container import Runtime
 from wherry_shared.api.diff import Change
@@ -17,9 +19,11 @@ from wherry_shared.api.snapshot import GID_LABEL, UID_LABEL
 from wherry_shared.api.task import LOG_LABEL
 from wherry_shared.errors import (
     AlreadyExists,
+    DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    Unavailable,
     WherryError,
 )
 from wherry_shared.values import LABEL_MAX, Mount, check_identifier
@@ -43,6 +47,7 @@ DEFAULT_SNAPSHOTTER = "overlay"
 NAME_LABEL = "wherry/name"
 # `wherry/join.<kind>`: whose namespace it shares. Its path in the specification is written anew for each task.
 JOIN_LABEL = "wherry/join."
+UNDO_SECONDS = 10.0
 _NAMESPACE_FILES = {"network": "net"}
 # An image may not set what steers the runtime or the restart monitor (GHSA-xhf5-7wjv-pqxp).
 RESERVED_PREFIXES = ("containerd.io/", "io.containerd.", "io.cri-containerd", "wherry/")
@@ -348,10 +353,24 @@ class NewContainer:
                 id=self._id, labels=self._all_labels(resolved), image=image.name, runtime=runtime, spec=made,
                 snapshotter=snapshotter, snapshot_key=self._snapshot,
             )  # fmt: skip
-            return Container(client, await client.containers.create(record))
+            return await self._recorded(record)
         except BaseException:
             with contextlib.suppress(WherryError):
                 await client.snapshots.remove(snapshotter, self._snapshot)
+            raise
+
+    async def _recorded(self, record: Record) -> Container:
+        """Make the record; where it stays unknown whether it was made, it is gone when this raises."""
+        containers = self._client.containers
+        key = context.current().call_key or secrets.token_hex(12)
+        try:
+            with context.use(key=key):
+                return Container(self._client, await containers.create(record))
+        except (asyncio.CancelledError, DeadlineExceeded, Unavailable):
+            # Under the same key it is the same request, wherever that is by now: after it there is one to remove.
+            with contextlib.suppress(WherryError), context.use(key=key, timeout=UNDO_SECONDS):
+                await containers.create(record)
+                await containers.delete(record.id)
             raise
 
     async def _prepare(self, image: Image, resolved: Resolved) -> list[Mount]:

@@ -7,6 +7,7 @@ import os
 import signal
 from collections import Counter
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import wherry
@@ -24,6 +25,46 @@ async def begin(client: wherry.Client, image: wherry.Image, id: str, script: str
     task = await (await client.new_container(id, image, args=["sh", "-c", script])).new_task()
     await task.start()
     return task
+
+
+class CutShort:
+    """Containers whose first create takes effect, or does not, while its caller is already told to stop."""
+
+    def __init__(self, real: Any, *, arrives: bool) -> None:
+        self._real, self._arrives, self._cut = real, arrives, False
+
+    async def create(self, record: Any) -> Any:
+        if self._cut:
+            return await self._real.create(record)
+        self._cut = True
+        if self._arrives:
+            await self._real.create(record)
+        raise asyncio.CancelledError
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+async def test_a_container_whose_maker_was_stopped(
+    node: Node, busybox_ref: str, namespace: str, arrives: bool
+) -> None:  # fmt: skip
+    """Neither a record without files nor files without a record; and what another has is left alone."""
+    async with wherry.connect(state=str(node.state), namespace=namespace) as client:
+        image = await client.pull(busybox_ref, unpack=True)
+        real = client.containers
+        client.containers = cast(Any, CutShort(real, arrives=arrives))
+        with pytest.raises(asyncio.CancelledError):
+            await client.new_container("stopped", image, args=["true"])
+        assert node.json("ps", "-a", "-n", namespace) == []
+        assert node.json("snapshot", "ls", "-n", namespace, "kind==active") == []
+        client.containers = real
+        async with client.new_container("kept", image, args=["true"]):
+            client.containers = cast(Any, CutShort(real, arrives=False))
+            with pytest.raises(asyncio.CancelledError):
+                await client.new_container("kept", image, args=["true"], snapshot="another")
+            assert [row["id"] for row in node.json("ps", "-a", "-n", namespace)] == ["kept"]
+            client.containers = real
 
 
 async def end(client: wherry.Client, tasks: dict[str, Task]) -> None:
