@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from wherry_shared import context
 from wherry_shared.api.task import Exit, ProcessInfo, Stats
 from wherry_shared.api.task import Process as State
+from wherry_shared.api.task import Stdio as Paths
 from wherry_shared.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable, WherryError
 from wherry_shared.values import Mount
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from .container import Container
 
 PATIENCE = 5.0
+UNDO_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -262,16 +265,30 @@ class NewTask:
     async def _create(self) -> Task:
         container, client = self._container, self._container.client
         await container.rejoin()
-        mounts = self._mounts if self._mounts is not None else await container.mounts()
         pipes = carrier(client, container.id, "", self._stdio)
         task = Task(client, container.id, "", pipes)
         try:
             task.carry()
-            task.pid = await client.tasks.create(container.id, mounts, pipes.paths, self._runtime)
+            task.pid = await self._made(pipes.paths)
         except BaseException:
             task.detach()
             raise
         return task
+
+    async def _made(self, paths: Paths) -> int:
+        """The pid; where it stays unknown whether there is a task, there is none when this raises."""
+        id, tasks = self._container.id, self._container.client.tasks
+        mounts = self._mounts if self._mounts is not None else await self._container.mounts()
+        key = context.current().call_key or secrets.token_hex(12)
+        try:
+            with context.use(key=key):
+                return await tasks.create(id, mounts, paths, self._runtime)
+        except (asyncio.CancelledError, DeadlineExceeded, Unavailable):
+            # Under the same key it is the same request, wherever that is by now: after it there is one to remove.
+            with contextlib.suppress(WherryError), context.use(key=key, timeout=UNDO_SECONDS):
+                await tasks.create(id, mounts, paths, self._runtime)
+                await tasks.delete(id, "", True)
+            raise
 
     def __await__(self) -> Generator[Any, None, Task]:
         return self._create().__await__()

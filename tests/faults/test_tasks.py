@@ -28,17 +28,17 @@ async def begin(client: wherry.Client, image: wherry.Image, id: str, script: str
 
 
 class CutShort:
-    """Containers whose first create takes effect, or does not, while its caller is already told to stop."""
+    """A contract whose first create takes effect, or does not, while its caller is already told to stop."""
 
     def __init__(self, real: Any, *, arrives: bool) -> None:
         self._real, self._arrives, self._cut = real, arrives, False
 
-    async def create(self, record: Any) -> Any:
+    async def create(self, *given: Any) -> Any:
         if self._cut:
-            return await self._real.create(record)
+            return await self._real.create(*given)
         self._cut = True
         if self._arrives:
-            await self._real.create(record)
+            await self._real.create(*given)
         raise asyncio.CancelledError
 
     def __getattr__(self, name: str) -> Any:
@@ -65,6 +65,28 @@ async def test_a_container_whose_maker_was_stopped(
                 await client.new_container("kept", image, args=["true"], snapshot="another")
             assert [row["id"] for row in node.json("ps", "-a", "-n", namespace)] == ["kept"]
             client.containers = real
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+async def test_a_task_whose_maker_was_stopped(node: Node, busybox_ref: str, namespace: str, arrives: bool) -> None:
+    async with wherry.connect(state=str(node.state), namespace=namespace) as client:
+        image = await client.pull(busybox_ref, unpack=True)
+        real = client.tasks
+        with pytest.raises(asyncio.CancelledError):
+            async with client.new_container("stopped", image, args=["true"]) as container:
+                client.tasks = cast(Any, CutShort(real, arrives=arrives))
+                await container.new_task(stdio=wherry.Stdio.output())
+        assert node.json("ps", "-a", "-n", namespace) == []
+        assert node.json("snapshot", "ls", "-n", namespace, "kind==active") == []
+        client.tasks = real
+        async with client.new_container("kept", image, args=["sleep", "1000"]) as container:
+            task = await container.new_task()
+            client.tasks = cast(Any, CutShort(real, arrives=False))
+            with pytest.raises(asyncio.CancelledError):
+                await container.new_task()
+            client.tasks = real
+            assert (await task.state()).status == "created"
+            await task.delete(force=True)
 
 
 async def end(client: wherry.Client, tasks: dict[str, Task]) -> None:
