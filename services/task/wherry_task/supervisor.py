@@ -119,7 +119,8 @@ class Supervisor:
                 })  # fmt: skip
                 return pid
 
-            await self._database.mutate(record)
+            # A power cut ends what runs: until its end is told, its records need not survive one. But a removal has to.
+            await self._database.mutate(record, durable=bool(removal))
         except BaseException:
             await asyncio.shield(shim.close())
             raise
@@ -134,7 +135,7 @@ class Supervisor:
             process = task.process(exec_id)
             if process.untold:
                 process.untold, pid = False, process.row.pid
-                return await self._database.mutate(lambda tx: pid)
+                return await self._database.mutate(lambda tx: pid, durable=False)
             if process.row.status != "created":
                 raise FailedPrecondition(f"cannot start a {process.row.status} process of task {container}")
             if exec_id:
@@ -157,7 +158,7 @@ class Supervisor:
                     tx.publish("/tasks/start", event)
                 return pid
 
-            return await self._database.mutate(record)
+            return await self._database.mutate(record, durable=False)
 
     async def exec(self, namespace: str, container: str, exec_id: str, spec: dict[str, Any], stdio: Stdio) -> None:
         """Add a process; `start` starts it."""
@@ -182,7 +183,7 @@ class Supervisor:
                 tx.publish("/tasks/exec-added", {"container_id": container, "exec_id": exec_id})
 
             try:
-                await self._database.mutate(record)
+                await self._database.mutate(record, durable=False)
             except BaseException:
                 self.streams.retire((namespace, container, exec_id))
                 raise
@@ -228,7 +229,7 @@ class Supervisor:
                 metadata.put_process(tx, namespace, container, init.row)
                 tx.publish(f"/tasks/{event}", {"container_id": container})
 
-            await self._database.mutate(record)
+            await self._database.mutate(record, durable=False)
 
     async def _pause(self, task: Task, init: Running) -> None:
         """Whoever looks meanwhile sees it pausing."""
@@ -251,7 +252,7 @@ class Supervisor:
             if task.process("").row.exit_status is not None:
                 raise FailedPrecondition(f"cannot update a stopped container: task {container}")
             await task.shim.update(resources, annotations)
-            await self._database.mutate(lambda tx: None)
+            await self._database.mutate(lambda tx: None, durable=False)
 
     async def checkpoint(
         self, namespace: str, container: str, options: CheckpointOptions,
