@@ -1,8 +1,9 @@
-"""What the C library does with the memory that chunks of a blob were in."""
+"""The memory of a blob's chunks: each is filled where it stays, and what it was in is kept for the next one."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from io import BytesIO
 from typing import Final
 
 # mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, in bytes.
@@ -22,3 +23,15 @@ def keep_heap() -> None:
     if hasattr(libc, "mallopt"):  # glibc's; musl has none
         for parameter, value in _MALLOC.items():
             libc.mallopt(parameter, value)
+
+
+def blank(size: int) -> BytesIO:
+    """Room for `size` bytes that become a `bytes` without being copied.
+
+    Fill its `getbuffer()`, let go of that, and take its `getvalue()`; while the buffer is held somewhere, that copies.
+    """
+    made = BytesIO()
+    if size:
+        made.seek(size - 1)
+        made.write(b"\0")
+    return made

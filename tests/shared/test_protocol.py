@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from wherry_shared.bus.protocol import BUFFER_BYTES, MAX_LINE, Message, Receiver, encode_headers, parse_headers
+from wherry_shared.bus.protocol import ASIDE, BUFFER_BYTES, MAX_LINE, Message, Receiver, encode_headers, parse_headers
 from wherry_shared.errors import InvalidArgument
 
 Operation = tuple[object, ...]
@@ -124,14 +124,36 @@ def test_byte_by_byte() -> None:
     assert sink.seen == sent
 
 
-def test_large_messages_back_to_back_are_moved_once_only() -> None:
-    """The buffer holds about two of them at most, however many come."""
-    sent = [("message", "1", "s", "", None, bytes([n]) * (1 << 20)) for n in range(8)]
+@pytest.mark.parametrize("size, most", [(1 << 20, BUFFER_BYTES), (3 << 20, (6 << 20) + BUFFER_BYTES)])
+def test_large_messages_back_to_back_are_moved_once_only(size: int, most: int) -> None:
+    """The buffer holds none of a message's bulk, or about two of the very largest, however many come."""
+    block = b"NATS/1.0\r\nA: b\r\n\r\n"
+    sent = [("message", "1", "s", "", block if n % 2 else None, bytes([n]) * size) for n in range(8)]
     sink = Recorder()
     receiver = Receiver(sink)
     receiver.feed(b"".join(wire(message) for message in sent))
     assert sink.seen == sent
-    assert len(receiver._buffer) <= (2 << 20) + BUFFER_BYTES
+    assert len(receiver._buffer) <= most
+
+
+@pytest.mark.parametrize("size", [ASIDE.start - 1, ASIDE.start, BUFFER_BYTES + 1, ASIDE.stop - 1, ASIDE.stop])
+@pytest.mark.parametrize("missing", range(5))
+def test_a_large_message_may_be_cut_anywhere_at_its_end(size: int, missing: int) -> None:
+    sent: list[Operation] = [("message", "1", "s", "r", b"NATS/1.0\r\n\r\n", bytes(size)), ("ping",)] * 2
+    stream = b"".join(wire(operation) for operation in sent)
+    end = stream.index(b"PING") - missing
+    sink = Recorder()
+    feed(Receiver(sink), stream, [20, end, end + 1, end + 2])
+    assert sink.seen == sent
+
+
+def test_a_connection_that_ends_within_a_large_message_has_not_brought_it() -> None:
+    stream = wire(("message", "1", "s", "", None, bytes(1 << 20)))
+    sink = Recorder()
+    receiver = Receiver(sink)
+    feed(receiver, stream[:-2], [100])
+    receiver.eof_received()
+    assert sink.seen == []
 
 
 def test_feed_takes_more_than_the_buffer_holds() -> None:

@@ -1,9 +1,9 @@
 """The bytes of a NATS connection: received messages, header blocks, and the parser that finds both.
 
 nats-py feeds its parser from a task and compares every line with seven regular expressions. Here the event loop
-reads into one buffer of ours, the parser walks over it once, and the sink is called synchronously for each
-operation. Source of the format: the NATS client protocol (INFO, MSG, HMSG, PING, PONG, +OK, -ERR) and the header
-block of NATS/1.0.
+reads into one buffer of ours, and a large body to where it stays; the parser walks over it once, and the sink is
+called synchronously for each operation. Source of the format: the NATS client protocol (INFO, MSG, HMSG, PING, PONG,
++OK, -ERR) and the header block of NATS/1.0.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
+from io import BytesIO
 from typing import Final
 from typing import Protocol as Interface
 
 from ..errors import InvalidArgument
+from ..heap import blank
 
-BUFFER_BYTES: Final = 64 << 10  # the receive buffer at rest; it grows to hold the largest message seen
+BUFFER_BYTES: Final = 64 << 10  # the receive buffer at rest; it grows to hold what is not read aside
 MAX_LINE: Final = 256 << 10  # an INFO of a large cluster is the longest control line there is
+ASIDE: Final = range(48 << 10, 2 << 20)  # bodies of so many bytes are read to where they stay
 MAX_BODY: Final = 65 << 20  # nats-server allows no max_payload above 64 MB, and adds headers of its own
 HEADERS_MAX: Final = 128  # lines of one block that are read; a million of them would stop the event loop
 STATUS: Final = "Status"
 DESCRIPTION: Final = "Description"
 
 _CRLF: Final = b"\r\n"
+_NO_ROOM: Final = memoryview(b"")
 _MAGIC: Final = b"NATS/1.0"
 _NO_RESPONDERS: Final = b"NATS/1.0 503"
 _M, _H, _P, _I, _PLUS, _MINUS = b"MHPI+-"
@@ -162,7 +166,12 @@ class Receiver(asyncio.BufferedProtocol):
         self._end = 0  # bytes of the buffer that are filled; an unfinished operation always starts at 0
         self._need = -1  # size of the body that is awaited, header block included; -1 between messages
         self._block = 0  # size of the header block in that body
+        self._head: bytes | None = None  # that block, where the body is read aside
         self._line: tuple[str, str, str] = ("", "", "")  # subject, sid, reply of the message in hand
+        self._aside: BytesIO | None = (
+            None  # the payload of the message in hand, where it does not go through the buffer
+        )
+        self._room = _NO_ROOM  # what is still to come of it
         self._broken = False
 
     def feed(self, data: bytes) -> None:
@@ -176,10 +185,13 @@ class Receiver(asyncio.BufferedProtocol):
             at += len(part)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._view[self._end :]
+        return self._room or self._view[self._end :]
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._broken:
+            return
+        if self._room:
+            self._room = self._room[nbytes:] or _NO_ROOM
             return
         self._end += nbytes
         try:
@@ -195,9 +207,14 @@ class Receiver(asyncio.BufferedProtocol):
             if need >= 0:
                 stop = pos + need
                 if stop + 2 > end:
+                    if need in ASIDE and pos + self._block <= end < stop:
+                        need, pos = self._read_aside(pos, stop), end
                     break
                 subject, sid, reply = self._line
-                if self._block:
+                if self._aside is not None:
+                    data, self._aside = self._aside.getvalue(), None
+                    sink.on_message(sid, subject, reply, self._head, data)
+                elif self._block:
                     body = pos + self._block
                     sink.on_message(sid, subject, reply, bytes(view[pos:body]), bytes(view[body:stop]))
                 else:
@@ -216,6 +233,20 @@ class Receiver(asyncio.BufferedProtocol):
             pos = eol + 2
         self._need = need
         return pos
+
+    def _read_aside(self, pos: int, stop: int) -> int:
+        """Have what the buffer does not hold yet of the payload, which ends at `stop`, read to where it stays.
+
+        Answers what is left for the buffer of the message in hand, besides its line break. When that is there, nobody
+        who reads holds the payload's buffer any more.
+        """
+        body = pos + self._block
+        self._head = bytes(self._view[pos:body]) if self._block else None
+        self._aside = blank(stop - body)
+        room, got = self._aside.getbuffer(), self._end - body
+        room[:got] = self._view[body : self._end]
+        self._room = room[got:]
+        return 0
 
     def _announce(self, fields: list[str], with_block: bool) -> int:
         """Note `subject sid [reply] [block size] size` and return the size. Raises ValueError if it is not that."""

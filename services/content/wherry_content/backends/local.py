@@ -23,6 +23,7 @@ from aiofiles.os import wrap
 from wherry_shared.api.content import Located
 from wherry_shared.errors import DataLoss
 from wherry_shared.files import OwnedFd, make_directory, os_errors
+from wherry_shared.heap import blank
 
 from . import Backend, Progress
 from .durable import Directory, noted
@@ -33,9 +34,8 @@ T = TypeVar("T")
 THREADS = 16  # a few may sit in fsync while the others read
 OPEN_BLOBS = 64
 FREED = 100  # names removed in one hop to a thread
-INLINE_BYTES = 1 << 20  # up to here two copies out of the page cache are cheaper than the hop to a thread
+INLINE_BYTES = 1 << 20  # up to here a copy out of the page cache is cheaper than the hop to a thread
 BLOCK = 1 << 20
-_inline = memoryview(bytearray(INLINE_BYTES))
 _HEX = {"sha256": re.compile(r"[a-f0-9]{64}\Z"), "sha512": re.compile(r"[a-f0-9]{128}\Z")}
 
 
@@ -228,18 +228,16 @@ class Blob(OwnedFd):
         return data
 
     def cached(self, offset: int, size: int) -> bytes | None:
-        """Up to INLINE_BYTES if the page cache has all of them, without ever waiting for the disk.
-
-        For the event loop alone: all such reads go through one buffer, which stays in the processor's cache.
-        """
-        view = _inline[:size]
+        """Up to INLINE_BYTES if the page cache has all of them, without ever waiting for the disk."""
+        made = blank(size)
         try:
-            count = os.preadv(self.fd, [view], offset, os.RWF_NOWAIT)
+            with made.getbuffer() as view:
+                count = os.preadv(self.fd, [view], offset, os.RWF_NOWAIT)
         except OSError as e:
             if e.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
                 return None
             raise
-        return bytes(view) if count == size else None
+        return made.getvalue() if count == size else None
 
 
 def _compute(blob: Blob, algorithm: str, fresh: bool) -> tuple[str, object]:
