@@ -99,6 +99,7 @@ class Container:
     def __init__(self, client: Client, record: Record) -> None:
         self.client = client
         self.record = record
+        self._prepared: list[Mount] | None = None
 
     def __repr__(self) -> str:
         return f"<Container {self.id}>"
@@ -174,6 +175,11 @@ class Container:
         if not self.record.snapshot_key:
             return []
         return await self.client.snapshots.mounts(self.record.snapshotter, self.record.snapshot_key)
+
+    async def first_mounts(self) -> list[Mount]:
+        """The same; for the first task of a container that was just made they are known without asking."""
+        prepared, self._prepared = self._prepared, None
+        return prepared if prepared is not None else await self.mounts()
 
     def new_task(self, *, stdio: Stdio | None = None, mounts: list[Mount] | None = None, runtime: str = "") -> NewTask:
         """Create its task: `await` it, or `async with` it to have it killed and deleted at the end.
@@ -278,6 +284,10 @@ class Container:
         with contextlib.suppress(NotFound):
             state = await self.client.tasks.get(self.id)
             raise FailedPrecondition(f"container {self.id} has a task that is {state.status}: delete that first")
+        await self.forget(snapshot=snapshot)
+
+    async def forget(self, *, snapshot: bool = False) -> None:
+        """`delete` for one whose task the caller has just deleted: nobody is asked whether it has one."""
         if snapshot and self.record.snapshot_key:
             with contextlib.suppress(NotFound):
                 await self.client.snapshots.remove(self.record.snapshotter, self.record.snapshot_key)
@@ -353,7 +363,9 @@ class NewContainer:
                 id=self._id, labels=self._all_labels(resolved), image=image.name, runtime=runtime, spec=made,
                 snapshotter=snapshotter, snapshot_key=self._snapshot,
             )  # fmt: skip
-            return await self._recorded(record)
+            container = await self._recorded(record)
+            container._prepared = mounts
+            return container
         except BaseException:
             with contextlib.suppress(WherryError):
                 await client.snapshots.remove(snapshotter, self._snapshot)

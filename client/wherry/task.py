@@ -278,7 +278,7 @@ class NewTask:
     async def _made(self, paths: Paths) -> int:
         """The pid; where it stays unknown whether there is a task, there is none when this raises."""
         id, tasks = self._container.id, self._container.client.tasks
-        mounts = self._mounts if self._mounts is not None else await self._container.mounts()
+        mounts = self._mounts if self._mounts is not None else await self._container.first_mounts()
         key = context.current().call_key or secrets.token_hex(12)
         try:
             with context.use(key=key):

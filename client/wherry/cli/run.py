@@ -92,12 +92,14 @@ async def _leave(task: Task | None, container: Container, *, rm: bool, force: bo
     """Remove what shall not stay. What fails here has failed before, and that is told."""
     from wherry_shared.errors import WherryError
 
+    remove = container.delete
     with contextlib.suppress(WherryError):
         if task is not None:
             await task.delete(force=force)
+            remove = container.forget
     with contextlib.suppress(WherryError):
         if rm:
-            await container.delete(snapshot=True)
+            await remove(snapshot=True)
 
 
 def stdio_of(interactive: bool, terminal: bool, keys: str = DETACH_KEYS) -> Stdio:
