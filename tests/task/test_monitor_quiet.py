@@ -128,6 +128,18 @@ def test_an_ended_container_is_taken_away_before_it_is_deleted(rig: Rig, runtime
     client.close()
 
 
+def test_a_monitor_that_dies_after_that_leaves_nothing_to_complain_of(rig: Rig, runtime: str) -> None:
+    client, path, pid = launch(rig, runtime, ["sh", "-c", "exit 7"], plain=True)
+    folders = [folder / path.name for folder in rig.cgroups() if (folder / path.name).is_dir()]
+    release(rig, runtime, path, pid)
+    assert client.notice()["exit_status"] == 7
+    eventually(lambda: not any(folder.exists() for folder in folders))
+    kill(client.call("state")["monitor"], signal.SIGKILL)
+    client.close()
+    gone = rig.zygote().call("cleanup", **rig.about(path, runtime))
+    assert gone["warnings"] == [] and [each["exit_status"] for each in gone["exits"]] == [7]
+
+
 def test_what_cannot_go_yet_goes_with_the_deletion(rig: Rig, runtime: str) -> None:
     client, path, pid = launch(rig, runtime, ["true"], plain=True)
     folders = [folder / path.name for folder in rig.cgroups() if (folder / path.name).is_dir()]
