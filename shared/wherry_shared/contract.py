@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import threading
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -222,6 +223,11 @@ class Endpoint:
             default = ... if parameter.default is parameter.empty else parameter.default
             fields[name] = (self._hints[name], default)
         return create_model(f"{self.contract.__name__}_{self.name}", __base__=_Request, **fields)
+
+    @cached_property
+    def schema(self) -> str:
+        """The request's JSON schema, for discovery."""
+        return json.dumps(self.request.model_json_schema(), separators=(",", ":"))
 
     @cached_property
     def reply(self) -> TypeAdapter[Any]:

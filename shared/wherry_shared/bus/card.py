@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -119,9 +118,6 @@ class Card:
     @cached_property
     def _endpoints(self) -> list[dict[str, Any]]:
         return [
-            {
-                **self._endpoint(name),
-                "metadata": {"schema": json.dumps(endpoint.request.model_json_schema(), separators=(",", ":"))},
-            }
+            {**self._endpoint(name), "metadata": {"schema": endpoint.schema}}
             for name, endpoint in self._contract.endpoints.items()
         ]
