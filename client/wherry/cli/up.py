@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -33,6 +34,8 @@ def command(
 
     from .runner import serve
 
+    if os.geteuid():
+        print("wherry up: without root nothing is mounted here and no container runs", file=sys.stderr)
     try:
         plan = Plan(
             root=root.absolute(), state=state.absolute(), node=check_identifier(node or default_node(), "node"),

@@ -100,7 +100,7 @@ class Bundles:
         shutil.rmtree(self._runtimes, ignore_errors=True)
         for root in ("/sys/fs/cgroup", *_v1_hierarchies()):
             base = Path(root + self.cgroup)
-            if base.is_dir():
+            if os.path.isdir(base):  # False too for what may not be looked at
                 for directory, _, _ in os.walk(base, topdown=False):
                     _rmdir(directory)
                 _rmdir(str(base.parent))
