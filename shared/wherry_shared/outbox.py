@@ -3,7 +3,7 @@
 Events leave in the order of their transactions; one is removed only after the stream's ack, and carries its id as
 `Nats-Msg-Id`, so none is lost and none is stored twice. The stream's own files are synced once a second: so long, and
 some seconds more, what it has acknowledged is kept in `sent`, and goes again if the power was cut meanwhile
-(docs/decisions/0018).
+(docs/decisions/0025).
 """
 
 from __future__ import annotations
