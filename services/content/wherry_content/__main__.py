@@ -19,6 +19,7 @@ from .store import IDLE_SECONDS, Store
 
 LATER = (backends.BUILT_IN["local"],)
 
+
 async def build(host: Host) -> ContentService:
     options = host.settings.options
     policy = Policy.parse(options.get("sharing", Policy.isolated))
