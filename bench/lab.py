@@ -133,12 +133,18 @@ class Lab:
     # ---- runs
 
     def alternate(
-        self, rows: Sequence[str], runs: int, measure: Callable[[Node], Mapping[str, float]], warm_up: int = 0
-    ) -> None:
-        """Measure on the shared nodes: one side, the other, the one again... The first `warm_up` rounds are dropped."""
+        self, rows: Sequence[str], runs: int, measure: Callable[[Node], Mapping[str, float]], warm_up: int = 0,
+        rest: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Measure on the shared nodes: one side, the other, the one again... The first `warm_up` rounds are dropped.
+
+        rest: seconds before each, so that none finds the kernel as the other side left it.
+        """
 
         def on_shared(side: str) -> Mapping[str, float]:
-            return measure(self.node(side))
+            node = self.node(side)
+            time.sleep(rest)
+            return measure(node)
 
         self.alternate_sides(rows, runs, on_shared, warm_up)
 

@@ -23,6 +23,7 @@ START_CALLERS = 10
 LISTED = 10_000
 ENDING = 10
 READERS, REPLICAS, SHARED = 4, (1, 2, 4), 256 * MIB
+REST = 0.2  # seconds: for so long a lock of the kernel's stays quick that a container's cgroups took
 LATER = 100  # what is ingested a second time must not be there already
 
 
@@ -98,14 +99,14 @@ def lives(lab: Lab) -> None:
                 busy.add(node)
             return {row: node.driver.call("exec_time") * 1e3}
 
-        lab.alternate([row], times, measure, warm_up=1)
+        lab.alternate([row], times, measure, warm_up=1, rest=REST)
         for node in busy:
             if not lab.results.failed([row], node.side):
                 node.driver.call("end_busy")
 
-    lab.alternate(["life_runc"], times, life("life_runc", "runc"), warm_up=1)
-    lab.alternate(["life_default"], times, life("life_default", ""), warm_up=1)
-    lab.alternate(["run_cli"], lab.seldom(10, 3), command_line, warm_up=1)
+    lab.alternate(["life_runc"], times, life("life_runc", "runc"), warm_up=1, rest=REST)
+    lab.alternate(["life_default"], times, life("life_default", ""), warm_up=1, rest=REST)
+    lab.alternate(["run_cli"], lab.seldom(10, 3), command_line, warm_up=1, rest=REST)
     execs("exec", "runc")
     execs("exec_default", "")
 

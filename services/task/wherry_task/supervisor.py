@@ -310,7 +310,7 @@ class Supervisor:
             metadata.delete_process(tx, namespace, container, process.row.exec)
             return gone
 
-        answer = await self._database.mutate(record, frees=True)
+        answer = await self._database.mutate(record, frees=True, durable=False)
         task.processes.pop(process.row.exec, None)
         self.streams.retire((*task.key, process.row.exec))
         return answer
@@ -328,7 +328,7 @@ class Supervisor:
             tx.publish("/tasks/delete", _delete_event(container, exit, process.row.exec))
             return exit
 
-        answer = await self._database.mutate(record, frees=True)
+        answer = await self._database.mutate(record, frees=True, durable=False)
         task.processes.pop(process.row.exec, None)
         self.streams.retire((*task.key, process.row.exec))
         (task.bundle.path / process.row.spec).unlink(missing_ok=True)
