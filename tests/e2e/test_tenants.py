@@ -63,8 +63,9 @@ async def test_another_namespace_is_closed(tenant: wherry.Client) -> None:
         {"hooks": {"prestart": [{"path": "/bin/sh"}]}},
         {"linux": {"namespaces": [{"type": "mount"}], "maskedPaths": ["/proc/kcore"], "readonlyPaths": ["/proc/sys"]}},
         {"root": {"path": "/"}},
+        {"Hooks": {"createRuntime": [{"path": "/bin/sh"}]}},
     ],
-    ids=["host mount", "hooks", "host namespaces", "host root"],
+    ids=["host mount", "hooks", "host namespaces", "host root", "hooks by another name"],
 )
 async def test_no_way_to_the_host(tenant: wherry.Client, busybox_ref: str, change: dict[str, object]) -> None:
     image = await tenant.pull(busybox_ref, unpack=True)

@@ -46,6 +46,34 @@ def test_what_is_refused_is_named(change: dict[str, Any], reason: str) -> None:
     admission.check_spec(ADMIN, asked)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"Hooks": {"createRuntime": [{"path": "/bin/sh"}]}},
+        {"HOOK\u017f": {}},
+        {"linux": {"Devices": [{"path": "/dev/sda"}]}},
+        {"process": {"Capabilities": {"bounding": ["CAP_SYS_ADMIN"]}}},
+        {"process": {"capabilities": {"Ambient": ["CAP_CHOWN"]}}},
+        {"process": {"nonewprivileges": False}},
+        {"mounts": [{"destination": "/x", "type": "tmpfs", "Type": "bind", "source": "/"}]},
+    ],
+)
+def test_another_spelling_is_refused(change: dict[str, Any]) -> None:
+    """runc decodes as Go does: a name in any case, with the long s for an s, too, and the last one counts."""
+    asked = default()
+    for key, value in change.items():
+        asked[key] = asked[key] | value if isinstance(value, dict) and key in asked else value
+    with pytest.raises(PermissionDenied, match=r"may not run a container with '.*' for '"):
+        admission.check_spec(TENANT, asked)
+    admission.check_spec(ADMIN, asked)
+    if "process" in change:
+        with pytest.raises(PermissionDenied, match=" for "):
+            admission.check_process(TENANT, asked["process"])
+    with pytest.raises(PermissionDenied, match=" for "):
+        admission.check_resources(TENANT, {"Devices": [{"allow": True, "access": "rwm"}]})
+    admission.check_spec(TENANT, default() | {"annotations": {"Type": "its own"}})
+
+
 def test_a_checkpoint_is_restored_for_admins_only() -> None:
     """Its image says with which rights the processes go on."""
     digest = f"sha256:{'0' * 64}"

@@ -33,10 +33,22 @@ CAPABILITIES = frozenset(
 )  # fmt: skip
 
 
+# Every name that is judged here. Runtimes in Go take a name in any case, and the last of several: one that is not
+# spelled so could say the opposite of what is judged.
+JUDGED = frozenset({
+    "hooks", "root", "path", "linux", "devices", "sysctl", "cgroupsPath", "rootfsPropagation", "intelRdt", "mountLabel",
+    "uidMappings", "gidMappings", "timeOffsets", "personality", "resources", "allow", "maskedPaths", "readonlyPaths",
+    "annotations", "namespaces", "type", "mounts", "options", "process", "capabilities", "inheritable", "ambient",
+    "bounding", "effective", "permitted", "noNewPrivileges",
+})  # fmt: skip
+_SPELLED = {name.casefold(): name for name in JUDGED}
+
+
 def check_spec(identity: Identity, spec: dict[str, Any]) -> None:
     """PermissionDenied, naming it, when a tenant's specification asks for what only an admin may have."""
     if identity.is_admin:
         return
+    _check_spelling(identity, spec)
     linux = spec.get("linux") or {}
     _refuse(identity, "hooks", bool(spec.get("hooks")))
     _refuse(identity, "a root of its own", (spec.get("root") or {}).get("path", "rootfs") != "rootfs")
@@ -68,6 +80,7 @@ def check_process(identity: Identity, process: dict[str, Any]) -> None:
     """The same for one process."""
     if identity.is_admin:
         return
+    _check_spelling(identity, process)
     asked = {name for names in (process.get("capabilities") or {}).values() for name in names}
     extra = asked - CAPABILITIES
     _refuse(identity, f"capabilities {', '.join(sorted(extra))}", bool(extra))
@@ -89,6 +102,7 @@ def check_options(identity: Identity, options: dict[str, Any], allowed: Collecti
 def check_resources(identity: Identity, resources: dict[str, Any]) -> None:
     """The same for limits that are to be changed."""
     if not identity.is_admin:
+        _check_spelling(identity, resources)
         _refuse(identity, "devices", any(rule.get("allow") for rule in resources.get("devices") or ()))
 
 
@@ -108,6 +122,17 @@ def check_mounts(identity: Identity, asked: Sequence[Mount], own: Sequence[Mount
     """PermissionDenied when a tenant's root filesystem is not its own snapshot."""
     if not identity.is_admin:
         _refuse(identity, "a root filesystem other than the container's snapshot", list(asked) != list(own))
+
+
+def _check_spelling(identity: Identity, value: Any) -> None:
+    """Refuse names that a runtime may take for one that is judged here; those of annotations are the caller's own."""
+    for each in value if isinstance(value, list) else ():
+        _check_spelling(identity, each)
+    for name, each in value.items() if isinstance(value, dict) else ():
+        judged = _SPELLED.get(str(name).casefold(), name)
+        _refuse(identity, f"{str(name)[:80]!r} for {judged!r}", judged != name)
+        if name != "annotations":
+            _check_spelling(identity, each)
 
 
 def _refuse(identity: Identity, what: str, condition: bool) -> None:
