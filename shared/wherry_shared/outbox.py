@@ -222,6 +222,7 @@ class Outbox:
             tx.execute("DELETE FROM outbox WHERE seq <= ?", (upto,))
             tx.execute("DELETE FROM sent WHERE seq <= ?", (synced,))
 
-        # After a power cut they are in one of the two tables, and go again in either case.
-        await self._database.write(move, frees=True, durable=False)
+        # After a power cut they are in one of the two tables, and go again in either case. On a full disk they stay
+        # where they are: this frees nothing, and the ballast is for removals.
+        await self._database.write(move, durable=False)
         self._aside = upto

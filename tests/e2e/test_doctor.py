@@ -346,7 +346,7 @@ def test_a_container_whose_records_are_gone(node: Node, namespace: str, containe
 def test_what_is_left_over(node: Node) -> None:
     own = hashlib.sha256(str(node.state / "task").encode()).hexdigest()[:12]
     base = next(path for path in (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")) if path.is_dir())
-    cgroup = base / "wherry" / own / "nobody" / "gone"
+    cgroup = base / f"wherry-{own}" / "nobody" / "gone"
     bundle = node.state / "task" / "tasks" / "nobody" / "gone"
     sleeping = subprocess.Popen(["sleep", "600"])
     try:

@@ -45,7 +45,7 @@ def test_ctrl_c_takes_everything_down(busybox_ref: str, tmp_path: Path) -> None:
     made.run("run", "-d", "--name", "b", "--runtime", "runc", busybox_ref, "sleep", "1000")
     inits = [row["pid"] for row in made.json("ps")]
     everything = descendants(made.pid)
-    groups = [line for line in Path(f"/proc/{inits[0]}/cgroup").read_text().splitlines() if "/wherry/" in line]
+    groups = [line for line in Path(f"/proc/{inits[0]}/cgroup").read_text().splitlines() if "/wherry-" in line]
     assert made.stop(signal.SIGINT) == 0
     everything.update(inits)
     eventually(lambda: not [pid for pid in everything if os.path.exists(f"/proc/{pid}")], f"alive: {everything}")

@@ -152,7 +152,7 @@ def _cgroups(place: Place) -> list[Path]:
     """Where the task service puts the cgroups of this node, in every hierarchy."""
     own = hashlib.sha256(str(place.state / "task").encode()).hexdigest()[:12]
     hierarchies = [CGROUPS, *(path for path in CGROUPS.iterdir() if path.is_dir() and not path.is_symlink())]
-    return [path for path in (root / "wherry" / own for root in hierarchies) if path.is_dir()]
+    return [path for path in (root / f"wherry-{own}" for root in hierarchies) if path.is_dir()]
 
 
 def _kind(cgroup: Path) -> str:

@@ -25,8 +25,9 @@ class Bundles:
     def __init__(self, state: Path) -> None:
         self._tasks = state / "tasks"
         self._runtimes = state / "runtimes"
-        # Nodes with other directories on this host have other cgroups.
-        self.cgroup = f"/wherry/{hashlib.sha256(str(state).encode()).hexdigest()[:12]}"
+        # Nodes with other directories on this host have other cgroups, each at the top: a parent of several would be
+        # removed by one while another makes its own in it.
+        self.cgroup = f"/wherry-{hashlib.sha256(str(state).encode()).hexdigest()[:12]}"
 
     def path(self, namespace: str, container: str) -> Path:
         """Where a container's bundle lies."""
@@ -103,7 +104,6 @@ class Bundles:
             if os.path.isdir(base):  # False too for what may not be looked at
                 for directory, _, _ in os.walk(base, topdown=False):
                     _rmdir(directory)
-                _rmdir(str(base.parent))
 
 
 def _mapped_root(spec: dict[str, Any]) -> int:
@@ -134,7 +134,7 @@ def _rmdir(path: str) -> None:
     try:
         os.rmdir(path)
     except OSError:
-        return  # another node's cgroups are in it
+        return  # something still runs in it
 
 
 def _v1_hierarchies() -> list[str]:
