@@ -34,7 +34,8 @@ ROLES = (ADMIN, OBSERVER, AUDITOR)
 IDENTITIES = "identities.json"
 NATS_USERS = "nats-users.conf"
 
-# Which contracts a service calls itself. Everything else is denied.
+# Which contracts a service calls itself. Everything else is denied. Events are asked for what a power cut took of one's
+# own (outbox.py).
 CALLS: dict[str, tuple[str, ...]] = {
     "content": ("lease", "namespace", "events"),
     "snapshot": ("lease", "events"),
@@ -44,7 +45,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "task": ("container", "content", "snapshot", "events"),
     "events": (),
     "namespace": ("content", "snapshot", "image", "container", "events"),
-    "lease": ("content-gc", "snapshot-gc", "image-gc", "container-gc", "events"),
+    "lease": ("content-gc", "snapshot-gc", "image-gc", "container-gc"),
     "introspection": (),
 }
 # What makes work for the garbage collector, which lives with the leases.
