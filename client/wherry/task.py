@@ -18,6 +18,7 @@ from wherry_shared.api.task import Stdio as Paths
 from wherry_shared.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable, WherryError
 from wherry_shared.values import Mount
 
+from .handing import handed
 from .stdio import Collected, Pipes, Stdio
 from .streaming import Streaming, carrier
 
@@ -184,7 +185,8 @@ class Task(Process):
         added = Process(self.client, self.container_id, exec_id, pipes)
         try:
             added.carry()
-            await self.client.tasks.exec(self.container_id, exec_id, process, pipes.paths)
+            async with handed(self.client, process) as (given, digest):
+                await self.client.tasks.exec(self.container_id, exec_id, given, pipes.paths, digest)
             if start:
                 await added.start()
         except BaseException:

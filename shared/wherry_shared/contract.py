@@ -96,20 +96,23 @@ def pack(value: Any) -> bytes:
     return _packer.pack(value)
 
 
-def unpack(data: bytes, *, bounded: bool = True) -> Any:
+def unpack(data: bytes, *, bounded: bool = True, entries: int = 0) -> Any:
     """The value of one msgpack document.
 
     DataLoss when it is malformed, nested too deep or of foreign types, and, unless its sender is trusted (`bounded`
     is False), of more than 65536 lists and maps: each of them takes a hundred times its byte in memory.
+    entries: of how many lists and maps and things in them it may be instead; it may be longer than a body then.
     """
-    hook = _Counter() if bounded and len(data) > CONTAINERS_MAX else None
+    hook = _Counter(entries) if entries or (bounded and len(data) > CONTAINERS_MAX) else None
+    longest, most = (len(data), entries) if entries else (_LIMIT, CONTAINERS_MAX)
     try:
         return msgpack.unpackb(
-            data, timestamp=3, strict_map_key=True, ext_hook=_no_extension, max_str_len=_LIMIT, max_bin_len=_LIMIT,
-            max_array_len=CONTAINERS_MAX, max_map_len=CONTAINERS_MAX, max_ext_len=16, list_hook=hook, object_hook=hook,
+            data, timestamp=3, strict_map_key=True, ext_hook=_no_extension, max_str_len=longest, max_bin_len=longest,
+            max_array_len=most, max_map_len=most, max_ext_len=16, list_hook=hook, object_hook=hook,
         )  # fmt: skip
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as e:
-        raise DataLoss(f"message body is not a valid msgpack document: {type(e).__name__}") from None
+        reason = str(e) if type(e) is ValueError else type(e).__name__  # one of a bound has it in its words
+        raise DataLoss(f"message body is not a valid msgpack document: {reason[:200]}") from None
 
 
 def pack_page(documents: Sequence[bytes], next: str) -> Encoded:
@@ -160,19 +163,20 @@ def _no_extension(code: int, data: bytes) -> Any:
 
 
 class _Counter:
-    """Counts the lists and maps of one document while it is decoded."""
+    """Counts the lists and maps of one document while it is decoded; with `entries` what is in them, too."""
 
-    def __init__(self) -> None:
-        self._left = CONTAINERS_MAX
+    def __init__(self, entries: int = 0) -> None:
+        self._left = entries or CONTAINERS_MAX
+        self._all = entries > 0
 
     def __call__(self, value: Any) -> Any:
-        self._left -= 1
+        self._left -= 1 + (len(value) if self._all else 0)
         if self._left < 0:
             raise ValueError("too many lists and maps")
         return value
 
 
-def _deeper_than(value: Any, levels: int) -> bool:
+def deeper_than(value: Any, levels: int) -> bool:
     """Whether lists and maps are nested in each other more than `levels` times."""
     while isinstance(value, list | dict):
         children = [v for v in (value.values() if isinstance(value, dict) else value) if isinstance(v, list | dict)]
@@ -180,7 +184,7 @@ def _deeper_than(value: Any, levels: int) -> bool:
             return True
         levels -= 1
         if len(children) != 1:
-            return any(_deeper_than(child, levels) for child in children)
+            return any(deeper_than(child, levels) for child in children)
         value = children[0]
     return False
 
@@ -273,7 +277,7 @@ class Endpoint:
             body = unpack(data) if data else {}
             if not isinstance(body, dict):
                 raise InvalidArgument(f"{self.contract.service}.{self.name}: the body is not a map")
-            if len(data.translate(None, _WITHIN)) > DEPTH_MAX and _deeper_than(body, DEPTH_MAX):
+            if len(data.translate(None, _WITHIN)) > DEPTH_MAX and deeper_than(body, DEPTH_MAX):
                 raise InvalidArgument(f"{self.contract.service}.{self.name}: nested deeper than {DEPTH_MAX} levels")
             arguments: dict[str, Any] = self._request.validator.validate_python(body).__dict__
             return arguments

@@ -28,6 +28,7 @@ from wherry_task.backends.oci import OciLauncher
 from wherry_task.backends.shim import ShimLauncher
 from wherry_task.bundles import Bundles
 from wherry_task.checkpoints import Checkpoints
+from wherry_task.processes import Processes
 from wherry_task.service import TaskService
 from wherry_task.stdio.streams import Streams
 from wherry_task.supervisor import Supervisor
@@ -71,7 +72,7 @@ class House:
         await asyncio.to_thread(checkpoints.sweep, self.supervisor.waits)
         self.service = TaskService(
             self.supervisor, self.bus.proxy(Containers), self.bus.proxy(Snapshots), self.state, checkpoints,
-            self.allowed,
+            Processes(self.bus.proxy(Content)), self.allowed,
         )  # fmt: skip
         self.server = await self.bus.serve(self.service)
 

@@ -186,7 +186,8 @@ def code_of(e: Exception) -> int:
     text = str(e).lower()
     if "exec" not in text:
         return NODE_FAILED
-    if "permission denied" in text or "open executable: operation not permitted" in text:  # crun's, of a directory
+    cannot = ("permission denied", "open executable: operation not permitted", "argument list too long")
+    if any(words in text for words in cannot):  # the second is crun's, of a directory
         return CANNOT_RUN
     return NOT_THERE if "not found" in text or "no such file or directory" in text else NODE_FAILED
 

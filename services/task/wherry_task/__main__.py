@@ -19,6 +19,7 @@ from .backends.oci import OciLauncher
 from .backends.shim import ShimLauncher
 from .bundles import Bundles
 from .checkpoints import Checkpoints
+from .processes import Processes
 from .recovery import remove_unused_fifos
 from .removals import Removals
 from .service import TaskService
@@ -53,10 +54,12 @@ async def build(host: Host) -> Tasks:
     removals = Removals(database, supervisor, containers, snapshots)
     removals.recover()
     host.on_stop(removals.stop)
-    checkpoints = Checkpoints(host.settings.own_root / "checkpoints", host.bus.proxy(Content))
+    content = host.bus.proxy(Content)
+    checkpoints = Checkpoints(host.settings.own_root / "checkpoints", content)
     await asyncio.to_thread(checkpoints.sweep, supervisor.waits)
     service = TaskService(
-        supervisor, containers, snapshots, host.settings.state, checkpoints, allowed, loggers, removals
+        supervisor, containers, snapshots, host.settings.state, checkpoints, Processes(content), allowed, loggers,
+        removals,
     )  # fmt: skip
     sweeping = asyncio.get_running_loop().create_task(_sweep(service))
 

@@ -30,6 +30,7 @@ from wherry_shared.values import Descriptor, Mount, Page
 from . import admission, runtimes
 from .backends import Creation
 from .checkpoints import Checkpoints
+from .processes import Processes, check_arguments
 from .removals import Removals, born_of
 from .stdio import rights
 from .supervisor import Supervisor
@@ -40,7 +41,7 @@ class TaskService(Tasks):
 
     def __init__(
         self, supervisor: Supervisor, containers: Containers, snapshots: Snapshots, state: Path,
-        checkpoints: Checkpoints, allowed: Collection[str], loggers: Collection[str] = (),
+        checkpoints: Checkpoints, processes: Processes, allowed: Collection[str], loggers: Collection[str] = (),
         removals: Removals | None = None,
     ) -> None:  # fmt: skip
         self._supervisor = supervisor
@@ -48,6 +49,7 @@ class TaskService(Tasks):
         self._snapshots = snapshots
         self._state = state
         self._checkpoints = checkpoints
+        self._processes = processes
         self._allowed = allowed
         self._loggers = loggers
         self._removals = removals
@@ -70,6 +72,7 @@ class TaskService(Tasks):
             admission.check_spec(identity, container.spec)
             own = await self._snapshots.mounts(container.snapshotter, container.snapshot_key)
             admission.check_mounts(identity, mounts, own)
+        check_arguments(container.spec.get("process"))
         restore = await self._image_of(namespace, container_id, checkpoint)
         creation = Creation(mounts, stdio, restore=restore, options=container.runtime.options)
         removal = born_of(container) if container.labels.get(REMOVE_LABEL) == "true" else ""
@@ -147,12 +150,18 @@ class TaskService(Tasks):
         finally:
             await self._checkpoints.leave(room)
 
-    async def exec(self, container_id: str, exec_id: str, process: dict[str, Any], stdio: Stdio = Stdio()) -> None:
-        identity = context.current().identity
+    async def exec(
+        self, container_id: str, exec_id: str, process: dict[str, Any], stdio: Stdio = Stdio(), digest: str = ""
+    ) -> None:  # fmt: skip
+        namespace, identity = context.namespace(), context.current().identity
         self._supervisor.once()
-        rights.check(identity, context.namespace(), stdio, self._state, self._loggers)
-        admission.check_process(identity, process)
-        await self._supervisor.exec(context.namespace(), container_id, exec_id, process, stdio)
+        rights.check(identity, namespace, stdio, self._state, self._loggers)
+        if digest:
+            self._supervisor.task(namespace, container_id)
+        async with self._processes.given(process, digest) as given:
+            admission.check_process(identity, given)
+            check_arguments(given)
+            await self._supervisor.exec(namespace, container_id, exec_id, given, stdio)
 
     async def pause(self, container_id: str) -> None:
         self._supervisor.once()

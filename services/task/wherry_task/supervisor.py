@@ -14,7 +14,17 @@ from datetime import datetime
 from typing import Any
 
 from wherry_shared import context
-from wherry_shared.api.task import CheckpointOptions, Exit, MetricsV1, Process, ProcessInfo, Stats, Stdio, Taken
+from wherry_shared.api.task import (
+    PROCESS_MAX,
+    CheckpointOptions,
+    Exit,
+    MetricsV1,
+    Process,
+    ProcessInfo,
+    Stats,
+    Stdio,
+    Taken,
+)
 from wherry_shared.catalog import raise_if_replayed
 from wherry_shared.errors import (
     AlreadyExists,
@@ -171,8 +181,9 @@ class Supervisor:
                 raise AlreadyExists(f"process {exec_id} of task {container} exists")
             self._launcher.quicken()
             name = f"process-{secrets.token_hex(6)}.json"
+            document = _document(exec_id, {**spec, "terminal": stdio.terminal})
             try:
-                (task.bundle.path / name).write_text(json.dumps({**spec, "terminal": stdio.terminal}))
+                (task.bundle.path / name).write_bytes(document)
             except OSError as e:
                 raise ResourceExhausted(f"process {exec_id}: {e.strerror}") from None
             self.streams.make((namespace, container, exec_id), task.bundle.path, stdio)
@@ -516,6 +527,17 @@ class Supervisor:
         if not self._tasks:
             self._bundles.remove_empty()
         await self._launcher.close(idle=not self._tasks)
+
+
+def _document(exec_id: str, process: dict[str, Any]) -> bytes:
+    """A process as the runtime reads it. InvalidArgument: JSON has no word for what is in it. ResourceExhausted."""
+    try:
+        made = json.dumps(process, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as e:
+        raise InvalidArgument(f"process {exec_id}: {e}") from None
+    if len(made) > PROCESS_MAX:
+        raise ResourceExhausted(f"process {exec_id} takes {len(made)} bytes as JSON, and at most {PROCESS_MAX} fit")
+    return made
 
 
 def _of_spec(creation: Creation, spec: dict[str, Any]) -> Creation:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 from ..contract import Contract, endpoint
 from ..errors import (
     AlreadyExists,
+    DataLoss,
     FailedPrecondition,
     NotFound,
     PermissionDenied,
@@ -20,6 +21,8 @@ from ..values import Descriptor, Identifier, Model, Mount, Page
 Status = Literal["created", "running", "stopped", "paused", "pausing"]
 REMOVE_LABEL = "wherry/remove"
 """Of a container: `true` has its next task, its snapshot and itself removed when that task has ended."""
+PROCESS_MAX = 16 << 20
+"""The most bytes of a process's specification, as content and as the file that the runtime reads."""
 LOG_LABEL = "wherry/log"
 """Of a container: the options of the log that it writes in the background (`max_size=BYTES&max_files=N`)."""
 
@@ -363,7 +366,7 @@ EVENTS = {
 }
 
 
-class Tasks(Contract, Protocol, service="task", version="1.0.0", events=EVENTS):
+class Tasks(Contract, Protocol, service="task", version="1.1.0", events=EVENTS):
     """The tasks of one namespace: at most one per container."""
 
     @endpoint(
@@ -412,11 +415,18 @@ class Tasks(Contract, Protocol, service="task", version="1.0.0", events=EVENTS):
         """
         ...
 
-    @endpoint(NotFound, AlreadyExists, FailedPrecondition, PermissionDenied, mutates=True)
+    @endpoint(
+        NotFound, AlreadyExists, FailedPrecondition, PermissionDenied, ResourceExhausted, DataLoss, mutates=True
+    )  # fmt: skip
     async def exec(
-        self, container_id: Identifier, exec_id: Identifier, process: dict[str, Any], stdio: Stdio = Stdio()
-    ) -> None:
-        """Add a process (an OCI `process`) to a running task; `start` starts it. The terminal flag of `stdio` wins."""
+        self, container_id: Identifier, exec_id: Identifier, process: dict[str, Any], stdio: Stdio = Stdio(),
+        digest: str = "",
+    ) -> None:  # fmt: skip
+        """Add a process (an OCI `process`) to a running task; `start` starts it. The terminal flag of `stdio` wins.
+
+        digest: of the process (msgpack, up to 16 MiB) in content, where it is too long for a request; `process` is
+        empty then, and the blob is not needed any more once this is answered.
+        """
         ...
 
     @endpoint(NotFound, FailedPrecondition, Unknown, mutates=True)

@@ -1,0 +1,131 @@
+"""Processes whose specification is too long for a request, and those that are too long for the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from contentd import Replica, digest_of
+from task_house import RUNTIMES, SH, House, exec_of, house_of
+from wherry_shared import context
+from wherry_shared.api.task import PROCESS_MAX
+from wherry_shared.bus import Bus
+from wherry_shared.contract import pack
+from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
+from wherry_shared.streams import write_blob
+
+MIB = 1 << 20
+
+
+@pytest.fixture(params=RUNTIMES)
+async def house(request: pytest.FixtureRequest, bus: Bus, tmp_path: Path) -> AsyncIterator[House]:
+    async with house_of(bus, tmp_path, request.param) as made:
+        yield made
+
+
+@pytest.fixture
+async def replica(house: House) -> AsyncIterator[Replica]:
+    made = Replica(house.bus, house.root / "content")
+    await made.start()
+    yield made
+    await made.stop()
+
+
+SUM = "n=0; for a; do n=$((n + ${#a})); done; [ $# -eq 15 ] && [ $n -eq 1500000 ]"
+LONG = [*SH, SUM, "sh", *["x" * 100_000] * 15]
+
+
+def specified(*args: str, **fields: Any) -> bytes:
+    return pack(exec_of("true") | {"args": list(args)} | fields)
+
+
+async def put(replica: Replica, document: bytes) -> str:
+    digest = digest_of(document)
+    await write_blob(replica.content, f"process-{digest}", document, size=len(document), expected=digest)
+    return digest
+
+
+async def test_a_process_too_long_for_a_request_lies_in_content(house: House, replica: Replica) -> None:
+    """It is run as one that came with the request: once under its key, whatever has become of the blob."""
+    id = await house.running("/bin/sleep", "1000")
+    digest = await put(replica, specified(*LONG))
+    with context.use(key="once"):
+        await house.tasks.exec(id, "long", {}, digest=digest)
+    with pytest.raises(AlreadyExists):
+        await house.tasks.exec(id, "long", {}, digest=digest)
+    await replica.content.delete(digest)
+    await house.stop_tasks()
+    await house.start_tasks()
+    with context.use(key="once"):
+        await house.tasks.exec(id, "long", {}, digest=digest)
+    await house.tasks.start(id, "long")
+    assert await house.exit(id, "long") == 0
+    await house.tasks.delete(id, "long")
+    # So many, and the kernel would take no more; a request could not have half of them.
+    await house.tasks.exec(id, "many", {}, digest=await put(replica, specified("/bin/true", *["ab"] * 180_000)))
+    await house.tasks.start(id, "many")
+    assert await house.exit(id, "many") == 0
+    await house.tasks.delete(id, "many")
+    assert not list(Path(house.state / "tasks/default" / id).glob("process-*"))
+
+
+async def test_what_is_no_process_in_content_is_refused(house: House, replica: Replica) -> None:
+    id = await house.running("/bin/sleep", "1000")
+    nested: list[Any] = []
+    for _ in range(70):
+        nested = [nested]
+    for document, error, reason in (
+        (b"{}", InvalidArgument, "not a valid msgpack document"),
+        (pack(["/bin/true"]), InvalidArgument, "no map"),
+        (specified("/bin/true", nested=nested), InvalidArgument, "deeper than 64"),
+        (specified(*["a"] * 300_000), InvalidArgument, "exceeds max_array_len"),
+        (specified("true", many=[["a"] * 9] * 30_000), InvalidArgument, "too many"),
+        (specified("/bin/true", blob=b"bytes"), InvalidArgument, "bytes"),
+        (specified("x" * PROCESS_MAX), ResourceExhausted, f"{PROCESS_MAX} fit"),
+        (specified("true", note="\n" * (PROCESS_MAX - MIB)), ResourceExhausted, f"{PROCESS_MAX} fit"),
+    ):
+        with pytest.raises(error, match=reason):
+            await house.tasks.exec(id, "bad", {}, digest=await put(replica, document))
+    digest = await put(replica, specified("/bin/true"))
+    for name, process, named, error in (
+        (id, {}, f"sha256:{'0' * 64}", NotFound),
+        (id, {}, "sha256:x", InvalidArgument),
+        (id, exec_of("true"), digest, InvalidArgument),
+        ("nobody", {}, digest, NotFound),
+    ):
+        with pytest.raises(error):
+            await house.tasks.exec(name, "bad", process, digest=named)
+    with pytest.raises(NotFound):
+        await house.tasks.get(id, "bad")
+    assert not list(Path(house.state / "tasks/default" / id).glob("process-*"))
+
+
+async def test_more_arguments_than_the_kernel_takes(house: House, replica: Replica) -> None:
+    """The runtimes say so on the process's stderr, when it counts as started; here nothing is made."""
+    id = await house.running("/bin/sleep", "1000")
+    stack = [{"type": "RLIMIT_STACK", "soft": 4 << 20, "hard": 8 << 20}]
+    for document, reason in (
+        (specified("/bin/true", "x" * 131_072), "one takes 131073 bytes, at most 131072 fit"),
+        (specified("/bin/true", *["x" * 100_000] * 30), "it takes 3000"),
+        (specified("/bin/true", env=["A=" + "x" * 100_000] * 30), "it takes 3000"),
+        (specified("/bin/true", *["x" * 100_000] * 15, rlimits=stack), f"it takes .* at most {MIB} fit"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"argument list too long: {reason}"):
+            await house.tasks.exec(id, "long", {}, digest=await put(replica, document))
+    with pytest.raises(InvalidArgument, match="argument list too long"):
+        await house.created("/bin/true", "x" * 131_072)
+    for args in ["x" * 131_071], ["x" * 99_999] * 20:
+        await house.tasks.exec(id, "long", {}, digest=await put(replica, specified("/bin/true", *args)))
+        await house.tasks.start(id, "long")
+        assert await house.exit(id, "long") == 0
+        await house.tasks.delete(id, "long")
+    # With what the runtime adds it is too much, which the kernel tells when the runtime has answered already.
+    stack[0]["soft"] = 1 << 20
+    words = ["x" * 50_000, "x" * 100_000, "x" * ((256 << 10) - 150_000 - len("/bin/truePATH=/bin") - 5 * 9)]
+    last = specified("/bin/true", *words, rlimits=stack)
+    await house.tasks.exec(id, "last", {}, digest=await put(replica, last))
+    await house.tasks.start(id, "last")
+    assert await house.exit(id, "last") != 0
+    await house.tasks.delete(id, "last")
