@@ -85,3 +85,41 @@ def test_a_checkpoint_is_restored_for_admins_only() -> None:
     for bad in ("sha256:x", "image", "/a/../b", "/a\nb"):
         with pytest.raises(InvalidArgument):
             admission.check_checkpoint(ADMIN, bad)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"linux": {"maskedPaths": dict.fromkeys(admission.MASKED, 1)}},
+        {"linux": {"readonlyPaths": dict.fromkeys(admission.READ_ONLY, 1)}},
+        {"linux": {"namespaces": {t: {} for t in admission.NAMESPACES}}},
+        {"linux": {"resources": {"devices": [{"allow": 0}]}}},
+        {"process": {"noNewPrivileges": 1}},
+        {"process": {"noNewPrivileges": "false"}},
+        {"process": {"capabilities": ["CAP_CHOWN"]}},
+        {"process": {"capabilities": {"bounding": {"CAP_CHOWN": 1}}}},
+        {"mounts": [{"destination": "/x", "type": "tmpfs", "options": {"nodev": 1}}]},
+        {"mounts": {"a": {}}},
+        {"root": "rootfs"},
+        {"linux": []},
+        {"process": ["true"]},
+        {"annotations": ["a"]},
+    ],
+)
+def test_what_is_judged_has_its_type(change: dict[str, Any]) -> None:
+    """crun passes over what is of another type: it would not do what was judged."""
+    asked = default()
+    for key, value in change.items():
+        asked[key] = asked[key] | value if isinstance(value, dict) and isinstance(asked.get(key), dict) else value
+    with pytest.raises(InvalidArgument, match="specification: "):
+        admission.check_spec(TENANT, asked)
+
+
+def test_null_is_as_if_it_were_not_there() -> None:
+    asked = default() | {"annotations": None, "hooks": None}
+    asked["linux"] |= {"devices": None, "resources": {"devices": None}}
+    asked["process"]["capabilities"]["ambient"] = None
+    admission.check_spec(TENANT, asked)
+    asked["linux"]["maskedPaths"] = None
+    with pytest.raises(PermissionDenied, match="unmasked"):
+        admission.check_spec(TENANT, asked)

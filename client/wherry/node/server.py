@@ -20,10 +20,10 @@ START_SECONDS = 10.0
 STORE_MAX_BYTES = 1 << 30
 # Until then, and for some time more, services keep what the stream has acknowledged (wherry_shared.outbox).
 SYNC_SECONDS = 1
-# One OS thread for Go's scheduler: hand-overs between cores cost more than they bring at this size. And a heap that is
-# collected when it has grown by a third instead of twofold: most of what lives in it are buffers without pointers, so
-# that costs next to nothing. (A limit, GOMEMLIMIT, would have it collect all the time once more than that is alive.)
-_GO = {"GOMAXPROCS": "1", "GOGC": "30"}
+# One OS thread for Go's scheduler: hand-overs between cores cost more than they bring at this size. And a heap that may
+# grow threefold before it is collected: each message of bytes is a new buffer of a megabyte, and collecting at Go's own
+# 100 % takes a tenth of what a transfer takes, at 30 % two thirds more (docs/decisions/0021).
+_GO = {"GOMAXPROCS": "1", "GOGC": "200"}
 
 
 @dataclass(frozen=True)

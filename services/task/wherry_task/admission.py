@@ -7,9 +7,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 from wherry_shared.context import Identity
 from wherry_shared.errors import InvalidArgument, PermissionDenied
-from wherry_shared.values import Mount, check_digest
+from wherry_shared.values import Mount, check_digest, explain
 
 from .runtimes import PREFERRED
 
@@ -44,11 +46,67 @@ JUDGED = frozenset({
 _SPELLED = {name.casefold(): name for name in JUDGED}
 
 
+# And their types. crun passes over what is of another one: `"maskedPaths": {"/proc/kcore": 1}` would hide nothing, and
+# `"noNewPrivileges": 1` forbid nothing. What may be null is as if it were not there.
+class _Capabilities(TypedDict, total=False):
+    bounding: list[str] | None
+    effective: list[str] | None
+    permitted: list[str] | None
+    inheritable: list[str] | None
+    ambient: list[str] | None
+
+
+class _Process(TypedDict, total=False):
+    capabilities: _Capabilities | None
+    noNewPrivileges: bool
+
+
+class _Rule(TypedDict, total=False):
+    allow: bool
+
+
+class _Resources(TypedDict, total=False):
+    devices: list[_Rule] | None
+
+
+class _Namespace(TypedDict, total=False):
+    type: str
+    path: str
+
+
+class _Linux(TypedDict, total=False):
+    namespaces: list[_Namespace] | None
+    maskedPaths: list[str] | None
+    readonlyPaths: list[str] | None
+    resources: _Resources | None
+
+
+class _Mount(TypedDict, total=False):
+    type: str
+    options: list[str] | None
+
+
+class _Root(TypedDict, total=False):
+    path: str
+
+
+class _Spec(TypedDict, total=False):
+    root: _Root | None
+    linux: _Linux | None
+    mounts: list[_Mount] | None
+    process: _Process | None
+    annotations: dict[str, str] | None
+
+
+_SPEC, _PROCESS, _RESOURCES = (TypeAdapter(shape) for shape in (_Spec, _Process, _Resources))
+
+
 def check_spec(identity: Identity, spec: dict[str, Any]) -> None:
     """PermissionDenied, naming it, when a tenant's specification asks for what only an admin may have."""
     if identity.is_admin:
         return
     _check_spelling(identity, spec)
+    _check_types(_SPEC, spec)
     linux = spec.get("linux") or {}
     _refuse(identity, "hooks", bool(spec.get("hooks")))
     _refuse(identity, "a root of its own", (spec.get("root") or {}).get("path", "rootfs") != "rootfs")
@@ -57,7 +115,7 @@ def check_spec(identity: Identity, spec: dict[str, Any]) -> None:
         "timeOffsets", "personality",
     ):  # fmt: skip
         _refuse(identity, f"linux.{field}", bool(linux.get(field)))
-    _refuse(identity, "devices", any(rule.get("allow") for rule in (linux.get("resources") or {}).get("devices", ())))
+    _refuse(identity, "devices", any(rule.get("allow") for rule in (linux.get("resources") or {}).get("devices") or ()))
     hidden = set(linux.get("maskedPaths") or ()) >= MASKED and set(linux.get("readonlyPaths") or ()) >= READ_ONLY
     _refuse(identity, "unmasked kernel files", not hidden)
     steering = [name for name in spec.get("annotations") or {} if name.startswith(STEERING)]
@@ -67,8 +125,8 @@ def check_spec(identity: Identity, spec: dict[str, Any]) -> None:
     given = {n.get("type") for n in namespaces}
     _refuse(identity, "a namespace twice", len(given) != len(namespaces))
     _refuse(identity, f"the host's namespaces ({', '.join(sorted(NAMESPACES - given))})", not given >= NAMESPACES)
-    for mount in spec.get("mounts", ()):
-        options = set(mount.get("options", ()))
+    for mount in spec.get("mounts") or ():
+        options = set(mount.get("options") or ())
         bad = mount.get("type") not in FILESYSTEMS or bool(
             options & {"bind", "rbind", "shared", "rshared", "suid", "dev"}
         )
@@ -81,7 +139,8 @@ def check_process(identity: Identity, process: dict[str, Any]) -> None:
     if identity.is_admin:
         return
     _check_spelling(identity, process)
-    asked = {name for names in (process.get("capabilities") or {}).values() for name in names}
+    _check_types(_PROCESS, process)
+    asked = {name for names in (process.get("capabilities") or {}).values() for name in names or ()}
     extra = asked - CAPABILITIES
     _refuse(identity, f"capabilities {', '.join(sorted(extra))}", bool(extra))
     kept = [kind for kind in ("inheritable", "ambient") if (process.get("capabilities") or {}).get(kind)]
@@ -103,6 +162,7 @@ def check_resources(identity: Identity, resources: dict[str, Any]) -> None:
     """The same for limits that are to be changed."""
     if not identity.is_admin:
         _check_spelling(identity, resources)
+        _check_types(_RESOURCES, resources)
         _refuse(identity, "devices", any(rule.get("allow") for rule in resources.get("devices") or ()))
 
 
@@ -133,6 +193,14 @@ def _check_spelling(identity: Identity, value: Any) -> None:
         _refuse(identity, f"{str(name)[:80]!r} for {judged!r}", judged != name)
         if name != "annotations":
             _check_spelling(identity, each)
+
+
+def _check_types(shape: TypeAdapter[Any], value: dict[str, Any]) -> None:
+    """InvalidArgument, naming it, when what is judged is not of its type."""
+    try:
+        shape.validate_python(value, strict=True)
+    except ValidationError as e:
+        raise InvalidArgument(f"specification: {explain(e)}") from None
 
 
 def _refuse(identity: Identity, what: str, condition: bool) -> None:
