@@ -63,6 +63,7 @@ class Outbox:
         self._bus = bus
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._moving: asyncio.Task[None] | None = None
         self._sent = self._aside = 0
         self._boot = boot_id()
         self._recent = Recent()
@@ -88,6 +89,9 @@ class Outbox:
             async with asyncio.timeout(patience):
                 while await self._send_batch():
                     pass
+        if self._moving is not None:
+            self._moving.cancel()
+            await asyncio.wait([self._moving])
         with contextlib.suppress(WherryError):
             await self._put_aside()
 
@@ -101,7 +105,7 @@ class Outbox:
         while True:
             try:
                 if not await self._woken():
-                    await self._put_aside()
+                    self._put_aside_beside()
                     continue
                 while await self._send_batch():
                     pause = PAUSE_FIRST
@@ -117,8 +121,10 @@ class Outbox:
     async def _woken(self) -> bool:
         """Return True when there is something to send, False when there was nothing for a moment after the last."""
         if not self._wake.is_set():
+            moving = self._moving is not None and not self._moving.done()
+            moment = LINGER if moving else self._linger
             try:
-                async with asyncio.timeout(self._linger if self._aside < self._sent else None):
+                async with asyncio.timeout(moment if self._aside < self._sent else None):
                     await self._wake.wait()
             except TimeoutError:
                 return False
@@ -130,7 +136,7 @@ class Outbox:
         if self._unsure is None:
             self._unsure = await self._begin()
         if self._sent - self._aside >= ASIDE_MAX:
-            await self._put_aside()
+            self._put_aside_beside()
         rows = self._database.all(
             f"SELECT {_COLUMNS} FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?",  # noqa: S608 - our own words
             (self._sent, BATCH),
@@ -206,6 +212,18 @@ class Outbox:
         node = self._bus.node
         data = events.encode_parts(event_id, at, namespace, topic, node, event)
         return events.Outgoing(subjects.event(node, namespace, topic), data, event_id)
+
+    def _put_aside_beside(self) -> None:
+        """Put aside while what comes next is sent: no event waits for that."""
+        if self._moving is None or self._moving.done():
+            self._moving = asyncio.get_running_loop().create_task(self._try_to_put_aside())
+
+    async def _try_to_put_aside(self) -> None:
+        try:
+            await self._put_aside()
+        except Exception as e:  # whatever it is, it is tried again as long as there is something to put aside
+            log.info("what was sent stays in the outbox: %s", e)
+            await asyncio.sleep(PAUSE_LAST)
 
     async def _put_aside(self) -> None:
         """What the stream has is kept until its files surely have it, too."""

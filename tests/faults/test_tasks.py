@@ -204,7 +204,7 @@ async def test_a_node_that_is_killed_altogether(busybox_ref: str, tmp_path: Path
 def _cgroups(pid: int) -> list[Path]:
     lines = [line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
     tops = [top for top in Path("/sys/fs/cgroup").iterdir() if top.is_dir()] + [Path("/sys/fs/cgroup")]
-    found = {top / path.lstrip("/") for _, _, path in lines if path.startswith("/wherry/") for top in tops}
+    found = {top / path.lstrip("/") for _, _, path in lines if path.startswith("/wherry-") for top in tops}
     return [group for group in sorted(found) if group.exists()]
 
 
