@@ -31,6 +31,8 @@ T = TypeVar("T")
 log = logging.getLogger("wherry.sqlite")
 
 GROUP_MAX = 64
+# On a full disk, between the attempts at a removal.
+FULL_PAUSES = (0.05, 0.1, 0.2)
 # While a collection's freeze holds writes, this often is looked whether it is over.
 HELD_SECONDS = 0.001
 REMEMBER_SECONDS = 600
@@ -309,13 +311,17 @@ class Database:
             return 0
         self._ballast.drop()
         self._spare = False
-        try:
-            self._shrink()
-            events = self._transact(frees)
-            self._shrink()
-            return events
-        except sqlite3.DatabaseError as e:
-            return self._fail(frees, translate(e, self.path))
+        for pause in (*FULL_PAUSES, None):
+            try:
+                self._shrink()
+                events = self._transact(frees)
+                self._shrink()
+                return events
+            except sqlite3.DatabaseError as e:
+                if pause is None or not is_full(e):
+                    return self._fail(frees, translate(e, self.path))
+            time.sleep(pause)  # whoever was quicker may give the room back: a backup that does not find enough, say
+        return 0
 
     def _shrink(self) -> None:
         """Give the log's room back: what is in it goes to its place in the database, if that finds room."""

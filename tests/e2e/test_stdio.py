@@ -129,6 +129,7 @@ def test_exec_on_a_terminal(afar: Afar, busybox_ref: str) -> None:
         shell.type(b"stty size; sleep 1000\n")
         shell.until(b"20 70")
         shell.type(b"\x03")  # an interrupt is for the foreground there, and not for us
+        shell.until(b"# ")  # it takes with it what was typed before it is seen
         shell.type(b"exit 4\n")
         assert shell.wait() == 4 and shell.is_as_before
     with afar.terminal("exec", "-it", "c", "sh") as shell:
