@@ -112,9 +112,8 @@ class Database:
         self._closed = False
         self._epochs = epoch.takes_part(writer.execute)
         self._sweeping = False
-        self._unsettled = (
-            True  # whether an event may be committed whose transaction was not synced, by a process before
-        )
+        # Whether events may be committed that are not synced yet; a process before this one may have left some.
+        self._unsettled = True
         self._aside: sqlite3.Connection | None = None
         self._aside_lock = threading.Lock()
         self._ballast = Ballast(path)
