@@ -126,7 +126,7 @@ def test_exec_on_a_terminal(afar: Afar, busybox_ref: str) -> None:
     afar.run("run", "-d", "--name", "c", busybox_ref, "sleep", "1000")
     with afar.terminal("exec", "-it", "c", "sh", size=(70, 20)) as shell:
         shell.until(b"# ")
-        shell.type(b"stty size; sleep 1000\n")
+        shell.type(b"sh -c 'stty size; sleep 1000'\n")  # one process group: an interrupt between the two ends both
         shell.until(b"20 70")
         shell.type(b"\x03")  # an interrupt is for the foreground there, and not for us
         shell.until(b"# ")  # it takes with it what was typed before it is seen
