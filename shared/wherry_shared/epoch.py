@@ -11,14 +11,12 @@ import enum
 import sqlite3
 import time
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 
+from .boot import boot_id
 from .errors import FailedPrecondition
 
 Execute = Callable[..., sqlite3.Cursor]
 
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # A sweep has to be over while at least this share of its freeze is left: the other services' end at the same time.
 MARGIN = 0.5
 
@@ -69,12 +67,6 @@ DELETED = "UPDATE gc_activity SET deletions = 1 WHERE deletions = 0"
 def clock() -> float:
     """Seconds since boot, those of a suspension included."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-@cache
-def boot_id() -> str:
-    """This boot of the machine."""
-    return BOOT_ID.read_text().strip()
 
 
 def takes_part(execute: Execute) -> bool:

@@ -18,8 +18,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from .api.events import Events
+from .boot import boot_id
 from .bus import Bus, events, stream, subjects
-from .epoch import boot_id
 from .errors import OutOfRange, WherryError
 from .sqlite import Database, Transaction
 from .values import now

@@ -56,7 +56,7 @@ def reboot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The file that says which boot this is."""
     boot = tmp_path / "boot_id"
     boot.write_text("one\n")
-    monkeypatch.setattr(syncer, "_BOOT", boot)
+    monkeypatch.setattr(syncer, "boot_id", lambda: boot.read_text().strip())
     yield boot
 
 

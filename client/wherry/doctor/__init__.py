@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from wherry_shared import context
 from wherry_shared.api import contracts
+from wherry_shared.boot import boot_id
 from wherry_shared.bus import discovery
 from wherry_shared.errors import FailedPrecondition, PermissionDenied, Unauthenticated, Unavailable, WherryError
 from wherry_shared.runtime import NODE_FILE
@@ -31,7 +32,6 @@ __all__ = ["Finding", "LeftOut", "Report", "examine"]
 CALL_SECONDS, CHECK_SECONDS = 5.0, 60.0
 PARALLEL = 4
 ANSWER_SECONDS, SECOND_ANSWER_SECONDS = 0.25, 1.0
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 CHECKS: tuple[Check, ...] = (*afar.CHECKS, *host.CHECKS, *files.CHECKS, *leftovers.CHECKS)
 
 
@@ -95,7 +95,7 @@ async def _place(client: Client, *, known: bool) -> Place | None:
         return on_disk if on_disk is not None and on_disk.node == client.address.node else None
     root = Path(server.root)
     try:
-        same = server.boot_id == BOOT_ID.read_text().strip()
+        same = server.boot_id == boot_id()
         same = same and (root / "introspection" / "uuid").read_text().strip() == server.id
     except OSError:
         return None

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 from datetime import datetime, timedelta
 
+from wherry_shared.boot import boot_id
 from wherry_shared.bus import events
 from wherry_shared.bus.transport import EventLog, Transport
-from wherry_shared.epoch import boot_id
 from wherry_shared.errors import WherryError
 from wherry_shared.outbox import Recent
 from wherry_shared.values import now

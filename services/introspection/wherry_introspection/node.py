@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from wherry_shared.boot import boot_id
 from wherry_shared.errors import DataLoss
 from wherry_shared.files import write_atomic
 from wherry_shared.values import now
 
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 PID_NAMESPACE = Path("/proc/self/ns/pid")
 
 
@@ -36,4 +36,4 @@ class Node:
             known = str(uuid.UUID(path.read_text().strip()))
         except ValueError:
             raise DataLoss(f"{path} holds no uuid: restore it, or remove it to make a new one") from None
-        return cls(known, name, BOOT_ID.read_text().strip(), PID_NAMESPACE.stat().st_ino, now(), root, state)
+        return cls(known, name, boot_id(), PID_NAMESPACE.stat().st_ino, now(), root, state)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 
+from wherry_shared.boot import boot_id
 from wherry_shared.errors import DataLoss, InvalidArgument, WherryError
 from wherry_shared.sqlite import Transaction
 
@@ -24,7 +24,6 @@ log = logging.getLogger("wherry.snapshot")
 DELAY = 2.0
 """Seconds between a commit and the flush: what is committed meanwhile goes along."""
 MODES = ("background", "commit", "off")
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Syncer:
@@ -35,7 +34,7 @@ class Syncer:
             raise InvalidArgument(f"setting sync={mode!r}: it is one of {', '.join(MODES)}")
         self._name, self._rows, self._backend, self._workers = name, rows, backend, workers
         self._mode = mode
-        self._boot = _BOOT.read_text().strip()
+        self._boot = boot_id()
         self._pending = False
         self._closing = asyncio.Event()
         self._suspect: frozenset[int] = frozenset()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wherry_shared.api.task import Stdio
+from wherry_shared.boot import boot_id
 from wherry_shared.errors import AlreadyExists, Unavailable, WherryError
 from wherry_shared.sqlite import Database
 from wherry_shared.values import check_identifier
@@ -30,12 +31,6 @@ log = logging.getLogger("wherry.task")
 ADOPT_PARALLEL = 16
 # A process is asked for right after its FIFOs were made, and within the minute of its call.
 FIFO_SECONDS = 120.0
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
-
-def boot_id() -> str:
-    """The kernel's id of this boot."""
-    return BOOT_ID.read_text().strip()
 
 
 class Recovery:

@@ -25,6 +25,7 @@ from wherry_shared.api.task import (
     Stdio,
     Taken,
 )
+from wherry_shared.boot import boot_id
 from wherry_shared.catalog import raise_if_replayed
 from wherry_shared.errors import (
     AlreadyExists,
@@ -43,7 +44,7 @@ from .backends import Bundle, Creation, Launcher
 from .bundles import Bundles
 from .ends import SIGKILL, Ends
 from .metadata import ProcessRow, TaskRow
-from .recovery import Recovery, boot_id
+from .recovery import Recovery
 from .stdio.streams import Streams
 from .tasks import Key, Running, Task, describe, time_of
 

@@ -9,18 +9,12 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
+
+from wherry_shared.boot import boot_id
 
 NOTE = "durable"
 _NOTE_MAX = 64
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
-
-@lru_cache(maxsize=1)
-def boot_id() -> str:
-    """The kernel's name for this boot."""
-    return _BOOT_ID.read_text().strip()
 
 
 class Note:
