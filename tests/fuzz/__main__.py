@@ -49,7 +49,13 @@ def run(
     """Fuzz one target in a process of its own; what it finds is copied to `found`."""
     with tempfile.TemporaryDirectory(prefix="wherry-fuzz-", dir=MEMORY) as name:
         folder = Path(name)
-        apart = ["unshare", "--mount", "--propagation", "private"] if target in ROOMS else []
+        # Forked, and not only executed: libFuzzer goes by the process's peak, which would be that of whoever starts it.
+        apart = [
+            "unshare",
+            "--fork",
+            "--kill-child",
+            *(["--mount", "--propagation", "private"] if target in ROOMS else []),
+        ]
         command = [*apart, sys.executable, "-m", "fuzz.child", target, using or engine(), str(seconds), str(seed), name]
         path = ":".join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
         try:

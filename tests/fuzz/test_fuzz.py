@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -63,3 +65,18 @@ def test_what_fails_is_kept_and_can_be_run_again(tmp_path: Path) -> None:
     assert ran.failed and "no_such_target" in ran.said
     again = run("tokens", 0.5, tmp_path, inputs=(str(tmp_path / "input"),))
     assert not again.failed, show(again)
+
+
+@pytest.mark.skipif(engine() != "atheris", reason="hypothesis has no bound on a process's peak")
+def test_the_memory_of_who_starts_it_does_not_count(tmp_path: Path) -> None:
+    """The kernel's peak of a process that is executed begins with that of the process before (getrusage(2))."""
+    program = (
+        "import sys; from pathlib import Path; from fuzz.__main__ import run, show; from fuzz.child import MEMORY\n"
+        "bytearray(b'1') * (MEMORY + 64 << 20)\n"
+        "ran = run('references', 0.5, Path(sys.argv[1])); sys.exit(show(ran) if ran.failed else 0)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
