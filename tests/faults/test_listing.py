@@ -13,7 +13,7 @@ from wherry.spec import Options, User, make
 from wherry_shared.api.container import Container, Runtime
 from wherry_shared.contract import pack
 
-RECORDS, RUNNING = 10_000, 100
+RECORDS, RUNNING = 10_000, 500
 
 
 def fill(node: Node, namespace: str) -> None:
