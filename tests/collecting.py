@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+from rebuilt import event_stream
 from wherry_container.__main__ import build as build_container
 from wherry_content.__main__ import build as build_content
 from wherry_image.__main__ import build as build_image
@@ -52,8 +53,7 @@ class House:
         self.collector = bus.proxy(Collections)
 
     async def __aenter__(self) -> House:
-        log = self.bus.transport.event_log(f"WHERRY-EV-{self.bus.node}", f"wherry.ev.v1.{self.bus.node}.>")
-        await log.ensure(max_age=3600, max_bytes=1 << 24)
+        await event_stream(self.bus)
         for name in BUILDS:
             await self.start(name)
         return self

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from rebuilt import event_stream
 from wherry.client import Address, Client
 from wherry_content.__main__ import build as build_content
 from wherry_image.__main__ import build as build_image
@@ -33,8 +34,7 @@ LAYER = f"{OCI}.layer.v1.tar"
 async def house(root: Path, namespace: str = "default") -> AsyncIterator[Client]:
     """A client of services on `root`."""
     bus: Bus = Bus(MemoryTransport(), node=NODE)
-    log = bus.transport.event_log(f"WHERRY-EV-{NODE}", "wherry.ev.v1.>")
-    await log.ensure(max_age=3600, max_bytes=1 << 24)
+    await event_stream(bus)
     async with AsyncExitStack() as stack:
         for name, build in BUILDERS.items():
             settings = Settings(name, NODE, root / "root", root / "state", "", root / "creds", options={})

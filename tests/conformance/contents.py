@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from rebuilt import event_stream
 from wherry_content import backends, metadata
 from wherry_content.metadata import Metadata
 from wherry_content.service import ContentService
@@ -77,7 +78,7 @@ class House:
 @asynccontextmanager
 async def built(bus: Bus, root: Path, backend: str, policy: Policy = Policy.isolated) -> AsyncIterator[House]:
     """A house on a fresh root, and the stream that takes its events."""
-    await bus.transport.event_log(f"WHERRY-EV-{bus.node}", "wherry.ev.v1.>").ensure(max_age=3600, max_bytes=1 << 24)
+    await event_stream(bus)
     house = House(bus, root, backend, policy)
     await house.start()
     try:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from rebuilt import event_stream
 from wherry.spec import Options, User, make, process
 from wherry_container import metadata as container_metadata
 from wherry_container.catalog import Catalog
@@ -55,8 +56,7 @@ class House:
         shutil.copy(BUSYBOX, self.rootfs / "bin/busybox")
         for name in ("sh", "sleep", "true", "cat", "echo"):
             (self.rootfs / "bin" / name).symlink_to("busybox")
-        log = self.bus.transport.event_log(f"WHERRY-EV-{self.bus.node}", f"wherry.ev.v1.{self.bus.node}.>")
-        await log.ensure(max_age=3600, max_bytes=1 << 20)
+        await event_stream(self.bus)
         self.catalog_db = await Database.open(self.root / "container.db", container_metadata.MIGRATIONS)
         await self.bus.serve(ContainerService(Catalog(container_metadata.table(self.catalog_db))))
         await self.start_tasks()

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rebuilt
+from rebuilt import told
 from wherry_container import metadata
 from wherry_container.catalog import Catalog
 from wherry_container.service import ContainerService
 from wherry_shared import context
 from wherry_shared.api.container import Container, Containers, Runtime
-from wherry_shared.bus import Bus, Subscriber
+from wherry_shared.bus import Bus
 from wherry_shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from wherry_shared.outbox import Outbox
 from wherry_shared.sqlite import Database, Transaction
@@ -30,11 +32,8 @@ def container(id: str = "redis", **changes: Any) -> Container:
     return Container(**{**usual, **changes})
 
 
-class House:
+class House(rebuilt.House):
     """A container service on a bus, that can be stopped and built again on the same database."""
-
-    def __init__(self, bus: Bus, root: Path) -> None:
-        self.bus, self.root = bus, root
 
     async def start(self) -> None:
         self.database = await Database.open(self.root / "container.db", metadata.MIGRATIONS)
@@ -47,31 +46,16 @@ class House:
         await self.outbox.stop()
         await self.database.close()
 
-    async def restart(self) -> None:
-        await self.stop()
-        await self.start()
-
 
 @pytest.fixture
 async def house(bus: Bus, tmp_path: Path) -> AsyncIterator[House]:
-    await bus.transport.event_log(f"WHERRY-EV-{bus.node}", f"wherry.ev.v1.{bus.node}.>").ensure(
-        max_age=3600, max_bytes=1 << 24
-    )
-    house = House(bus, tmp_path)
-    await house.start()
-    yield house
-    await house.stop()
+    async with House(bus, tmp_path) as house:
+        yield house
 
 
 @pytest.fixture
 def containers(house: House) -> Containers:
     return house.bus.proxy(Containers, namespace="default")
-
-
-async def told(events: Subscriber, count: int) -> list[tuple[str, str, dict[str, Any]]]:
-    async with asyncio.timeout(10):
-        seen = [await anext(events) for _ in range(count)]
-    return [(e.namespace, e.topic, e.event) for e in seen]
 
 
 async def test_what_is_created_can_be_got(containers: Containers) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rebuilt
+from rebuilt import told
 from wherry_image import metadata
 from wherry_image.catalog import Catalog
 from wherry_image.service import ImageService
@@ -18,7 +20,7 @@ from wherry_shared import context
 from wherry_shared.api.gc import Collections
 from wherry_shared.api.image import Image, Images
 from wherry_shared.api.lease import Leases, Resource
-from wherry_shared.bus import Bus, Subscriber
+from wherry_shared.bus import Bus
 from wherry_shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from wherry_shared.outbox import Outbox
 from wherry_shared.sqlite import Database
@@ -38,11 +40,8 @@ def image(name: str = NAME, *, letter: str = "a", **changes: Any) -> Image:
     return Image(**{"name": name, "target": target, **changes})
 
 
-class House:
+class House(rebuilt.House):
     """An image and a lease service on one bus, that can be stopped and built again on the same databases."""
-
-    def __init__(self, bus: Bus, root: Path) -> None:
-        self.bus, self.root = bus, root
 
     async def start(self) -> None:
         self.databases = [
@@ -61,20 +60,11 @@ class House:
         for database in self.databases:
             await database.close()
 
-    async def restart(self) -> None:
-        await self.stop()
-        await self.start()
-
 
 @pytest.fixture
 async def house(bus: Bus, tmp_path: Path) -> AsyncIterator[House]:
-    await bus.transport.event_log(f"WHERRY-EV-{bus.node}", f"wherry.ev.v1.{bus.node}.>").ensure(
-        max_age=3600, max_bytes=1 << 24
-    )
-    house = House(bus, tmp_path)
-    await house.start()
-    yield house
-    await house.stop()
+    async with House(bus, tmp_path) as house:
+        yield house
 
 
 @pytest.fixture
@@ -85,12 +75,6 @@ def images(house: House) -> Images:
 @pytest.fixture
 def leases(house: House) -> Leases:
     return house.bus.proxy(Leases, namespace="default")
-
-
-async def told(events: Subscriber, count: int) -> list[tuple[str, str, dict[str, Any]]]:
-    async with asyncio.timeout(10):
-        seen = [await anext(events) for _ in range(count)]
-    return [(e.namespace, e.topic, e.event) for e in seen]
 
 
 async def test_what_is_created_can_be_got(images: Images) -> None:

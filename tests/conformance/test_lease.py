@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import rebuilt
 from wherry_lease import metadata
 from wherry_lease.leases import Registry
 from wherry_lease.service import LeaseService, Sweeper
@@ -22,11 +23,11 @@ BLOB = Resource(type="content", id=f"sha256:{'a' * 64}")
 SNAPSHOT = Resource(type="snapshots/overlay", id="redis-rw")
 
 
-class House:
+class House(rebuilt.House):
     """A lease service on a bus, with a clock to turn, that can be built again on the same database."""
 
     def __init__(self, bus: Bus, root: Path) -> None:
-        self.bus, self.root = bus, root
+        super().__init__(bus, root)
         self.time = datetime.now(UTC)
 
     async def start(self) -> None:
@@ -41,10 +42,6 @@ class House:
         await self.outbox.stop()
         await self.database.close()
 
-    async def restart(self) -> None:
-        await self.stop()
-        await self.start()
-
     def after(self, seconds: float) -> dict[str, str]:
         return {EXPIRE_LABEL: (self.time + timedelta(seconds=seconds)).isoformat()}
 
@@ -56,13 +53,8 @@ class House:
 
 @pytest.fixture
 async def house(bus: Bus, tmp_path: Path) -> AsyncIterator[House]:
-    await bus.transport.event_log(f"WHERRY-EV-{bus.node}", f"wherry.ev.v1.{bus.node}.>").ensure(
-        max_age=3600, max_bytes=1 << 24
-    )
-    house = House(bus, tmp_path)
-    await house.start()
-    yield house
-    await house.stop()
+    async with House(bus, tmp_path) as house:
+        yield house
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rebuilt
+from rebuilt import told
 from wherry_container import metadata as container_metadata
 from wherry_container.catalog import Catalog as ContainerCatalog
 from wherry_container.service import ContainerService
@@ -33,7 +35,7 @@ from wherry_shared.api.lease import Leases
 from wherry_shared.api.namespace import Namespace, Namespaces
 from wherry_shared.api.snapshot import Info as Snapshot
 from wherry_shared.api.snapshot import Snapshots
-from wherry_shared.bus import Bus, Subscriber
+from wherry_shared.bus import Bus
 from wherry_shared.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -61,11 +63,11 @@ def partial_service(contract: type[Any], **known: Callable[..., Any]) -> Any:
     return type(f"Partial{contract.__name__}", (contract,), methods)()
 
 
-class House:
+class House(rebuilt.House):
     """The namespace service with all that it asks, that can be built again on the same databases."""
 
     def __init__(self, bus: Bus, root: Path) -> None:
-        self.bus, self.root = bus, root
+        super().__init__(bus, root)
         self.blobs: set[str] = set()
         self.snapshots: set[tuple[str, str]] = set()
         self.without: set[str] = set()
@@ -123,24 +125,13 @@ class House:
 
 @pytest.fixture
 async def house(bus: Bus, tmp_path: Path) -> AsyncIterator[House]:
-    await bus.transport.event_log(f"WHERRY-EV-{bus.node}", f"wherry.ev.v1.{bus.node}.>").ensure(
-        max_age=3600, max_bytes=1 << 24
-    )
-    house = House(bus, tmp_path)
-    await house.start()
-    yield house
-    await house.stop()
+    async with House(bus, tmp_path) as house:
+        yield house
 
 
 @pytest.fixture
 def namespaces(house: House) -> Namespaces:
     return house.bus.proxy(Namespaces)
-
-
-async def told(events: Subscriber, count: int) -> list[tuple[str, str, dict[str, Any]]]:
-    async with asyncio.timeout(10):
-        seen = [await anext(events) for _ in range(count)]
-    return [(e.namespace, e.topic, e.event) for e in seen]
 
 
 async def names(namespaces: Namespaces, *filters: str) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rebuilt import event_stream
 from wherry_shared.api.container import Containers
 from wherry_shared.api.content import Content
 from wherry_shared.api.gc import Collections
@@ -45,7 +46,7 @@ async def build(service: str, root: Path, bus: Bus, stack: AsyncExitStack) -> No
 async def bus(tmp_path: Path) -> AsyncIterator[Bus]:
     old_schema.make(tmp_path / "root")
     made: Bus = Bus(MemoryTransport(), node=NODE)
-    await made.transport.event_log(f"WHERRY-EV-{NODE}", "wherry.ev.v1.>").ensure(max_age=3600, max_bytes=1 << 24)
+    await event_stream(made)
     yield made
     await made.close()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rebuilt import event_stream
 from wherry_lease.__main__ import build as build_leases
 from wherry_shared.bus import Bus
 from wherry_shared.bus.serve import Server
@@ -42,8 +43,7 @@ class House:
         self._servers: list[Server] = []
 
     async def start(self) -> None:
-        log = self.bus.transport.event_log(f"WHERRY-EV-{self.bus.node}", "wherry.ev.v1.>")
-        await log.ensure(max_age=3600, max_bytes=1 << 24)
+        await event_stream(self.bus)
         self._stack = AsyncExitStack()
         try:
             leases = await build_leases(Host(settings("lease", self.root), self.bus, self._stack))
