@@ -253,6 +253,17 @@ async def test_windows_larger_than_a_page_are_read_whole(events: Events) -> None
     assert len(sizes) > 4, "the large ones do not fit into one answer"
 
 
+async def test_a_full_window_of_all_namespaces_ends(events: Events, everywhere: Events) -> None:
+    for n in range(5):
+        await events.publish("/a", {"n": n})
+    first = await everywhere.replay(limit=2)
+    second = await everywhere.replay(since=TIME, limit=2)
+    last = await everywhere.replay(token=second.token, limit=3)
+    assert [(numbers(window), window.more) for window in (first, second, last)] == [
+        ([0, 1], True), ([0, 1], True), ([2, 3, 4], False),
+    ]  # fmt: skip
+
+
 async def test_numbers_that_grow_on_the_wire_still_fit(events: Events) -> None:
     """In JSON `1.5` takes four bytes with its comma, in an answer's msgpack nine."""
     for n in range(5):

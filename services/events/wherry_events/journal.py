@@ -106,7 +106,7 @@ class Journal:
                     return window.replay()
                 envelope = events.decode(entry.data) if entry.subject.startswith(prefix) else None
                 window.take(entry, envelope if envelope is not None and matches(events.field_of(envelope)) else None)
-            if window.place.sequence >= state.last:
+            if window.place.sequence >= state.last or window.is_full:
                 return window.replay()
             stored = await self._read(window.place.sequence, window.wanted(bool(filters or namespace)))
         window.end()
@@ -209,8 +209,13 @@ class _Window:
     def begin(self, place: _Place) -> None:
         self.place = place
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it takes no further event."""
+        return self._scanned >= SCAN_MAX or len(self._found) >= self.limit
+
     def wanted(self, filtered: bool) -> int:
-        """How many more events to read."""
+        """How many more events to read. A stream that is asked for none never answers."""
         return LIMIT_MAX if filtered else self.limit - len(self._found)
 
     def reaches(self, entry: Stored) -> bool:
@@ -218,7 +223,7 @@ class _Window:
         if self._until is not None and entry.at >= self._until:
             self._over = True
             return False
-        if self._scanned >= SCAN_MAX or len(self._found) >= self.limit:
+        if self.is_full:
             return False
         if self._found and self._size + len(entry.data) > WINDOW_BYTES:
             return False
