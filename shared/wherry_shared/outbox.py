@@ -162,11 +162,8 @@ class Outbox:
             tx.execute(f"INSERT OR IGNORE INTO outbox ({_COLUMNS}) SELECT {_COLUMNS} FROM sent WHERE boot != ?", lost)  # noqa: S608
             tx.execute("DELETE FROM sent WHERE boot != ?", lost)
             self._recent.note(tx.one("SELECT max(seq) FROM sent")[0] or 0)
-            # Of the rest, those of one batch: their acks may have got lost with the process before.
-            batch = tx.one(
-                "SELECT max(seq) FROM (SELECT seq FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?)", (back, BATCH)
-            )
-            return int(batch[0] or back)
+            # Of the rest, any: acks got lost with the process before, or it had not put aside what was sent.
+            return int(tx.one("SELECT max(seq) FROM outbox")[0] or back)
 
         return await self._database.write(take_back, frees=True)
 
@@ -176,7 +173,10 @@ class Outbox:
         if now() - oldest < timedelta(seconds=KNOWN_SECONDS):
             return rows
         there = await self._stored_since(oldest - _CLOCK)
-        return [row for row in rows if row[1] not in there]
+        absent = [row for row in rows if row[1] not in there]
+        if len(absent) == BATCH:  # sent in their order, a batch at a time: behind a whole one that is missing, all are
+            self._unsure = 0
+        return absent
 
     async def _stored_since(self, since: datetime) -> set[str]:
         """The ids of the stream's events. Unavailable when the events service is."""

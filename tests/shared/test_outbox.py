@@ -23,12 +23,12 @@ from wherry_events.kept import Kept
 from wherry_events.metadata import MIGRATIONS, Rows
 from wherry_events.service import EventsService
 from wherry_shared import outbox as outbox_module
-from wherry_shared.api.events import Envelope
+from wherry_shared.api.events import Envelope, Replay
 from wherry_shared.bus import Bus, credentials, events, subjects
 from wherry_shared.bus.transport import EventLog
 from wherry_shared.errors import PermissionDenied, Unavailable, WherryError
 from wherry_shared.memory import MemoryTransport
-from wherry_shared.outbox import Outbox
+from wherry_shared.outbox import BATCH, Outbox
 from wherry_shared.sqlite import Database, Transaction
 
 SCHEMA = ("CREATE TABLE things (n INTEGER PRIMARY KEY)",)
@@ -388,6 +388,47 @@ async def test_what_the_stream_knows_no_more_by_its_id_is_looked_for(
     await relayed(database, image, 5)
     assert len(sent) == 1
     assert numbers(await stored(stream)) == list(range(6))
+    await kept.close()
+
+
+async def test_what_was_sent_and_not_put_aside_is_looked_for_batch_by_batch(
+    database: Database, stream: EventLog, places: Callable[[str], Awaitable[Bus]], image: Bus,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    """The power took the moves to `sent`, which are not synced: more than a batch lies in the outbox, and was sent."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Outbox, "_put_aside", lambda self: asyncio.sleep(0))
+        outbox = Outbox(database, image)
+        outbox.start()
+        await write(database, *range(2 * BATCH + 5))
+        async with asyncio.timeout(30):
+            while (await stream.state()).last < 2 * BATCH + 5:
+                await asyncio.sleep(0.01)
+        await outbox.stop()
+    monkeypatch.setattr(outbox_module, "KNOWN_SECONDS", 0)
+    sent: list[str] = []
+    asked = 0
+    publish_all = events.publish_all
+
+    async def noted(transport: Any, batch: list[events.Outgoing]) -> tuple[int, WherryError | None]:
+        sent.extend(event.id for event in batch)
+        return await publish_all(transport, batch)
+
+    class Counted(EventsService):
+        async def replay(self, *args: Any, **kwargs: Any) -> Replay:
+            nonlocal asked
+            asked += not kwargs["token"]
+            return await super().replay(*args, **kwargs)
+
+    monkeypatch.setattr(events, "publish_all", noted)
+    kept = await Database.open(tmp_path / "events.db", MIGRATIONS)
+    own = await places("events")
+    await own.serve(Counted(Journal(stream, own, Kept(Rows(kept)))))
+    await write(database, *range(2 * BATCH + 5, 6 * BATCH))
+    await relayed(database, image)
+    assert len(sent) == len(set(sent)) == 4 * BATCH - 5
+    assert numbers(await stored(stream)) == list(range(6 * BATCH))
+    assert asked == 4, "behind a batch of which nothing is there nobody asks"
     await kept.close()
 
 
