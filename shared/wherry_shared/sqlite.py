@@ -18,6 +18,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,11 +37,21 @@ FULL_PAUSES = (0.05, 0.1, 0.2)
 # While a collection's freeze holds writes, this often is looked whether it is over.
 HELD_SECONDS = 0.001
 REMEMBER_SECONDS = 600
+# How often those older than that are looked for: not with each of a thousand groups a second, and few at a time.
+FORGET_SECONDS = 0.1
 # A sweep touches pages all over: without room for them, SQLite writes and reads each many times.
 SWEEP_PRAGMAS = ("cache_size=-65536", "wal_autocheckpoint=0")
 REST_PRAGMAS = ("cache_size=-2000", f"wal_autocheckpoint={CHECKPOINT_PAGES}", "shrink_memory")
 # An event must fit into a message of 1 MiB, with its envelope and its headers.
 EVENT_BYTES_MAX = 960 << 10
+
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+@lru_cache(256)  # a service has a dozen
+def _check_topic(topic: str) -> None:
+    for part in topic.removeprefix("/").split("/"):
+        check_identifier(part, "topic component")
 
 
 class Transaction:
@@ -63,9 +74,8 @@ class Transaction:
         InvalidArgument when its topic, namespace or size are not allowed: it could never leave the outbox.
         """
         namespace = check_identifier(namespace or context.namespace(), "namespace")
-        for part in topic.removeprefix("/").split("/"):
-            check_identifier(part, "topic component")
-        body = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+        _check_topic(topic)
+        body = _to_json(event)
         if len(body) > EVENT_BYTES_MAX or len(body.encode()) > EVENT_BYTES_MAX:
             raise InvalidArgument(f"the event {topic} would be larger than {EVENT_BYTES_MAX} bytes")
         self.execute(
@@ -112,6 +122,7 @@ class Database:
         self._closed = False
         self._epochs = epoch.takes_part(writer.execute)
         self._sweeping = False
+        self._forget_at = 0.0
         # Whether events may be committed that are not synced yet; a process before this one may have left some.
         self._unsettled = True
         self._aside: sqlite3.Connection | None = None
@@ -363,13 +374,19 @@ class Database:
             for write in group:
                 if not write.future.cancelled():  # its caller has given up before it began
                     self._run(transaction, write)
-            connection.execute("DELETE FROM answers WHERE at < ?", (int(time.time()) - REMEMBER_SECONDS,))
+            self._forget(connection)
             connection.execute("COMMIT")
             return transaction.events
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+
+    def _forget(self, connection: sqlite3.Connection) -> None:
+        """Within a transaction: let go of the answers that nobody asks for any more, if it is time."""
+        if (at := time.monotonic()) >= self._forget_at:
+            self._forget_at = at + FORGET_SECONDS
+            connection.execute("DELETE FROM answers WHERE at < ?", (time.time() - REMEMBER_SECONDS,))
 
     def _run(self, transaction: Transaction, write: _Write) -> None:
         """One write in its savepoint. Raises only what concerns the whole group: a full or broken database."""
@@ -413,7 +430,7 @@ def _once(transaction: Transaction, function: Callable[[Transaction], T]) -> T:
         raise context.Replayed(row[0])
     result = function(transaction)
     transaction.execute(
-        "INSERT INTO answers (key, reply, at) VALUES (?, ?, ?)", (ctx.key, ctx.encode(result), int(time.time()))
+        "INSERT INTO answers (key, reply, at) VALUES (?, ?, ?)", (ctx.key, ctx.encode(result), time.time())
     )
     return result
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from grounds import btrfs_disk
 from wherry_shared import context, schema, sqlite
+from wherry_shared.bus.proxy import fresh_key
 from wherry_shared.context import Context, Replayed
 from wherry_shared.errors import (
     AlreadyExists,
@@ -206,8 +207,27 @@ async def test_answers_are_forgotten_in_time(database: Database, monkeypatch: py
 
     await asyncio.create_task(call("old"))
     monkeypatch.setattr(sqlite, "REMEMBER_SECONDS", -1)
+    await asyncio.sleep(sqlite.FORGET_SECONDS)
     await asyncio.create_task(call("new"))
     assert database.all("SELECT key FROM answers") == []
+
+
+async def test_answers_of_one_moment_lie_together(database: Database, tmp_path: Path) -> None:
+    """Keys that begin with the time: a group writes the pages of its own answers, not one for each of them."""
+
+    async def call() -> None:
+        context.enter(request(f"admin/default/create/{fresh_key()}"))
+        await database.mutate(lambda tx: "x" * 200)
+
+    for _ in range(40):
+        await asyncio.gather(*(asyncio.create_task(call()) for _ in range(sqlite.GROUP_MAX)))
+    await database.aside(lambda connection: connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
+    async with Held(database):
+        calls = [asyncio.create_task(call()) for _ in range(32)]
+        await asyncio.sleep(0)
+    await asyncio.gather(*calls)
+    pages = (tmp_path / "things.db-wal").stat().st_size // 4096
+    assert pages <= 20  # 58 with keys of no order
 
 
 # ---- events in the same transaction

@@ -32,6 +32,12 @@ _SUBJECTS_MAX = 1024
 _token = random.SystemRandom().getrandbits
 
 
+def fresh_key() -> str:
+    """An idempotency key that nobody else has. The time comes first: keys of one moment lie together where they are
+    kept, and a transaction of many changes few pages."""
+    return f"{time.time_ns() // 1_000_000:012x}{_token(80):020x}"
+
+
 class Caller:
     """Calls the operations of contracts over a transport."""
 
@@ -73,9 +79,9 @@ class Caller:
         deadline = now.deadline or time.time() + endpoint.timeout
         headers = {DEADLINE: f"{deadline:.3f}"}
         if endpoint.mutates:
-            headers[KEY] = now.call_key or f"{_token(96):024x}"
+            headers[KEY] = now.call_key or fresh_key()
         elif endpoint.waits:  # sent again, it joins the one under way
-            headers[KEY] = f"{_token(96):024x}"
+            headers[KEY] = fresh_key()
         if now.lease:
             headers[LEASE] = now.lease
         if now.trace:
