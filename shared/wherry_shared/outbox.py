@@ -27,6 +27,9 @@ from .values import now
 log = logging.getLogger("wherry.outbox")
 
 BATCH = 128
+# Where so many left together, the next ones wait until more have come: a batch costs the bus, its readers and us about
+# the same whatever is in it. One that comes alone, or the first of a crowd, leaves at once.
+CROWD, GATHER = 4, 0.005
 # A moment for more to come: then all that was sent is put aside in one write, or when it is so much.
 LINGER, ASIDE_MAX = 0.05, 1024
 PAUSE_FIRST, PAUSE_LAST = 0.05, 2.0
@@ -59,7 +62,8 @@ class Outbox:
 
     def __init__(self, database: Database, bus: Bus, *, shared: bool = False) -> None:
         self._database = database
-        self._linger = 0.0 if shared else LINGER  # what lies in the outbox, another would send again
+        # What lies in a shared outbox, another would send again.
+        self._linger, self._gather = (0.0, 0.0) if shared else (LINGER, GATHER)
         self._bus = bus
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -107,8 +111,10 @@ class Outbox:
                 if not await self._woken():
                     self._put_aside_beside()
                     continue
-                while await self._send_batch():
+                while sent := await self._send_batch():
                     pause = PAUSE_FIRST
+                    if CROWD <= sent < BATCH and self._gather:
+                        await asyncio.sleep(self._gather)
                 continue
             except WherryError as e:
                 log.info("events wait in the outbox: %s", e)

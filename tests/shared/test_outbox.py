@@ -484,6 +484,39 @@ async def test_in_memory_too(database: Database) -> None:
     await bus.close()
 
 
+async def test_a_crowd_gathers_and_what_comes_alone_leaves_at_once(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    publish_all = events.publish_all
+
+    async def noted(transport: Any, outgoing: Any) -> Any:
+        batches.append(len(outgoing))
+        return await publish_all(transport, outgoing)
+
+    monkeypatch.setattr(events, "publish_all", noted)
+    monkeypatch.setattr(outbox_module, "GATHER", 0.3)
+    bus = Bus(MemoryTransport(), node="n1")
+    await bus.transport.event_log("s", "wherry.ev.v1.n1.>").ensure(max_age=1, max_bytes=1)
+    outbox = Outbox(database, bus)
+    outbox.start()
+    await write(database, 0)
+    await drained(database)
+    crowd = outbox_module.CROWD
+    await database.write(lambda tx: [change(n)(tx) for n in range(1, crowd + 1)])
+    for n in range(crowd + 1, crowd + 6):
+        await write(database, n)
+    await drained(database)
+    assert batches == [1, crowd, 5]
+    await asyncio.sleep(0.4)
+    async with asyncio.timeout(0.2):
+        await write(database, 100)
+        while batches[3:] != [1]:
+            await asyncio.sleep(0.001)
+    await outbox.stop()
+    await bus.close()
+
+
 # ---- live subscribers
 
 
