@@ -152,6 +152,7 @@ class Supervisor:
             if exec_id:
                 if task.process("").row.status == "stopped":
                     raise FailedPrecondition(f"container {container} init process is not running: it has stopped")
+                self._launcher.quicken()
                 stdio = self.streams.real((namespace, container, exec_id), process.row.stdio)
                 self.streams.of((namespace, container, exec_id)).started()
                 pid = await task.shim.exec(exec_id, process.row.spec, stdio)

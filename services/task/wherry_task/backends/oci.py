@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ from typing import Any
 from wherry_shared.api.task import CheckpointOptions, Stdio
 from wherry_shared.errors import FailedPrecondition, Unavailable, Unknown, WherryError
 
-from wherry_task.monitor import cgroups, runtime
+from wherry_task.monitor import runtime
 from wherry_task.monitor import zygote as zygote_program
 
 from . import Bundle, Creation, Ended, Metrics, OnNotice, OutOfMemory, Seen, criu, metrics
 from .channel import LONG_PATIENCE, Channel
+from .quickening import Hastening, Quickening
 
 log = logging.getLogger("wherry.task.oci")
 
@@ -28,8 +28,6 @@ SOCKET = "monitor.sock"
 ZYGOTE_SECONDS = 10.0
 # What a monitor knows by heart it answers at once, or it hangs.
 STATE_SECONDS = 2.0
-# cgroups.quicken: for how long after a creation or an exec, and how often. A grace period takes some 10 ms.
-QUICK_SECONDS, QUICK_PAUSE = 0.05, 0.008
 
 
 class MonitorShim:
@@ -152,8 +150,7 @@ class OciLauncher:
         # A monitor forked ahead: it waits for its first word, so that a creation need not wait for the fork.
         self._spare: Channel | None = None
         self._sparing: asyncio.Task[None] | None = None
-        self._quick_until = 0.0
-        self._quickening: asyncio.Future[None] | None = None
+        self._quickening = Quickening(Hastening(directory / "hastened"))
 
     async def launch(self, bundle: Bundle, creation: Creation) -> tuple[MonitorShim, int]:
         channel = await self._take_spare()
@@ -192,17 +189,10 @@ class OciLauncher:
         return [ended(record) for record in answer.get("exits", [])]
 
     def quicken(self) -> None:
-        """A migration between cgroups is to come: wake the kernel's lock for that, and keep it so for a burst."""
-        self._quick_until = time.monotonic() + QUICK_SECONDS
-        if self._quickening is None or self._quickening.done():
-            self._quickening = asyncio.get_running_loop().run_in_executor(None, cgroups.quicken, self._quick_still)
-
-    def _quick_still(self) -> bool:
-        time.sleep(QUICK_PAUSE)
-        return time.monotonic() < self._quick_until
+        self._quickening.expect()
 
     async def close(self, *, idle: bool) -> None:
-        self._quick_until = 0.0
+        await self._quickening.close()
         if self._sparing is not None:
             self._sparing.cancel()
             await asyncio.wait([self._sparing])

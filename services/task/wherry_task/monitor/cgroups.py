@@ -6,10 +6,6 @@ import os
 
 from wherry_task.monitor import libc
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 ROOT = "/sys/fs/cgroup"
 
 
@@ -95,28 +91,8 @@ def remove(folder: str) -> None:
         os.rmdir(folder)
 
 
-def quicken(again: Callable[[], bool] | None = None) -> None:
-    """Go from our cgroup to our cgroup: it changes nothing, and wakes the lock that every migration takes.
-
-    The first migration after a while waits for an RCU grace period, some ten milliseconds, and those soon after it do
-    not. Made while the runtime is still on its way to its own, that wait is over, or half over, when it comes there.
-    It is repeated as long as `again` says so.
-    """
-    try:
-        fd = os.open(_mine(), os.O_WRONLY)
-    except OSError:
-        return
-    try:
-        os.write(fd, b"0")
-        while again is not None and again():
-            os.write(fd, b"0")
-    except OSError:
-        return
-    finally:
-        os.close(fd)
-
-
-def _mine() -> str:
+def mine() -> str:
+    """The file that takes a process into our own cgroup; "" where none is to be seen."""
     for controllers, path in of("self").items():
         file = f"{folder(controllers, path)}/cgroup.procs"
         if os.path.exists(file):

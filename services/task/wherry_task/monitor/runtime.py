@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 
-from wherry_task.monitor import cgroups, compact, libc, records, sealed, wire
+from wherry_task.monitor import compact, libc, records, sealed, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,8 +45,6 @@ class Runtime:
         line = [self.binary, *self._options, "--log", path, "--log-format", "json", verb, *arguments, self._container]
         start = os.path.getsize(path) if log and os.path.exists(path) else 0
         pid = self._spawn([*line, tail] if tail else line, stdio or (self._null,) * 3, hooks_only=verb in _HOOKS_ONLY)
-        if verb in ("create", "exec", "restore"):
-            cgroups.quicken()
         try:
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             if status:
