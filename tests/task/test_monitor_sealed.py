@@ -1,4 +1,4 @@
-"""crun starts from one sealed copy of itself: what runs in a container cannot write it, and another crun is not it."""
+"""A runtime starts from one sealed copy of itself: what runs in a container cannot write it, and another is not it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ sys.path.append(str(Path(__file__).parent))  # for monitor_rig.py
 from monitor_rig import PYTHON, Client, Rig, eventually
 from wherry_task.monitor import sealed
 
-CRUN = shutil.which("crun", path=os.environ.get("PATH", ""))
-pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not CRUN, reason="takes root and crun")
+RUNTIMES = {name: shutil.which(name, path=os.environ.get("PATH", "")) for name in sealed.NUMBERS}
+pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not all(RUNTIMES.values()), reason="takes root, crun and runc")
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -31,20 +31,27 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     assert rig.leftovers() == []
 
 
-def created(rig: Rig, args: list[str], **stdio: str) -> tuple[Client, Path, int]:
-    assert CRUN
+@pytest.fixture(params=sealed.NUMBERS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def created(rig: Rig, name: str, args: list[str], **stdio: str) -> tuple[Client, Path, int]:
+    binary = RUNTIMES[name]
+    assert binary
     container = f"c{uuid.uuid4().hex[:8]}"
     path = rig.bundle(container, rig.spec(container, args))
-    client = rig.spawn(path, CRUN)
+    client = rig.spawn(path, binary)
     made = client.call("create", mounts=rig.mounts(), **stdio)
     return client, path, int(made["pid"])
 
 
-def test_a_container_runs_from_the_copy_and_cannot_write_it(rig: Rig) -> None:
-    client, _, pid = created(rig, ["sleep", "60"])
-    copy = f"/proc/{rig.zygote_pid}/fd/{sealed.NUMBER}"
+def test_a_container_runs_from_the_copy_and_cannot_write_it(rig: Rig, name: str) -> None:
+    client, _, pid = created(rig, name, ["sleep", "60"])
+    copy = f"/proc/{rig.zygote_pid}/fd/{sealed.NUMBERS[name]}"
     before = Path(copy).read_bytes()
-    assert CRUN and before == Path(CRUN).read_bytes()
+    binary = RUNTIMES[name]
+    assert binary and before.startswith(Path(binary).read_bytes())
     assert os.path.samestat(os.stat(f"/proc/{pid}/exe"), os.stat(copy))
     for path in (f"/proc/{pid}/exe", copy):
         fd = os.open(path, os.O_RDONLY)
@@ -60,8 +67,8 @@ def test_a_container_runs_from_the_copy_and_cannot_write_it(rig: Rig) -> None:
     rig.finish(client)
 
 
-def test_no_process_of_a_container_has_the_copy_open(rig: Rig) -> None:
-    client, path, pid = created(rig, ["sleep", "60"])
+def test_no_process_of_a_container_has_the_copy_open(rig: Rig, name: str) -> None:
+    client, path, pid = created(rig, name, ["sleep", "60"])
     client.call("start")
     execd = rig.exec(client, path, "e", ["sleep", "60"])
     for each in (pid, execd):
@@ -93,7 +100,7 @@ with open(path, "ab") as file:
     file.write(b"upgraded")
 print(*said, sealed.program(path))
 """
-    assert _told(tmp_path, script).split() == [sealed.PROGRAM, "/bin/true", str(binary), str(binary)]
+    assert _told(tmp_path, script).split() == ["/proc/self/fd/21", "/bin/true", str(binary), str(binary)]
 
 
 def test_a_script_is_not_copied(tmp_path: Path) -> None:
@@ -101,3 +108,38 @@ def test_a_script_is_not_copied(tmp_path: Path) -> None:
     script.write_text("#!/bin/sh\n")
     script.chmod(0o755)
     assert _told(tmp_path, f"sealed.make(); print(sealed.program({str(script)!r}))") == str(script)
+
+
+def test_what_nobody_runs_takes_no_memory_and_what_was_begun_is_begun_again(tmp_path: Path) -> None:
+    for name in sealed.NUMBERS:
+        shutil.copy("/bin/true", tmp_path / name)
+    script = f"""
+import os
+sealed.make()
+said = [os.fstat(number).st_size for number in sealed.NUMBERS.values()]
+os.write(21, b"half of another")
+said.append(sealed.program({str(tmp_path / "crun")!r}))
+child = os.posix_spawn(said[-1], ["true"], {{}})
+said.append(os.waitpid(child, 0)[1])
+print(*said, os.fstat(22).st_size)
+"""
+    assert _told(tmp_path, script).split() == ["0", "0", "/proc/self/fd/21", "0", "0"]
+
+
+def test_two_that_are_the_first_make_one_copy(tmp_path: Path) -> None:
+    binary = tmp_path / "runc"
+    shutil.copy("/bin/true", binary)
+    script = f"""
+import fcntl, os
+path = {str(binary)!r}
+sealed.make()
+fcntl.lockf(22, fcntl.LOCK_EX)  # this process is at it
+reader, writer = os.pipe()
+child = os.fork()
+if not child:
+    os.write(writer, sealed.program(path).encode())
+    os._exit(0)
+os.waitpid(child, 0)
+print(os.read(reader, 4096).decode(), sealed.program(path))
+"""
+    assert _told(tmp_path, script).split() == [str(binary), "/proc/self/fd/22"]

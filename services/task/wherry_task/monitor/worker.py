@@ -41,8 +41,8 @@ def main(monitor: Monitor, report: int, operation: str, name: str, args: dict[st
         else:
             os.dup2(report, _REPORT, inheritable=False)
             # Not one of the monitor's descriptors may live on in here: a held stdin would not end when it closes it.
-            os.closerange(_REPORT + 1, sealed.NUMBER)
-            os.closerange(sealed.NUMBER + 1, _MAX_FDS)
+            os.closerange(_REPORT + 1, sealed.FIRST)
+            os.closerange(sealed.LAST + 1, _MAX_FDS)
             result = do(monitor, operation, name, args)
         send(result)
     except BaseException as error:
