@@ -35,6 +35,8 @@ ROWS = (
     Row("exec_default", "the same, each side's default runtime (crun / runc)", "ms"),
     Row("start_50", "50 containers created and started by 10 callers, runc on both", "s"),
     Row("stop_50", "the 50 killed, waited for and deleted by 10 callers", "s"),
+    Row("start_50_default", "50 containers created and started, each side's default runtime (crun / runc)", "s"),
+    Row("stop_50_default", "those 50 killed, waited for and deleted", "s"),
     Row("monitor_pss", "memory (PSS) of the monitor / shim of one container, among 50", "MiB"),
     Row("node_pss_50", "memory (PSS) of all services and monitors / containerd and shims with 50 containers", "MiB"),
     Row("node_pss_50_together", "the same, a Wherry node whose services share a process (`--together all`)", "MiB"),

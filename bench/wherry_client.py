@@ -236,8 +236,8 @@ class WherryClient:
         await self._busy.delete()
 
     async def start_many(self, image: str, top: str, runtime: str, count: int, callers: int) -> float:
-        """Containers that sleep, made and started by so many callers at once."""
-        self._many = [await self._container(image, top, runtime) for _ in range(count)]
+        """Containers that sleep, made and started by so many callers at once. runtime "": the node's default."""
+        self._many = [await self._container(image, top, runtime or DEFAULT_RUNTIME) for _ in range(count)]
 
         async def up(container: Container) -> None:
             await container.create(["sleep", "1000000"])

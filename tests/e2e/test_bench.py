@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 _NAMES = (
     "pull_gzip_wall pull_gzip_cpu pull_zstd_wall pull_zstd_cpu pull_layers_wall pull_tiny_wall life_runc life_default"
-    " run_cli exec exec_default start_50 stop_50 monitor_pss node_pss_50 node_pss_50_together recovery"
+    " run_cli exec exec_default start_50 stop_50 start_50_default stop_50_default monitor_pss node_pss_50"
+    " node_pss_50_together recovery"
     " request_p50 request_throughput_16 create_delete_16 event_last_of_10_p50 event_deliveries_10"
     " ingest_1g read_1g ingest_bus_1g read_bus_1g"
     " read_replicas_1 read_replicas_2 read_replicas_4 list_10k gc_pause"
