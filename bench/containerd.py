@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -17,15 +16,15 @@ from .grpc import Connection, GrpcError
 from .node import Node
 
 # Fixed in its shims: where runc's state and their sockets lie, whatever containerd's own state directory is.
-_RUNC_STATE = Path("/run/containerd/runc")
-_SHIM_SOCKETS = Path("/run/containerd/s")
-_IDS = 5000  # more containers than any run makes on one node
+_SHIMS_STATE = Path("/run/containerd")
+# It lies on a tmpfs, as the state directory does, and goes with the mount namespace in which containerd is started.
+_WITH_SHIMS_STATE = f'mount -t tmpfs -o mode=0711 tmpfs {_SHIMS_STATE} && exec "$@"'
 _OTHER_SNAPSHOTTERS = ("aufs", "btrfs", "devmapper", "zfs")
 
 
 class ContainerdNode(Node):
     side = "containerd"
-    _absent_before: Sequence[Path] = ()
+    _made = False
     _cli_id = f"cli-{os.getpid()}"
 
     @cached_property
@@ -48,11 +47,12 @@ class ContainerdNode(Node):
         ])  # fmt: skip
 
     def command(self) -> Sequence[str]:
-        shared = (_RUNC_STATE, _SHIM_SOCKETS, _RUNC_STATE.parent)
-        self._absent_before = [directory for directory in shared if not directory.exists()]
+        self._made = not _SHIMS_STATE.exists()
+        _SHIMS_STATE.mkdir(mode=0o711, exist_ok=True)
         config = self.place / "config.toml"
         config.write_text(self._config())
-        return ["containerd", "--config", str(config), "--log-level", "warn"]
+        command = ["containerd", "--config", str(config), "--log-level", "warn"]
+        return ["unshare", "--mount", "sh", "-c", _WITH_SHIMS_STATE, "sh", *command]
 
     def ready(self) -> bool:
         try:
@@ -71,19 +71,11 @@ class ContainerdNode(Node):
     def run_true(self, image: str) -> Sequence[str]:
         return ["ctr", "run", "--rm", "--fifo-dir", str(self.place / "fifo"), image, self._cli_id, "true"]
 
-    def _shim_sockets(self) -> Iterator[str]:
-        """The names of our own shims' sockets, which one that is killed leaves: others' lie in the same directory."""
-        for id in (self._cli_id, *(f"bench-{serial}" for serial in range(1, _IDS))):
-            yield hashlib.sha256(f"{self.socket}/{self.namespace}/{id}".encode()).hexdigest()
-
     def tidy(self) -> None:
         shutil.rmtree(self.socket.parent)
-        for name in self._shim_sockets():
-            (_SHIM_SOCKETS / name).unlink(missing_ok=True)
-        shutil.rmtree(_RUNC_STATE / self.namespace, ignore_errors=True)
-        for directory in self._absent_before:
+        if self._made:
             with contextlib.suppress(OSError):
-                directory.rmdir()
+                _SHIMS_STATE.rmdir()
 
 
 def version() -> str:

@@ -60,6 +60,8 @@ class Node(ABC):
 
     def __enter__(self) -> Self:
         self.place.mkdir()
+        # Where either is installed its state directory lies below /run, which is memory.
+        _mount_tmpfs(self.place / "state")
         self.log = self.place / "log"
         self.cgroup = Cgroup.top(f"wherry-bench-{os.getpid()}-{self.place.name}")
         self._process: subprocess.Popen[bytes] | None = None
@@ -136,6 +138,11 @@ class Node(ABC):
             said = done.stdout.decode(errors="replace").strip().splitlines() or ["nothing said"]
             raise MeasureError(f"{self.run_true(image)[0]} ended with status {done.returncode}: {said[-1][-300:]}")
         return took
+
+
+def _mount_tmpfs(place: Path) -> None:
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0711", "tmpfs", str(place)], check=True)
 
 
 def _unmount_below(place: Path) -> None:
