@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -62,14 +61,13 @@ class Bundles:
 
     def _complete(self, spec: dict[str, Any], namespace: str, container: str) -> dict[str, Any]:
         """The client's specification with this node's place in the cgroup tree, where it names none."""
-        full = copy.deepcopy(spec)
+        full = dict(spec)  # what is below is only read
         if not isinstance(full.get("process"), dict) or not full.get("ociVersion"):
             raise InvalidArgument(f"container {container} has no runtime specification with a process")
-        linux = full.setdefault("linux", {})
+        linux = full.get("linux", {})
         if not isinstance(linux, dict):
             raise InvalidArgument(f"container {container}: `linux` of its runtime specification is no object")
-        if not linux.get("cgroupsPath"):
-            linux["cgroupsPath"] = f"{self.cgroup}/{namespace}/{container}"
+        full["linux"] = {**linux, "cgroupsPath": linux.get("cgroupsPath") or f"{self.cgroup}/{namespace}/{container}"}
         full.setdefault("root", {"path": "rootfs"})
         return full
 
