@@ -111,7 +111,12 @@ def test_an_overlay_of_very_many_layers(rig: Rig) -> None:
     container = f"c{uuid.uuid4().hex[:8]}"
     path = rig.bundle(container, rig.spec(container, ["ls", "/here"]))
     client = rig.spawn(path, RUNTIMES[0])
-    client.call("create", mounts=[{"type": "overlay", "source": "overlay", "options": options}])
+    try:
+        client.call("create", mounts=[{"type": "overlay", "source": "overlay", "options": options}])
+    except Refused as e:
+        if "overlay option lowerdir+" not in e.message:
+            raise
+        pytest.skip("this kernel's overlay takes a page of options: Debian 12's does")
     client.call("start")
     assert client.call("wait")["exit_status"] == 0
     rig.finish(client)

@@ -188,7 +188,7 @@ def _syscall(number: int, what: str, *arguments: int | bytes | None) -> int:
 
 
 def mount_overlay(target: str, options: list[tuple[str, str | None]], attributes: int) -> None:
-    """Mount an overlay through fsopen(2), one option at a time: no page limit (Linux 6.5 for `lowerdir+`).
+    """Mount an overlay through fsopen(2), one option at a time: no page limit (`lowerdir+` is newer than Linux 6.1).
 
     Raises OSError(ENOSYS or EINVAL) where the kernel is older. `attributes` are MOUNT_ATTR bits, which equal
     MS_RDONLY, MS_NOSUID, MS_NODEV and MS_NOEXEC for those four.
