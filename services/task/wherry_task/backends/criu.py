@@ -16,6 +16,8 @@ from .channel import Channel
 PATIENCE = 590.0
 CHECK_SECONDS = 10.0
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# Of a verb that it does not know a runtime says so on stderr and not in its log.
+_SILENT = " ended with status "
 _NO_SUCH_VERB = ("unknown command", "not supported", "without CRIU", "No help topic")
 
 
@@ -34,7 +36,7 @@ async def checkpoint(channel: Channel, bundle: Bundle, options: CheckpointOption
             flags=[flag for flag, wanted in flags.items() if wanted],
         )  # fmt: skip
     except Unknown as e:
-        await explain(e, bundle, await asyncio.to_thread(_last_error, Path(work) / "dump.log"))
+        await explain(e, bundle, await asyncio.to_thread(said_in, Path(work) / "dump.log"))
         raise
     finally:
         if not options.work:
@@ -48,6 +50,8 @@ async def explain(error: BaseException, bundle: Bundle, said: str = "") -> None:
     runtime = Path(bundle.binary).name
     if any(words in error.message for words in _NO_SUCH_VERB):
         raise Unimplemented(f"{runtime} on this node has no checkpoints: {error.message}") from None
+    if _SILENT in error.message and (await _said(bundle.binary, "checkpoint", "--help"))[0] != 0:
+        raise Unimplemented(f"{runtime} on this node has no checkpoints: it was built without CRIU") from None
     reason = await _check()
     if reason:
         raise Unimplemented(f"CRIU does not work on this node: {reason}") from None
@@ -60,17 +64,22 @@ async def _check() -> str:
     binary = shutil.which("criu", path=PATH)
     if binary is None:
         return "it is not installed"
+    status, said = await _said(binary, "check")
+    return "" if status == 0 else _first_error(said) if said else "its check does not end"
+
+
+async def _said(*command: str) -> tuple[int, str]:
+    """The exit status and output of a program; -1 and nothing where it does not end soon."""
     process = await asyncio.create_subprocess_exec(
-        binary, "check", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
+        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     try:
         async with asyncio.timeout(CHECK_SECONDS):
             said, _ = await process.communicate()
     except TimeoutError:
         process.kill()
-        return "its check does not end"
-    return "" if process.returncode == 0 else _first_error(said.decode(errors="replace"))
+        return -1, ""
+    return process.returncode or 0, said.decode(errors="replace")
 
 
 def _first_error(said: str) -> str:
@@ -79,9 +88,10 @@ def _first_error(said: str) -> str:
     return (about or lines or ["it does not say why"])[0]
 
 
-def _last_error(path: Path) -> str:
+def said_in(path: Path) -> str:
+    """What CRIU's log says went wrong first: the rest, to "Dumping FAILED", follows from it."""
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        text = path.read_text(errors="replace")
     except OSError:
         return ""
-    return next((line for line in reversed(lines) if "Error" in line), "")
+    return _first_error(text) if "Error" in text else ""

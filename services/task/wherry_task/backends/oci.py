@@ -40,6 +40,7 @@ class MonitorShim:
         self._pid = int(made.get("pid") or 0)
         # Only a container that this process has created is known to have no poststart hooks.
         self._releases = False
+        self._image = ""  # of CRIU, that it is restored from
         self._watched = watched
 
     @classmethod
@@ -47,6 +48,7 @@ class MonitorShim:
         """After a `launch`, which watches too."""
         shim = cls(channel, bundle, made, watched=True)
         shim._releases = not creation.poststart and not creation.restore
+        shim._image = creation.restore
         return shim
 
     async def start(self) -> int:
@@ -56,7 +58,8 @@ class MonitorShim:
             made = await self.channel.ask("start", patience=LONG_PATIENCE)
         except Unknown as e:
             if not self._pid:  # it was to be restored
-                await criu.explain(e, self._bundle)
+                said = await asyncio.to_thread(criu.said_in, Path(self._image or ".") / "restore.log")
+                await criu.explain(e, self._bundle, said)
             raise
         self._cgroups = made.get("cgroups") or self._cgroups
         self._pid = int(made["pid"])

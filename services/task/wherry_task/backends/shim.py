@@ -242,6 +242,7 @@ class ShimLauncher:
         self._shims: dict[tuple[str, str], V2Shim] = {}
 
     async def launch(self, bundle: Bundle, creation: Creation) -> tuple[V2Shim, int]:
+        (bundle.path / "work").mkdir(mode=0o700)  # containerd's, where runc's shim has CRIU work
         reader = shimlog.Reader.make(bundle.path)
         try:
             options = _options(bundle, creation.options)
