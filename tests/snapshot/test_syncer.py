@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -180,6 +181,49 @@ async def test_the_setting(tmp_path: Path, flushes: list[int]) -> None:
     with pytest.raises(InvalidArgument, match="background, commit, off"):
         async with housed(tmp_path / "x", sync="sometimes"):
             pass
+
+
+async def test_a_prepared_directory_that_the_power_took_is_made_again(tmp_path: Path, reboot: Path) -> None:
+    """The row is durable when it is answered, the directory when the filesystem writes it."""
+    trees = tmp_path / "root/snapshot/overlay/snapshots"
+    async with housed(tmp_path) as house:
+        await commit(house, tmp_path / "mnt")
+    async with housed(tmp_path) as house:
+        await api_of(house).prepare("overlay", "one", "base")
+        await api_of(house).view("overlay", "look", "base")
+        names = sorted(os.listdir(trees), key=int)
+    for name in names[1:]:
+        shutil.rmtree(trees / name)
+    (trees / f"new-{names[1]}").mkdir()
+    async with housed(tmp_path) as house:  # the same boot: it was not the power
+        assert sorted(os.listdir(trees)) == [names[0], f"new-{names[1]}"]
+        with pytest.raises(DataLoss, match="its directory [0-9]+ is missing"):
+            await api_of(house).usage("overlay", "one")
+    reboot.write_text("two\n")
+    async with housed(tmp_path) as house:
+        with mounted(await api_of(house).mounts("overlay", "one"), tmp_path / "mnt") as at:
+            assert os.listdir(at) == ["base"]
+            (at / "more").write_text("x")
+        assert sorted(os.listdir(trees), key=int) == names
+    for boot in ("three\n", "four\n"):  # it may go again until it is known to be on the disk
+        reboot.write_text(boot)
+        if boot == "three\n":
+            shutil.rmtree(trees / names[1])
+        async with housed(tmp_path):
+            assert sorted(os.listdir(trees), key=int) == names
+
+
+async def test_where_other_directories_are_missing_it_was_not_the_power(tmp_path: Path, reboot: Path) -> None:
+    trees = tmp_path / "root/snapshot/overlay/snapshots"
+    async with housed(tmp_path) as house:
+        await commit(house, tmp_path / "mnt")
+    async with housed(tmp_path) as house:
+        await api_of(house).prepare("overlay", "one", "base")
+    for name in os.listdir(trees):
+        shutil.rmtree(trees / name)
+    reboot.write_text("two\n")
+    async with housed(tmp_path):
+        assert os.listdir(trees) == []
 
 
 @contextmanager

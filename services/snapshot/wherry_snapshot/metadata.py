@@ -32,6 +32,10 @@ MIGRATIONS = (
         number INTEGER PRIMARY KEY REFERENCES snapshots (number) ON DELETE CASCADE, boot TEXT NOT NULL)
     """,
     f"{epoch.SCHEMA};\n{epoch.journal('snapshots', repr(SNAPSHOTS) + ' || row.snapshotter', 'row.name')}",
+    """
+    CREATE TABLE prepared (
+        number INTEGER PRIMARY KEY REFERENCES snapshots (number) ON DELETE CASCADE, boot TEXT NOT NULL)
+    """,
 )
 
 # Numbers are taken from the counter this many at a time, so that a directory costs no transaction before its row's.
@@ -119,23 +123,35 @@ class Rows:
 
     def unsynced(self, snapshotter: str) -> dict[int, str]:
         """The committed snapshots whose files are not known to be durable, and in which boot they were committed."""
-        return dict(
-            self.database.all(
-                "SELECT u.number, u.boot FROM unsynced u JOIN snapshots s USING (number) WHERE s.snapshotter = ?",
-                (snapshotter,),
-            )
-        )
+        return self._marks("unsynced", snapshotter)
+
+    def prepared(self, snapshotter: str) -> dict[int, str]:
+        """The snapshots whose directories are not known to be durable, and in which boot they were made."""
+        return self._marks("prepared", snapshotter)
+
+    def _marks(self, table: str, snapshotter: str) -> dict[int, str]:
+        marks = f"SELECT m.number, m.boot FROM {table} m JOIN snapshots s USING (number) WHERE s.snapshotter = ?"  # noqa: S608
+        return dict(self.database.all(marks, (snapshotter,)))
 
     def mark_unsynced(self, tx: Transaction, number: int, boot: str) -> None:
         tx.execute("INSERT INTO unsynced (number, boot) VALUES (?, ?)", (number, boot))
 
+    def mark_prepared(self, tx: Transaction, number: int, boot: str) -> None:
+        tx.execute("INSERT INTO prepared (number, boot) VALUES (?, ?)", (number, boot))
+
     def mark_synced(self, tx: Transaction, numbers: Iterable[int]) -> None:
         for number in numbers:
             tx.execute("DELETE FROM unsynced WHERE number = ?", (number,))
+            tx.execute("DELETE FROM prepared WHERE number = ?", (number,))
 
     def get(self, tx: Transaction, number: int) -> Row:
         """The snapshot that owns a directory."""
         return _row(tx.one(f"{_SELECT} WHERE s.number = ?", (number,)))
+
+    def owners(self, numbers: Sequence[int]) -> list[Row]:
+        """The snapshots that own these directories, in the numbers' order."""
+        found = (self.database.one(f"{_SELECT} WHERE s.number = ?", (number,)) for number in numbers)
+        return [_row(each) for each in found if each is not None]
 
     def find(self, source: Database | Transaction, place: Place, name: str) -> Row | None:
         """One snapshot, or None."""

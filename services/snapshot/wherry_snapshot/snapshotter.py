@@ -38,7 +38,7 @@ from wherry_shared.filters import compile_filters, fields
 from wherry_shared.sqlite import Database, Transaction
 from wherry_shared.values import Mount, Page, now, stored_labels, update_labels
 
-from .backends import REBASE, REMAP_IDS, Backend, Snapshot
+from .backends import REBASE, REMAP_IDS, Backend, Entry, Snapshot
 from .metadata import Place, Row, Rows
 from .syncer import Syncer
 from .workers import Workers
@@ -83,11 +83,9 @@ class Snapshotter:
                 "is lost or out of date. Restore it, start with --set restore=backup to set them aside, or move the "
                 "directory away to start empty"
             )
-        there = {e.number for e in entries}
-        for number in self._rows.numbers(self.name) - there:
-            log.error("%s: directory %d of a snapshot is missing", self._backend.root, number)
         await self._syncer.start()
-        await self._workers.run(self._put_right, there)
+        await self._make_again(entries)
+        await self._workers.run(self._put_right, {e.number for e in entries})
         self._workers.spawn(self._sweep())
 
     async def _set_aside(self, there: set[int]) -> None:
@@ -97,6 +95,32 @@ class Snapshotter:
             await self._workers.run(self._backend.set_aside, number)
         if there:
             await self._rows.database.write(lambda tx: self._rows.pass_over(tx, max(there)))
+
+    async def _make_again(self, entries: Sequence[Entry]) -> None:
+        """Make the directories again that the power took: what is fsynced in a directory makes itself durable, too.
+
+        Where others are missing it was something else, and nobody knows what was in them: they stay missing.
+        """
+        missing = self._rows.numbers(self.name) - {e.number for e in entries if e.name.isdigit()}
+        cut_off, again = self._syncer.cut_off(), sorted(missing)
+        if not missing <= cut_off:
+            for number in again:
+                log.error("%s: directory %d of a snapshot is missing", self._backend.root, number)
+            return
+        for row in self._rows.owners(again):
+            log.warning("snapshot %r was prepared as the power went: it is empty again", row.name)
+            parts = [e.name for e in entries if e.number == row.number]
+            await self._workers.run(self._replace, self._snapshot(row), parts)
+        if cut_off:
+            await self._syncer.settle(cut_off, again)
+
+    def _replace(self, snapshot: Snapshot, parts: Sequence[str]) -> None:
+        for name in parts:
+            self._backend.delete(name, self._workers.check_closing)
+        try:
+            self._backend.create(snapshot, self._workers.check_closing)
+        except NotFound as e:
+            log.error("%s: directory %d cannot be made again: %s", self._backend.root, snapshot.number, e)
 
     def _put_right(self, there: set[int]) -> None:
         """End the commits that a crash cut off: the row says which way."""
@@ -164,6 +188,7 @@ class Snapshotter:
                 usage=Usage(size=0, inodes=0), weight=0,
             ),
         )  # fmt: skip
+        self._syncer.prepared(tx, snapshot.number)
         if wish.kind == "active":
             self._publish(tx, "prepare", key=wish.key, parent=wish.parent)
         return self._backend.mounts(snapshot)

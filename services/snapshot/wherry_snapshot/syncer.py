@@ -2,7 +2,8 @@
 
 A commit is answered when its row is durable, not when its files are. The row is marked until the filesystem was
 flushed, a moment later and for many at once. A mark of an earlier boot says that the power went before: such a
-snapshot may lack data, and is taken back, so that its layer is unpacked again.
+snapshot may lack data, and is taken back, so that its layer is unpacked again. What was prepared is marked, too: its
+directory may be gone, and is made again, empty, for nothing in it was durable either.
 """
 
 from __future__ import annotations
@@ -76,6 +77,26 @@ class Syncer:
         if self._mode == "commit":
             await self._workers.run(self._backend.sync)
 
+    def prepared(self, tx: Transaction, number: int) -> None:
+        """In the transaction that records a new snapshot: its directory is not durable yet."""
+        self._rows.mark_prepared(tx, number, self._boot)
+
+    def cut_off(self) -> set[int]:
+        """What an earlier boot prepared, and the power may have taken the directories of."""
+        marks = self._rows.prepared(self._name)
+        committed = {number for number, kind in self._rows.kinds(self._name) if kind == "committed"}
+        return {number for number, boot in marks.items() if boot != self._boot} - committed
+
+    async def settle(self, numbers: Iterable[int], again: Iterable[int]) -> None:
+        """What was cut off is on the disk, but for what was made again just now."""
+
+        def write(tx: Transaction) -> None:
+            self._rows.mark_synced(tx, numbers)
+            for number in again:
+                self.prepared(tx, number)
+
+        await self._rows.database.write(write, frees=True)
+
     def mark(self, tx: Transaction, row: Row) -> None:
         """In the transaction that records the commit."""
         if self._mode == "background":
@@ -98,7 +119,8 @@ class Syncer:
         except TimeoutError:
             pass
         self._pending = False  # what is committed from here on is not surely in this flush
-        numbers = [n for n, boot in self._rows.unsynced(self._name).items() if boot == self._boot]
+        marks = (self._rows.unsynced(self._name), self._rows.prepared(self._name))
+        numbers = [number for each in marks for number, boot in each.items() if boot == self._boot]
         try:
             await self._workers.run(self._backend.sync)
             await self._rows.database.write(lambda tx: self._rows.mark_synced(tx, numbers), frees=True)
