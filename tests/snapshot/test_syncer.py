@@ -183,6 +183,22 @@ async def test_the_setting(tmp_path: Path, flushes: list[int]) -> None:
             pass
 
 
+async def test_what_was_being_unpacked_as_the_power_went_keeps_nothing(
+    tmp_path: Path, reboot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a pull that was cut off in its third layer: the next one can unpack all."""
+    await unflushed(tmp_path, monkeypatch, "one", "two")
+    key = f"extract-85fb3fa8d5eefa55 sha256:{'d' * 64}"
+    with monkeypatch.context() as patch:
+        patch.setattr(OverlayBackend, "sync", lambda self: (_ for _ in ()).throw(OSError(5, "the power goes")))
+        async with housed(tmp_path) as house:
+            await api_of(house).prepare("overlay", key, "two")
+    reboot.write_text("two\n")
+    async with housed(tmp_path) as house:
+        assert (await api_of(house).walk("overlay")).items == []
+        await commit(house, tmp_path / "mnt", "one")
+
+
 async def test_a_prepared_directory_that_the_power_took_is_made_again(tmp_path: Path, reboot: Path) -> None:
     """The row is durable when it is answered, the directory when the filesystem writes it."""
     trees = tmp_path / "root/snapshot/overlay/snapshots"

@@ -177,6 +177,11 @@ class Rows:
             return tuple(n for (n,) in source.execute(_CHAIN, (number,)).fetchall())
         return tuple(n for (n,) in source.all(_CHAIN, (number,)))
 
+    def above(self, tx: Transaction, numbers: Iterable[int]) -> list[Row]:
+        """What stands on these directly."""
+        found = (tx.execute(f"{_SELECT} WHERE s.parent = ?", (number,)).fetchall() for number in numbers)
+        return [_row(each) for rows in found for each in rows]
+
     def has_children(self, tx: Transaction, number: int) -> bool:
         return tx.one("SELECT 1 FROM snapshots WHERE parent = ? LIMIT 1", (number,)) is not None
 

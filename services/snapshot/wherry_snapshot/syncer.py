@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Iterable
 
 from wherry_shared.boot import boot_id
@@ -25,6 +26,8 @@ log = logging.getLogger("wherry.snapshot")
 DELAY = 2.0
 """Seconds between a commit and the flush: what is committed meanwhile goes along."""
 MODES = ("background", "commit", "off")
+# containerd's name for what a layer is unpacked into, before it is committed.
+_UNPACKING = re.compile(r"extract-\S+ sha256:[0-9a-f]{64}")
 
 
 class Syncer:
@@ -52,17 +55,25 @@ class Syncer:
             self._arm()
 
     def _take_back(self, tx: Transaction, lost: set[int]) -> frozenset[int]:
-        """Remove the marked snapshots on which nothing stands, from the top down; answers what is left."""
+        """Remove the marked snapshots on which nothing stands, from the top down; answers what is left.
+
+        A layer whose unpacking the power ended goes first: it would keep its parent from being unpacked again.
+        """
+        for row in self._rows.above(tx, lost):
+            if row.kind == "active" and _UNPACKING.fullmatch(row.name):
+                self._remove(tx, row)
         left = set(lost)
         while gone := {n for n in left if not self._rows.has_children(tx, n)}:
             for number in gone:
-                row = self._rows.get(tx, number)
-                log.error("snapshot %r may lack data since the power went: it is taken back", row.name)
-                self._rows.delete(tx, number)
-                event = {"key": row.name, "snapshotter": self._name}
-                tx.publish("/snapshot/remove", event, namespace=row.place.namespace)
+                self._remove(tx, self._rows.get(tx, number))
             left -= gone
         return frozenset(left)
+
+    def _remove(self, tx: Transaction, row: Row) -> None:
+        log.error("snapshot %r may lack data since the power went: it is taken back", row.name)
+        self._rows.delete(tx, row.number)
+        event = {"key": row.name, "snapshotter": self._name}
+        tx.publish("/snapshot/remove", event, namespace=row.place.namespace)
 
     def check(self, chain: Iterable[int], what: str) -> None:
         """DataLoss when one of these directories may lack data."""
