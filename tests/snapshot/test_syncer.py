@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -89,6 +90,30 @@ async def test_a_flush_soon_follows_and_serves_many(
         await commit(house, tmp_path / "mnt", "more")
         await async_eventually(lambda: not marked(house))
         assert len(flushes) == 2
+
+
+async def test_what_is_committed_during_a_flush_waits_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it was prepared before: its directory is on the disk then, and its files are not."""
+    monkeypatch.setattr(syncer, "DELAY", 0.0)
+    flushing, go_on = threading.Event(), threading.Event()
+
+    def sync(self: OverlayBackend) -> None:
+        flushing.set()
+        assert go_on.wait(20)
+
+    async with housed(tmp_path) as house:
+        await api_of(house).prepare("overlay", "later", "")
+        with monkeypatch.context() as patch:
+            patch.setattr(OverlayBackend, "sync", sync)
+            await commit(house, tmp_path / "mnt", "first")
+            assert await asyncio.to_thread(flushing.wait, 20)
+            monkeypatch.setattr(syncer, "DELAY", 60.0)
+            await api_of(house).commit("overlay", "second", "later")
+            go_on.set()
+            await async_eventually(lambda: marked(house) == 1)
+    assert marked(house) == 0
 
 
 async def async_eventually(condition: object) -> None:

@@ -139,9 +139,11 @@ class Rows:
     def mark_prepared(self, tx: Transaction, number: int, boot: str) -> None:
         tx.execute("INSERT INTO prepared (number, boot) VALUES (?, ?)", (number, boot))
 
-    def mark_synced(self, tx: Transaction, numbers: Iterable[int]) -> None:
-        for number in numbers:
+    def mark_synced(self, tx: Transaction, committed: Iterable[int], prepared: Iterable[int]) -> None:
+        """What was committed before a flush, and what was prepared before it and may be committed since."""
+        for number in committed:
             tx.execute("DELETE FROM unsynced WHERE number = ?", (number,))
+        for number in prepared:
             tx.execute("DELETE FROM prepared WHERE number = ?", (number,))
 
     def get(self, tx: Transaction, number: int) -> Row:

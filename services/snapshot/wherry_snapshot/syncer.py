@@ -102,7 +102,7 @@ class Syncer:
         """What was cut off is on the disk, but for what was made again just now."""
 
         def write(tx: Transaction) -> None:
-            self._rows.mark_synced(tx, numbers)
+            self._rows.mark_synced(tx, (), numbers)
             for number in again:
                 self.prepared(tx, number)
 
@@ -130,11 +130,11 @@ class Syncer:
         except TimeoutError:
             pass
         self._pending = False  # what is committed from here on is not surely in this flush
-        marks = (self._rows.unsynced(self._name), self._rows.prepared(self._name))
-        numbers = [number for each in marks for number, boot in each.items() if boot == self._boot]
+        committed = [number for number, boot in self._rows.unsynced(self._name).items() if boot == self._boot]
+        prepared = [number for number, boot in self._rows.prepared(self._name).items() if boot == self._boot]
         try:
             await self._workers.run(self._backend.sync)
-            await self._rows.database.write(lambda tx: self._rows.mark_synced(tx, numbers), frees=True)
+            await self._rows.database.write(lambda tx: self._rows.mark_synced(tx, committed, prepared), frees=True)
         except WherryError as e:  # it is tried again with the next commit, and at the next start
             log.error("%s is not flushed: %s", self._backend.root, e)
 
