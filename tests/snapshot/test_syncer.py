@@ -238,7 +238,7 @@ async def test_a_prepared_directory_that_the_power_took_is_made_again(tmp_path: 
     (trees / f"new-{names[1]}").mkdir()
     async with housed(tmp_path) as house:  # the same boot: it was not the power
         assert sorted(os.listdir(trees)) == [names[0], f"new-{names[1]}"]
-        with pytest.raises(DataLoss, match="its directory [0-9]+ is missing"):
+        with pytest.raises(DataLoss, match="its directory"):
             await api_of(house).usage("overlay", "one")
     reboot.write_text("two\n")
     async with housed(tmp_path) as house:

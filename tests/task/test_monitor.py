@@ -411,23 +411,6 @@ def test_a_paused_container_stands_still_and_can_be_killed(rig: Rig, runtime: st
     assert rig.finish(client)["exit_status"] == 137
 
 
-def test_a_killed_container_may_die_before_it_is_thawed(rig: Rig, runtime: str) -> None:
-    """As in cgroup v2, where the runtime finds nobody to resume."""
-    early = rig.base / f"early-{runtime}" / runtime
-    early.parent.mkdir()
-    early.write_text(
-        f"#!/bin/sh\ncase \" $* \" in *' resume '*) /usr/bin/env {runtime} \"$@\"; sleep 0.3; exit 1 ;; esac\n"
-        f'exec /usr/bin/env {runtime} "$@"\n'
-    )
-    early.chmod(0o700)
-    client, _ = rig.run(str(early), ["sleep", "60"])
-    client.call("pause")
-    client.call("kill", signal=9)
-    assert client.call("wait")["exit_status"] == 137
-    assert client.call("state")["state"] == "stopped"
-    rig.finish(client)
-
-
 def test_too_much_memory_is_told_before_the_exit(rig: Rig, runtime: str) -> None:
     def limit(spec: dict[str, Any]) -> None:
         spec["linux"]["resources"] = {"memory": {"limit": 16 << 20, "swap": 16 << 20}}

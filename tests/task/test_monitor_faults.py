@@ -334,3 +334,20 @@ def _answers(path: Path) -> bool:
 
 def _tmp(spec: dict[str, Any]) -> None:
     spec["mounts"].append({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"})
+
+
+def test_a_killed_container_may_die_before_it_is_thawed(rig: Rig, runtime: str) -> None:
+    """As in cgroup v2, where the runtime finds nobody to resume."""
+    early = rig.base / f"early-{runtime}" / runtime
+    early.parent.mkdir()
+    early.write_text(
+        f"#!/bin/sh\ncase \" $* \" in *' resume '*) /usr/bin/env {runtime} \"$@\"; sleep 0.3; exit 1 ;; esac\n"
+        f'exec /usr/bin/env {runtime} "$@"\n'
+    )
+    early.chmod(0o700)
+    client, _ = rig.run(str(early), ["sleep", "60"])
+    client.call("pause")
+    client.call("kill", signal=9)
+    assert client.call("wait")["exit_status"] == 137
+    assert client.call("state")["state"] == "stopped"
+    rig.finish(client)
