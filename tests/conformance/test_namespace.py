@@ -251,6 +251,22 @@ async def test_what_happens_in_it_makes_it_known(house: House, namespaces: Names
         await namespaces.create("used.one")
 
 
+async def test_only_what_comes_into_being_makes_it_known(house: House, namespaces: Namespaces) -> None:
+    """As in containerd; and of all the other events, which are many, the service does not even hear."""
+    images = house.bus.proxy(Images, namespace="deaf")
+    await house.watcher.stop()
+    await images.create(IMAGE)
+    house.watcher = Watcher(house.registry, house.bus)
+    await house.watcher.start()
+    await images.delete("redis")
+    async with await house.bus.subscribe(topic="/namespaces/create") as events:
+        await house.bus.proxy(Containers, namespace="hears").create(CONTAINER)
+        assert [namespace for namespace, _, _ in await told(events, 1)] == ["hears"]
+        assert await names(namespaces) == ["hears"]
+        await images.create(IMAGE)
+        assert [namespace for namespace, _, _ in await told(events, 1)] == ["deaf"]
+
+
 async def test_a_known_namespace_keeps_its_labels_when_used(house: House, namespaces: Namespaces) -> None:
     made = await namespaces.create("x", {"a": "1"})
     await house.restart()

@@ -1,52 +1,64 @@
-"""What happens in a namespace makes it known: the events of the node, as they pass by."""
+"""What comes into being in a namespace makes it known: the events of that, as they pass by."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+from datetime import datetime
 
-from wherry_shared.bus import Bus, Subscriber, subjects
+from wherry_shared.bus import Bus, events, subjects
+from wherry_shared.bus.credentials import CREATIONS
+from wherry_shared.bus.transport import Message, Subscription
 from wherry_shared.errors import WherryError
 
 from .registry import Registry
 
 log = logging.getLogger("wherry.namespace")
 
-OWN = "/namespaces/"
-
 
 class Watcher:
-    """Tells the registry of each event's namespace. Its own events are left out: they would revive what was deleted."""
+    """Tells the registry of each creation's namespace. Of other events, which are many, it hears nothing."""
 
     def __init__(self, registry: Registry, bus: Bus) -> None:
         self._registry = registry
         self._bus = bus
-        self._subscriber: Subscriber | None = None
+        self._subscriptions: list[Subscription] = []
+        self._heard: dict[str, datetime] = {}  # by namespace: the last event, of those that are to be told
+        self._more = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self._subscriber = await self._bus.subscribe(node=self._bus.node, unwanted=self._is_known)
-        self._task = asyncio.get_running_loop().create_task(self._watch(self._subscriber))
+        root = f"{subjects.EV}.{subjects.encode_token(self._bus.node, 'node')}.*"
+        for topic in CREATIONS:
+            subject = root + topic.replace("/", ".")
+            self._subscriptions.append(await self._bus.transport.subscribe(subject, self._on_message))
+        self._task = asyncio.get_running_loop().create_task(self._tell())
 
     async def stop(self) -> None:
-        if self._subscriber is not None:
-            await self._subscriber.close()
+        while self._subscriptions:
+            await self._subscriptions.pop().unsubscribe()
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    def _is_known(self, subject: str) -> bool:
-        """Whether the event of a subject tells nothing new: nearly all do, and there are many."""
-        return self._registry.knows(subjects.namespace_of_event(subject))
+    def _on_message(self, message: Message) -> None:
+        if self._registry.knows(subjects.namespace_of_event(message.subject)):
+            return
+        envelope = events.decode(message.data)
+        if envelope is not None:
+            self._heard[envelope.namespace] = envelope.timestamp
+            self._more.set()
 
-    async def _watch(self, subscriber: Subscriber) -> None:
+    async def _tell(self) -> None:
         while True:
-            try:
-                envelope = await anext(subscriber)
-                if not envelope.topic.startswith(OWN):
-                    await self._registry.seen(envelope.namespace, envelope.timestamp)
-            except WherryError as e:
-                # The next event of that namespace makes it known instead.
-                log.warning("a namespace may not have been recorded: %s", e)
+            await self._more.wait()
+            self._more.clear()
+            while self._heard:
+                name = next(iter(self._heard))
+                try:
+                    await self._registry.seen(name, self._heard.pop(name))
+                except WherryError as e:
+                    # The next creation there makes it known instead.
+                    log.warning("namespace %s was not recorded: %s", name, e)

@@ -9,7 +9,7 @@ import importlib
 import os
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -82,11 +82,10 @@ class Bus:
         return made
 
     async def subscribe(
-        self, *, node: str = "*", namespace: str = "*", topic: str = "", limit: int = 65536,
-        unwanted: Callable[[str], bool] | None = None,
-    ) -> Subscriber:  # fmt: skip
-        """Events from now on; `topic` (`/tasks/exit`) or "" for all. unwanted: subjects whose events are left out."""
-        subscriber = Subscriber(limit, unwanted)
+        self, *, node: str = "*", namespace: str = "*", topic: str = "", limit: int = 65536
+    ) -> Subscriber:
+        """Events from now on; `topic` (`/tasks/exit`) or "" for all."""
+        subscriber = Subscriber(limit)
         await subscriber.start(self.transport, events.pattern(node, namespace, topic))
         return subscriber
 

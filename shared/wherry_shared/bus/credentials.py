@@ -50,6 +50,8 @@ CALLS: dict[str, tuple[str, ...]] = {
 }
 # What makes work for the garbage collector, which lives with the leases.
 DELETIONS = ("/content/delete", "/snapshot/remove", "/images/delete", "/containers/delete")
+# By what comes first in a namespace it becomes known (containerd's rule: with the first object in it).
+CREATIONS = ("/content/create", "/snapshot/prepare", "/images/create", "/containers/create")
 STREAM, AUDIT_STREAM = "WHERRY-EV", "WHERRY-AUDIT"
 _LEAF = "leaf-"
 
@@ -160,10 +162,8 @@ def service_permissions(service: str, node: str) -> dict[str, Any]:
     publish.append(f"{subjects.AUDIT}.{own}.>")
     served = [service, *(c.service for c in second_contracts() if c.owner == service)]
     subscribe = [f"{subjects.RPC}.{own}.*.{contract}.>" for contract in served] + _discovery(service)
-    if service == "namespace":
-        subscribe.append(f"{subjects.EV}.{own}.>")
-    if service == "lease":
-        subscribe += [f"{subjects.EV}.{own}.*.{topic[1:].replace('/', '.')}" for topic in DELETIONS]
+    heard = {"namespace": CREATIONS, "lease": DELETIONS}.get(service, ())
+    subscribe += [f"{subjects.EV}.{own}.*{topic.replace('/', '.')}" for topic in heard]
     if service == "task":
         publish.append(f"{subjects.IO}.{own}.>")
         subscribe.append(f"{subjects.IO}.{own}.>")

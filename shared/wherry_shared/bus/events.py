@@ -111,9 +111,8 @@ class Subscriber:
     catch up by a replay.
     """
 
-    def __init__(self, limit: int, unwanted: Callable[[str], bool] | None = None) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._unwanted = unwanted
         self._events: deque[bytes] = deque()
         self._more = asyncio.Event()
         self._seen: set[str] = set()
@@ -131,7 +130,7 @@ class Subscriber:
         await transport.flush()
 
     def _on_message(self, message: Message) -> None:
-        if (self._unwanted is not None and self._unwanted(message.subject)) or not self.first(id_of(message)):
+        if not self.first(id_of(message)):
             return
         # After a hole nothing is taken until the reader knows of it: so it is told at the right place.
         if self._missed or self._interrupted or len(self._events) >= self._limit:
