@@ -9,6 +9,7 @@ A suite that runs here proves that the generated permissions let everything thro
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +20,8 @@ from wherry_shared.bus import Bus, credentials, subjects
 from wherry_shared.bus.connection import Connection
 from wherry_shared.bus.serve import Server
 from wherry_shared.bus.shortcut import Shortcut
-from wherry_shared.bus.transport import Callback, EventLog, LogState, Message, Stored, Subscription, Transport
-from wherry_shared.errors import Unavailable
+from wherry_shared.bus.transport import Answer, Callback, EventLog, LogState, Message, Stored, Subscription, Transport
+from wherry_shared.errors import Unavailable, WherryError
 
 NODE = "n1"
 EVENTS = "events"
@@ -122,6 +123,7 @@ class _Everybody:
     def __init__(self, bus: HouseBus, admin: Any) -> None:
         self._bus = bus
         self._admin = admin
+        self._asking: set[asyncio.Task[None]] = set()
 
     @property
     def connected(self) -> bool:
@@ -157,6 +159,21 @@ class _Everybody:
             transport = (await self._bus.of(OWNERS.get(subject.split(".")[5], EVENTS))).transport
         made: Message = await transport.request(subject, data, headers=headers, timeout=timeout)
         return made
+
+    def ask(
+        self, subject: str, data: bytes, answer: Answer, *, headers: Mapping[str, str] | None = None, timeout: float
+    ) -> None:
+        """As its service, which may have to connect first; what waits for that leaves in order."""
+
+        async def forward() -> None:
+            try:
+                answer.set_result(await self.request(subject, data, headers=headers, timeout=timeout))
+            except WherryError as e:
+                answer.set_exception(e)
+
+        asking = asyncio.ensure_future(forward())
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
 
     async def flush(self, timeout: float = 5.0) -> None:
         await self._admin.flush(timeout)

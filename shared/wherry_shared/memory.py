@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from .bus.events import MESSAGE_ID
 from .bus.protocol import encode_headers, parse_headers
 from .bus.subjects import matches
-from .bus.transport import Callback, EventLog, LogState, NoResponders, Stored, Subscription
-from .errors import DeadlineExceeded, InvalidArgument, Unavailable
+from .bus.transport import Answer, Callback, EventLog, LogState, NoResponders, Stored, Subscription
+from .errors import DeadlineExceeded, InvalidArgument, Unavailable, WherryError
 
 MAX_PAYLOAD = 1 << 20
 
@@ -90,6 +90,40 @@ class Broker:
             self.deliver(MemoryMessage(message.reply, "", None, ack))
 
 
+class _Request:
+    """One request under way: its interest in the first answer, and its patience."""
+
+    def __init__(self, broker: Broker, inbox: str, answer: Answer, underway: set[_Request]) -> None:
+        self._interest = _Interest(broker, inbox, "", self._take)
+        self._answer = answer
+        self._underway = underway
+        self._timer: asyncio.TimerHandle | None = None
+        broker.interests.append(self._interest)
+        underway.add(self)
+
+    def fail_after(self, seconds: float, error: WherryError) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.fail, error)
+
+    def _take(self, message: object) -> None:
+        if self.end():
+            self._answer.set_result(message)
+
+    def fail(self, error: WherryError) -> None:
+        if self.end():
+            self._answer.set_exception(error)
+
+    def end(self) -> bool:
+        """Expect nothing more; whether somebody still waited."""
+        if self._interest.ended:
+            return False
+        self._interest.ended = True
+        self._interest.broker.interests.remove(self._interest)
+        self._underway.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        return not self._answer.done()
+
+
 class MemoryTransport:
     """A connection to a Broker."""
 
@@ -99,7 +133,7 @@ class MemoryTransport:
         self.max_payload = MAX_PAYLOAD
         self.connected = True
         self.on_state: list[Callable[[bool], None]] = []
-        self._waiting: set[asyncio.Future[MemoryMessage]] = set()
+        self._waiting: set[_Request] = set()
         self._tokens = itertools.count(1)
 
     def _check(self, data: bytes, headers: Mapping[str, str] | None) -> Mapping[str, str] | None:
@@ -124,35 +158,37 @@ class MemoryTransport:
     async def request(
         self, subject: str, data: bytes, *, headers: Mapping[str, str] | None = None, timeout: float
     ) -> MemoryMessage:
-        headers = self._check(data, headers)
         answer: asyncio.Future[MemoryMessage] = asyncio.get_running_loop().create_future()
-
-        def on_answer(message: object) -> None:
-            if isinstance(message, MemoryMessage) and not answer.done():
-                answer.set_result(message)
-
-        inbox = f"{self.inbox_prefix}.{id(self):x}.{next(self._tokens)}"
-        interest = await self.subscribe(inbox, on_answer)
-        self._waiting.add(answer)
+        request = self._send(subject, data, answer, headers, timeout)
         try:
-            if not self.broker.deliver(MemoryMessage(subject, inbox, headers, data)):
-                raise NoResponders(f"nobody answers on {subject}")
-            async with asyncio.timeout(timeout):
-                return await answer
-        except TimeoutError:
-            raise DeadlineExceeded(f"no answer on {subject} within {timeout:.3f} s") from None
+            return await answer
         finally:
-            self._waiting.discard(answer)
-            await interest.unsubscribe()
+            request.end()
+
+    def ask(
+        self, subject: str, data: bytes, answer: Answer, *, headers: Mapping[str, str] | None = None, timeout: float
+    ) -> None:
+        self._send(subject, data, answer, headers, timeout)
+
+    def _send(
+        self, subject: str, data: bytes, answer: Answer, headers: Mapping[str, str] | None, timeout: float
+    ) -> _Request:
+        headers = self._check(data, headers)
+        inbox = f"{self.inbox_prefix}.{id(self):x}.{next(self._tokens)}"
+        request = _Request(self.broker, inbox, answer, self._waiting)
+        if not self.broker.deliver(MemoryMessage(subject, inbox, headers, data)):
+            request.fail(NoResponders(f"nobody answers on {subject}"))
+        else:
+            request.fail_after(timeout, DeadlineExceeded(f"no answer on {subject} within {timeout:.3f} s"))
+        return request
 
     async def flush(self, timeout: float = 5.0) -> None:
         await asyncio.sleep(0)
 
     async def close(self) -> None:
         self.connected = False
-        for answer in self._waiting:
-            if not answer.done():
-                answer.set_exception(Unavailable("the connection was closed before an answer came"))
+        for request in list(self._waiting):
+            request.fail(Unavailable("the connection was closed before an answer came"))
 
     def event_log(self, name: str, subject: str) -> EventLog:
         return self.broker.logs.setdefault(name, MemoryLog(name, subject))

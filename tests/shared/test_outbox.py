@@ -26,7 +26,7 @@ from wherry_shared import outbox as outbox_module
 from wherry_shared.api.events import Envelope, Replay
 from wherry_shared.bus import Bus, credentials, events, subjects
 from wherry_shared.bus.transport import EventLog
-from wherry_shared.errors import PermissionDenied, Unavailable, WherryError
+from wherry_shared.errors import InvalidArgument, PermissionDenied, Unavailable, WherryError
 from wherry_shared.memory import MemoryTransport
 from wherry_shared.outbox import BATCH, Outbox
 from wherry_shared.sqlite import Database, Transaction
@@ -312,6 +312,57 @@ async def test_many_at_once_are_stored_in_order_up_to_the_first_that_is_refused(
     assert isinstance(error, PermissionDenied | Unavailable)
 
 
+def outgoing(*ids: str, data: bytes = b"{}") -> list[events.Outgoing]:
+    return [events.Outgoing("wherry.ev.v1.n1.default.images.create", data, id) for id in ids]
+
+
+async def test_a_batch_is_told_why_its_first_is_not_in_the_stream(
+    server: HouseServer, image: Bus, log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def why(made: list[events.Outgoing], reason: str) -> int:
+        taken, error = await events.publish_all(image.transport, made)
+        assert isinstance(error, Unavailable)
+        assert reason in error.message
+        return taken
+
+    assert await events.publish_all(image.transport, []) == (0, None)
+    assert await why(outgoing(*"abc"), "no stream takes events") == 0
+    await log.ensure(max_age=3600, max_bytes=1 << 24)
+    big = outgoing("big", data=b"x" * (2 << 20))
+    taken, error = await events.publish_all(image.transport, [*outgoing(*"de"), *big, *outgoing("f")])
+    assert (taken, type(error)) == (2, InvalidArgument)
+    server.nats.freeze()
+    monkeypatch.setattr(events, "ACK_TIMEOUT", 0.2)
+    assert await why(outgoing(*"gh"), "did not acknowledge an event within 0.2 s") == 0
+    monkeypatch.setattr(events, "ACK_TIMEOUT", 10)
+    asked = asyncio.ensure_future(why(outgoing(*"ij"), "dropped"))
+    await asyncio.sleep(0.05)
+    server.nats.kill()
+    async with asyncio.timeout(5):
+        assert await asked == 0
+    assert await why(outgoing("k"), "not connected") == 0
+
+
+async def test_a_batch_on_the_bus_in_memory() -> None:
+    bus = Bus(MemoryTransport(), node="n1")
+    taken, error = await events.publish_all(bus.transport, outgoing(*"abc"))
+    assert (taken, str(error)) == (0, "no stream takes events: the events service is not up")
+    log = bus.transport.event_log("events", "wherry.ev.v1.n1.>")
+    assert await events.publish_all(bus.transport, outgoing(*"abca")) == (4, None)
+    assert (await log.state()).last == 3
+    assert await events.publish(bus.transport, outgoing("b")[0]) == 2
+
+
+async def test_a_batch_that_nobody_waits_for_any_more(server: HouseServer, image: Bus, stream: EventLog) -> None:
+    server.nats.freeze()
+    asked = asyncio.ensure_future(events.publish_all(image.transport, outgoing(*"abc")))
+    await asyncio.sleep(0.05)
+    asked.cancel()
+    server.nats.thaw()
+    assert await events.publish_all(image.transport, outgoing("d")) == (1, None)
+    assert (await stream.state()).last == 4
+
+
 @pytest.fixture
 def power(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Cuts the power: from then on it is another boot."""
@@ -375,13 +426,13 @@ async def test_what_the_stream_knows_no_more_by_its_id_is_looked_for(
     power()
     monkeypatch.setattr(outbox_module, "KNOWN_SECONDS", 0)
     sent: list[str] = []
-    publish = events.publish
+    send = events.send
 
-    async def noted(transport: Any, event: events.Outgoing) -> int:
+    def noted(transport: Any, event: events.Outgoing, answer: Any) -> None:
         sent.append(event.id)
-        return await publish(transport, event)
+        send(transport, event, answer)
 
-    monkeypatch.setattr(events, "publish", noted)
+    monkeypatch.setattr(events, "send", noted)
     kept = await Database.open(tmp_path / "events.db", MIGRATIONS)
     own = await places("events")
     await own.serve(EventsService(Journal(stream, own, Kept(Rows(kept)))))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
+from pydantic import ConfigDict, TypeAdapter
 from wherry_shared.api.events import Envelope, Gap, Replay, Stream
 from wherry_shared.bus import Bus, events, subjects
-from wherry_shared.bus.transport import EventLog, LogState, Stored
-from wherry_shared.errors import InvalidArgument, OutOfRange
+from wherry_shared.bus.transport import EventLog, LogState, Message, Stored
+from wherry_shared.contract import Encoded, pack
+from wherry_shared.errors import InvalidArgument, OutOfRange, Unavailable, WherryError
 from wherry_shared.filters import compile_filters
 from wherry_shared.values import check_identifier, now
 
@@ -26,6 +29,8 @@ WINDOW_BYTES = 384 << 10
 # How many events one call looks at, for those that filters let through.
 SCAN_MAX = 4096
 _EARLIEST = datetime(1970, 1, 2, tzinfo=UTC)
+# What JSON does not have shows in it, to be refused, as in an Envelope's.
+_event = TypeAdapter(dict[str, Any], config=ConfigDict(ser_json_inf_nan="constants"))
 
 
 class Journal:
@@ -42,12 +47,18 @@ class Journal:
 
     async def publish(self, namespace: str, topic: str, event: dict[str, Any], *, key: str = "") -> Envelope:
         """Publish a caller's own event, stamped now. The same idempotency key is the same event."""
+        subject = subjects.event(self._node, namespace, topic)
         event_id = hashlib.sha256(key.encode()).hexdigest()[:24] if key else secrets.token_hex(12)
-        envelope = Envelope(
-            id=event_id, timestamp=now(), namespace=namespace, topic=topic, node=self._node, event=event
-        )
-        await self.append(envelope)
-        return envelope
+        at = now()
+        try:
+            told = _event.serializer.to_json(event).decode()
+        except ValueError as e:  # bytes that are no text, say
+            raise InvalidArgument(f"the event cannot be written as JSON: {e}") from None
+        data = events.encode_parts(event_id, at.isoformat(), namespace, topic, self._node, told)
+        await self._put(events.Outgoing(subject, data, event_id))
+        # As it travels (contract.Encoded): a model would be made of it only to be taken apart again.
+        answer = {"id": event_id, "timestamp": at, "namespace": namespace, "topic": topic, "node": self._node}
+        return cast(Envelope, Encoded(pack({**answer, "event": event})))
 
     async def forward(self, envelope: Envelope) -> None:
         """Put an event that happened elsewhere into the stream as it is.
@@ -71,13 +82,18 @@ class Journal:
             data = events.encode(envelope)
         except ValueError as e:  # bytes that are no text, say
             raise InvalidArgument(f"the event cannot be written as JSON: {e}") from None
+        await self._put(events.Outgoing(subject, data, envelope.id))
+
+    async def _put(self, event: events.Outgoing) -> None:
+        """Return when the stream has it and it is kept. InvalidArgument: its size, or what is no number in JSON."""
+        data = event.data
         if len(data) > EVENT_BYTES_MAX:
             raise InvalidArgument(f"event of {len(data)} bytes is larger than {EVENT_BYTES_MAX}")
         if b"NaN" in data or b"Infinity" in data:  # perhaps in a text
             json.loads(data, parse_constant=_no_number)
-        event = events.Outgoing(subject, data, envelope.id)
-        self._mark.has(await events.publish(self._transport, event), data)
-        await self._kept.keep(event)
+        entry = _Entry(event, self._mark, self._kept)
+        events.send(self._transport, event, entry)
+        await entry.kept
 
     # ---- reading
 
@@ -160,6 +176,36 @@ class Journal:
         """The event of that number, if the stream has it."""
         found = await self._log.read(after=sequence - 1, limit=1)
         return found[0] if found and found[0].sequence == sequence and _is_sound(found[0]) else None
+
+
+class _Entry:
+    """An event on its way into the stream, and then among what is kept. Implements transport.Answer."""
+
+    __slots__ = ("_event", "_kept", "_mark", "kept")
+
+    def __init__(self, event: events.Outgoing, mark: Mark, kept: Kept) -> None:
+        self._event = event
+        self._mark = mark
+        self._kept = kept
+        self.kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def done(self) -> bool:
+        return False  # what nobody waits for any more is kept all the same
+
+    def set_result(self, ack: Message, /) -> None:
+        try:
+            self._mark.has(events.number_of(ack), self._event.data)
+        except Unavailable as e:
+            self._fail(e)
+        else:
+            self._kept.keep(self._event, self.kept)
+
+    def set_exception(self, error: WherryError, /) -> None:
+        self._fail(events.why_not(error))
+
+    def _fail(self, error: WherryError) -> None:
+        if not self.kept.done():
+            self.kept.set_exception(error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,13 +42,11 @@ class Kept:
                 await events.publish(transport, row.event)
         await self._rows.adopt(self._boot, rows[-1].seq)
 
-    async def keep(self, event: events.Outgoing) -> None:
-        """Durably keep what the stream has acknowledged; what comes meanwhile is written together."""
-        kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def keep(self, event: events.Outgoing, kept: asyncio.Future[None]) -> None:
+        """Durably keep what the stream has acknowledged, and tell; what comes meanwhile is written together."""
         self._waiting.append((event, kept))
         if self._writing is None:
             self._writing = asyncio.get_running_loop().create_task(self._write())
-        await kept
 
     async def _write(self) -> None:
         try:

@@ -43,7 +43,8 @@ class Mark:
         self._stream = stream
         self._transport = transport
         self._path = path
-        self._known = _load(path) if path is not None else None
+        self._kept = _load(path) if path is not None else None
+        self._newest: tuple[int, bytes] | None = None  # what was acknowledged since then; no digest is made of each
         self._doubtful = True  # the stream may have been opened again since it was looked at
         self._changes = 0  # of the connection
         self._checking = asyncio.Lock()
@@ -71,12 +72,21 @@ class Mark:
 
     def has(self, sequence: int, data: bytes) -> None:
         """The stream acknowledged an event as this number."""
-        known = self._known
-        if known is not None and not self._doubtful:
-            if sequence > known.sequence:
-                self._known = _Known(known.epoch, sequence, digest(data))
+        if self._kept is not None and not self._doubtful:
+            if sequence > (self._newest[0] if self._newest is not None else self._kept.sequence):
+                self._newest = sequence, data
             else:  # a second time, or again
                 self._doubtful = True
+
+    @property
+    def _known(self) -> _Known | None:
+        if self._newest is not None and self._kept is not None:
+            (sequence, data), self._newest = self._newest, None
+            self._kept = _Known(self._kept.epoch, sequence, digest(data))
+        return self._kept
+
+    def _know(self, known: _Known) -> None:
+        self._kept, self._newest = known, None
 
     async def state(self) -> LogState:
         """The stream's state; its epoch is another one when it has lost what it was known to have."""
@@ -112,7 +122,8 @@ class Mark:
         found = await self._stream.read(after=state.last - 1, limit=1) if state.last else []
         last = (found[0].sequence, digest(found[0].data)) if found else (0, "")
         if changes == self._changes:
-            self._known, self._doubtful = _Known(state.epoch, *last), False
+            self._know(_Known(state.epoch, *last))
+            self._doubtful = False
 
     async def _has(self, known: _Known) -> bool:
         if not known.sequence:

@@ -30,7 +30,7 @@ from .dial import dial, discard
 from .link import Link, check_version, sendable
 from .protocol import Message, encode_headers
 from .stream import JetStreamLog
-from .transport import Callback, NoResponders
+from .transport import Answer, Callback, NoResponders
 from .waiting import Waiting
 
 __all__ = ["Callback", "Connection", "Message", "NoResponders", "Subscription", "check_version"]
@@ -227,6 +227,17 @@ class Connection:
         finally:
             self._waiting.forget(reply)
 
+    def ask(
+        self, subject: str, data: bytes, answer: Answer, *, headers: Mapping[str, str] | None = None, timeout: float
+    ) -> None:
+        """The same, without waiting: the answer or the error is told to `answer`. Raises what `publish` raises."""
+        reply = self._waiting.expect(answer, subject, timeout)
+        try:
+            self.publish(subject, data, reply=reply, headers=headers)
+        except BaseException:
+            self._waiting.forget(reply)
+            raise
+
     def _answered(self, message: Any) -> None:
         asked = self._waiting.take(message.subject)
         if asked is None:
@@ -312,9 +323,7 @@ class Connection:
                     if str(sid) in self._link.callbacks and sub.subject != inbox:
                         await self._unsubscribe(sid)
                 await self.flush(timeout)
-                while waiting := [answer for _, (answer, _, _) in self._waiting]:
-                    await asyncio.wait(waiting)
-                    await asyncio.sleep(0)
+                await self._waiting.over()
                 await self.flush(timeout)
         except (TimeoutError, Unavailable, DeadlineExceeded) as error:
             log.warning("closing a connection that could not be drained: %s", error or "timeout")
@@ -377,12 +386,12 @@ class Connection:
         """Fail the requests that a refused subject, or a refused inbox, belongs to."""
         of_reply = kind.endswith("reply of")
         found = [
-            answer
+            reply
             for reply, (answer, asked, _) in self._waiting
             if (reply if of_reply else asked) == subject and not answer.done()
         ]
-        for answer in found:
-            answer.set_exception(denied)
+        for reply in found:
+            self._waiting.refuse(reply, denied)
         return bool(found)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from pydantic import ValidationError
 
@@ -15,9 +16,11 @@ from ..api.events import Envelope
 from ..errors import DeadlineExceeded, ResourceExhausted, Unavailable, WherryError
 from . import subjects
 from .protocol import Message as Received
-from .transport import SUM, Message, NoResponders, Subscription, Transport
+from .transport import SUM, Answer, Message, NoResponders, Subscription, Transport
 
 _ID_LINE = b"\r\nNats-Msg-Id: "
+# A PubAck as nats-server writes it; what looks otherwise is read as any JSON.
+_ACK = re.compile(rb'\{"stream":"[^"\\]*",(?: ?"domain":"[^"\\]*",)? ?"seq":(\d+)(?:, ?"duplicate": ?true)?\}')
 MESSAGE_ID = "Nats-Msg-Id"
 ACK_TIMEOUT = 5.0
 _REMEMBERED = 4096  # at least; twice as many at most
@@ -38,8 +41,8 @@ def encode_parts(id: str, at: str, namespace: str, topic: str, node: str, event:
 
 def decode(data: bytes) -> Envelope | None:
     """The event of a message; None for what is no event."""
-    try:
-        return Envelope.model_validate_json(data)
+    try:  # its validator without the layer above it
+        return cast(Envelope, Envelope.__pydantic_validator__.validate_json(data))
     except ValidationError:
         return None
 
@@ -70,37 +73,105 @@ def _headers(event: Outgoing) -> dict[str, str]:
     return {SUM: checksum(event.subject, event.data), MESSAGE_ID: event.id}
 
 
+def send(transport: Transport, event: Outgoing, answer: Answer) -> None:
+    """Send one event to the stream, whose word is told to `answer`: see `number_of` and `why_not`."""
+    transport.ask(event.subject, event.data, answer, headers=_headers(event), timeout=ACK_TIMEOUT)
+
+
+def number_of(ack: Message) -> int:
+    """The number that the stream gave an event. Unavailable when it refused it."""
+    known = _ACK.fullmatch(ack.data)
+    if known is not None:
+        return int(known[1])
+    try:
+        told = json.loads(ack.data)
+    except ValueError:
+        raise Unavailable(f"the stream's answer to an event cannot be read: {ack.data[:200]!r}") from None
+    try:
+        return int(told["seq"])
+    except (KeyError, TypeError, ValueError):
+        raise Unavailable(f"the stream refused the event: {str(told)[:200]}") from None
+
+
+def why_not(error: WherryError) -> WherryError:
+    """Why an event is not in the stream, where this came instead of its ack."""
+    if isinstance(error, NoResponders):
+        return Unavailable("no stream takes events: the events service is not up")
+    if isinstance(error, DeadlineExceeded):
+        return Unavailable(f"the stream did not acknowledge an event within {ACK_TIMEOUT:g} s")
+    return error
+
+
 async def publish(transport: Transport, event: Outgoing) -> int:
     """Publish one event and wait until the stream has it; answers its number there. Unavailable when it has not."""
-    ack = await _ask(transport, event, _headers(event))
+    answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
     try:
-        return int(ack["seq"])
-    except (KeyError, TypeError, ValueError):
-        raise Unavailable(f"the stream refused the event: {str(ack)[:200]}") from None
+        send(transport, event, answer)
+        ack = await answer
+    except WherryError as e:
+        raise why_not(e) from None
+    return number_of(ack)
 
 
 async def publish_all(transport: Transport, events: Sequence[Outgoing]) -> tuple[int, WherryError | None]:
     """Publish events, all at once, and wait for the stream. Answers how many of them, from the first, it has; and why
     it has not the next one. Of those behind that one it may have some."""
-    found = await asyncio.gather(*(publish(transport, event) for event in events), return_exceptions=True)
-    for number, result in enumerate(found):
-        if isinstance(result, WherryError):
-            return number, result
-        if isinstance(result, BaseException):
-            raise result
-    return len(events), None
+    acks = _Acks(len(events))
+    for number, event in enumerate(events):
+        ack = _Ack(acks, number)
+        try:
+            send(transport, event, ack)
+        except WherryError as e:
+            ack.set_exception(e)
+    return await acks.told()
 
 
-async def _ask(transport: Transport, event: Outgoing, headers: dict[str, str]) -> Any:
-    try:
-        answer = await transport.request(event.subject, event.data, headers=headers, timeout=ACK_TIMEOUT)
-        return json.loads(answer.data)
-    except NoResponders:
-        raise Unavailable("no stream takes events: the events service is not up") from None
-    except DeadlineExceeded:
-        raise Unavailable(f"the stream did not acknowledge an event within {ACK_TIMEOUT:g} s") from None
-    except ValueError:
-        raise Unavailable(f"the stream's answer to an event cannot be read: {answer.data[:200]!r}") from None
+class _Acks:
+    """What the stream says of several events: no task and no future for each."""
+
+    def __init__(self, count: int) -> None:
+        self._left = self._count = count
+        self._all: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._refused: dict[int, WherryError] = {}
+
+    async def told(self) -> tuple[int, WherryError | None]:
+        """See `publish_all`."""
+        if self._left:
+            await self._all
+        first = min(self._refused, default=self._count)
+        return first, self._refused.get(first)
+
+    def done(self) -> bool:
+        return self._all.done()
+
+    def note(self, number: int, refused: WherryError | None) -> None:
+        if refused is not None:
+            self._refused[number] = refused
+        self._left -= 1
+        if not self._left and not self._all.done():
+            self._all.set_result(None)
+
+
+class _Ack:
+    """One of them. Implements transport.Answer."""
+
+    __slots__ = ("_acks", "_number", "done")
+
+    def __init__(self, acks: _Acks, number: int) -> None:
+        self._acks = acks
+        self._number = number
+        self.done = acks.done
+
+    def set_result(self, message: Message, /) -> None:
+        try:
+            number_of(message)
+        except WherryError as e:
+            self._acks.note(self._number, e)
+        else:
+            self._acks.note(self._number, None)
+
+    def set_exception(self, error: WherryError, /) -> None:
+        self._acks.note(self._number, why_not(error))
 
 
 class Subscriber:

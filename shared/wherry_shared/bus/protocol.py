@@ -225,9 +225,9 @@ class Receiver(asyncio.BufferedProtocol):
                 break
             first = buffer[pos]
             if first == _M:
-                need = self._announce(str(view[pos + 4 : eol], "utf-8", "surrogateescape").split(" "), False)
+                need = self._announce(buffer[pos + 4 : eol].decode("utf-8", "surrogateescape").split(" "), False)
             elif first == _H:
-                need = self._announce(str(view[pos + 5 : eol], "utf-8", "surrogateescape").split(" "), True)
+                need = self._announce(buffer[pos + 5 : eol].decode("utf-8", "surrogateescape").split(" "), True)
             else:
                 self._control(first, bytes(view[pos:eol]))
             pos = eol + 2

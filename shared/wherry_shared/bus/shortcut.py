@@ -23,7 +23,7 @@ from . import sockets, subjects
 from .pipe import MAX_PAYLOAD, Pipe
 from .protocol import Message, encode_headers
 from .proxy import RETRY
-from .transport import Callback, EventLog, Lost, Subscription, Transport
+from .transport import Answer, Callback, EventLog, Lost, Subscription, Transport
 from .transport import Message as AnyMessage
 from .waiting import Waiting
 
@@ -236,6 +236,11 @@ class Shortcut:
 
     def publish(self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
         self._bus.publish(subject, data, reply=reply, headers=headers)
+
+    def ask(
+        self, subject: str, data: bytes, answer: Answer, *, headers: Mapping[str, str] | None = None, timeout: float
+    ) -> None:
+        self._bus.ask(subject, data, answer, headers=headers, timeout=timeout)
 
     async def flush(self, timeout: float = 5.0) -> None:
         await self._bus.flush(timeout)

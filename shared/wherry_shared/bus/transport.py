@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import Unavailable
 
@@ -36,6 +36,17 @@ class Message(Protocol):
 
 Callback = Callable[[Message], None]
 """Called synchronously for each message, in order; it must neither block nor raise."""
+
+
+class Answer(Protocol):
+    """Whom an answer is for, told once: an asyncio.Future[Message], or what counts the answers of several requests."""
+
+    def done(self) -> bool:
+        """Whether nobody waits for it any more."""
+        ...
+
+    def set_result(self, message: Any, /) -> None: ...
+    def set_exception(self, error: Any, /) -> None: ...
 
 
 class Subscription(Protocol):
@@ -86,6 +97,16 @@ class Transport(Publisher, Protocol):
         NoResponders at once when nobody listens, Unavailable when the connection is or gets lost, Lost when the
         request may be sent again at once, PermissionDenied when the bus refuses the subject, DeadlineExceeded at the
         timeout.
+        """
+        ...
+
+    def ask(
+        self, subject: str, data: bytes, answer: Answer, *, headers: Mapping[str, str] | None = None, timeout: float
+    ) -> None:
+        """Send a request whose answer, or why there is none, is told to `answer`; it always goes by the bus.
+
+        Raises what `publish` raises: nothing is told then. `answer` is called from where messages are read: it must
+        neither block nor raise.
         """
         ...
 
