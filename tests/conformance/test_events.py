@@ -360,6 +360,16 @@ async def test_one_subscription_sees_the_ends_on_every_node(house: Bus) -> None:
             await operator.close()
 
 
+async def test_two_read_what_one_subscriber_hears(house: Bus, events: Events) -> None:
+    async with await house.subscribe() as heard, asyncio.timeout(10):
+        readers = [asyncio.ensure_future(anext(heard)) for _ in range(3)]
+        await asyncio.sleep(0.01)
+        readers[0].cancel()
+        await asyncio.sleep(0.01)
+        made = [await events.publish("/a", {"n": n}) for n in range(3)]
+        assert [await readers[1], await readers[2], await anext(heard)] == made
+
+
 async def test_a_slow_subscriber_is_told_and_catches_up_by_its_token(house: Bus, events: Events) -> None:
     start = (await events.stream()).token
     async with await house.subscribe(limit=50) as slow, await house.subscribe() as quick, asyncio.timeout(30):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,15 +17,21 @@ from wherry_shared import outbox
 from wherry_shared.bus import Bus, events, subjects
 from wherry_shared.bus.credentials import stream_name
 from wherry_shared.bus.transport import EventLog
+from wherry_shared.errors import Unavailable
 from wherry_shared.sqlite import Database
 
 
 @pytest.fixture
-async def bus(tmp_path: Path) -> AsyncIterator[Bus]:
-    with HouseServer(tmp_path / "bus") as server:
-        made = await server.connect("events")
+def server(tmp_path: Path) -> Iterator[HouseServer]:
+    with HouseServer(tmp_path / "bus") as made:
         yield made
-        await made.transport.close()
+
+
+@pytest.fixture
+async def bus(server: HouseServer) -> AsyncIterator[Bus]:
+    made = await server.connect("events")
+    yield made
+    await made.transport.close()
 
 
 @pytest.fixture
@@ -109,3 +115,39 @@ async def test_what_is_surely_on_the_streams_disk_is_kept_no_longer(
     await asyncio.sleep(0.1)
     await journal.publish("default", "/a", {})
     assert [row[0] for row in database.all("SELECT seq FROM kept")] == [4]
+
+
+async def test_what_the_stream_refuses_is_kept_no_longer_than_its_caller_waits(
+    bus: Bus, database: Database, power: Callable[[], None]
+) -> None:
+    """It is written while the stream takes it; what that refuses must not come back after a power cut."""
+    log = bus.transport.event_log(stream_name(NODE), f"{subjects.EV}.{NODE}.>")
+    journal = Journal(log, bus, Kept(Rows(database)))
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="no stream takes events"):
+            await journal.publish("default", "/refused", {})
+        assert database.all("SELECT seq FROM kept") == []
+    await log.ensure(max_age=3600, max_bytes=1 << 24)
+    told = await asyncio.gather(*(journal.publish("default", f"/taken.{n}", {}) for n in range(40)))
+    assert len(told) == 40
+    assert len(database.all("SELECT seq FROM kept")) == 40
+    power()
+    await Kept(Rows(database)).restore(log, bus.transport)
+    assert await topics(log) == [f"/taken.{n}" for n in range(40)]
+
+
+async def test_a_caller_that_gives_up_while_the_stream_is_silent(
+    log: EventLog, bus: Bus, database: Database, server: HouseServer
+) -> None:
+    journal = Journal(log, bus, Kept(Rows(database)))
+    server.nats.freeze()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await journal.publish("default", "/silent", {})
+    others = [asyncio.ensure_future(journal.publish("default", f"/later.{n}", {})) for n in range(3)]
+    await asyncio.sleep(0.1)
+    assert not any(other.done() for other in others), "the stream has not got them"
+    server.nats.thaw()
+    async with asyncio.timeout(10):
+        await asyncio.gather(*others)
+    assert len(await topics(log)) == len(database.all("SELECT seq FROM kept")) == 4

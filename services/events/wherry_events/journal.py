@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import secrets
@@ -13,13 +12,13 @@ from typing import Any, NoReturn, cast
 from pydantic import ConfigDict, TypeAdapter
 from wherry_shared.api.events import Envelope, Gap, Replay, Stream
 from wherry_shared.bus import Bus, events, subjects
-from wherry_shared.bus.transport import EventLog, LogState, Message, Stored
+from wherry_shared.bus.transport import EventLog, LogState, Stored
 from wherry_shared.contract import Encoded, pack
-from wherry_shared.errors import InvalidArgument, OutOfRange, Unavailable, WherryError
+from wherry_shared.errors import InvalidArgument, OutOfRange
 from wherry_shared.filters import compile_filters
 from wherry_shared.values import check_identifier, now
 
-from .kept import Kept
+from .kept import Entry, Kept
 from .mark import DIGEST_LENGTH, Mark, digest
 
 LIMIT_MAX = 1000
@@ -91,9 +90,10 @@ class Journal:
             raise InvalidArgument(f"event of {len(data)} bytes is larger than {EVENT_BYTES_MAX}")
         if b"NaN" in data or b"Infinity" in data:  # perhaps in a text
             json.loads(data, parse_constant=_no_number)
-        entry = _Entry(event, self._mark, self._kept)
+        entry = Entry(event, self._mark)
         events.send(self._transport, event, entry)
-        await entry.kept
+        self._kept.keep(entry)
+        await entry
 
     # ---- reading
 
@@ -176,36 +176,6 @@ class Journal:
         """The event of that number, if the stream has it."""
         found = await self._log.read(after=sequence - 1, limit=1)
         return found[0] if found and found[0].sequence == sequence and _is_sound(found[0]) else None
-
-
-class _Entry:
-    """An event on its way into the stream, and then among what is kept. Implements transport.Answer."""
-
-    __slots__ = ("_event", "_kept", "_mark", "kept")
-
-    def __init__(self, event: events.Outgoing, mark: Mark, kept: Kept) -> None:
-        self._event = event
-        self._mark = mark
-        self._kept = kept
-        self.kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def done(self) -> bool:
-        return False  # what nobody waits for any more is kept all the same
-
-    def set_result(self, ack: Message, /) -> None:
-        try:
-            self._mark.has(events.number_of(ack), self._event.data)
-        except Unavailable as e:
-            self._fail(e)
-        else:
-            self._kept.keep(self._event, self.kept)
-
-    def set_exception(self, error: WherryError, /) -> None:
-        self._fail(events.why_not(error))
-
-    def _fail(self, error: WherryError) -> None:
-        if not self.kept.done():
-            self.kept.set_exception(error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,6 @@
-"""What callers published and the stream acknowledged a moment ago, kept until the stream's files surely have it.
+"""What callers published a moment ago, kept until the stream's files surely have it.
+
+It is written while the stream takes it. What the stream refuses is gone from here before its caller knows.
 
 Services keep their own events in their outboxes (wherry_shared.outbox); callers have none, so this is theirs.
 """
@@ -6,19 +8,80 @@ Services keep their own events in their outboxes (wherry_shared.outbox); callers
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Generator
 from datetime import datetime, timedelta
+from typing import Any
 
+from wherry_shared import outbox
 from wherry_shared.boot import boot_id
 from wherry_shared.bus import events
-from wherry_shared.bus.transport import EventLog, Transport
+from wherry_shared.bus.transport import EventLog, Message, Transport
 from wherry_shared.errors import WherryError
 from wherry_shared.outbox import Recent
 from wherry_shared.values import now
 
+from .mark import Mark
 from .metadata import Rows
+
+log = logging.getLogger(__name__)
 
 # The stream's times are nats-server's, ours this process's.
 _CLOCK = timedelta(seconds=60)
+
+
+class Entry:
+    """An event on its way into the stream, and among what is kept. Implements transport.Answer."""
+
+    __slots__ = ("_kept", "_mark", "_told", "event", "is_told", "refused")
+
+    def __init__(self, event: events.Outgoing, mark: Mark) -> None:
+        self.event = event
+        self.is_told = False  # by the stream
+        self.refused: WherryError | None = None
+        self._mark = mark
+        self._told: asyncio.Future[None] | None = None
+        self._kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def __await__(self) -> Generator[Any, None, None]:
+        """Until the stream has it and it is kept."""
+        return self._kept.__await__()
+
+    def end(self, error: WherryError | None) -> None:
+        """Both are done, or one of them is not."""
+        error = self.refused or error
+        if self._kept.done():
+            return
+        if error is None:
+            self._kept.set_result(None)
+        else:
+            self._kept.set_exception(type(error)(error.message))
+
+    async def told(self) -> None:
+        """Until the stream has said something, or its time is over."""
+        self._told = asyncio.get_running_loop().create_future()
+        await self._told
+
+    # ---- transport.Answer
+
+    def done(self) -> bool:
+        return False  # what its caller waits for no more is kept all the same
+
+    def set_result(self, ack: Message, /) -> None:
+        try:
+            self._mark.has(events.number_of(ack), self.event.data)
+        except WherryError as e:
+            self.refused = e
+        self._tell()
+
+    def set_exception(self, error: WherryError, /) -> None:
+        self.refused = events.why_not(error)
+        self._tell()
+
+    def _tell(self) -> None:
+        self.is_told = True
+        if self._told is not None and not self._told.done():
+            self._told.set_result(None)
 
 
 class Kept:
@@ -28,7 +91,9 @@ class Kept:
         self._rows = rows
         self._boot = boot_id()
         self._recent = Recent()
-        self._waiting: list[tuple[events.Outgoing, asyncio.Future[None]]] = []
+        self._told = self._synced = 0  # up to where the stream has said its word, and where its files surely have them
+        self._forgot_at = 0.0
+        self._waiting: list[Entry] = []
         self._writing: asyncio.Task[None] | None = None
 
     async def restore(self, log: EventLog, transport: Transport) -> None:
@@ -42,9 +107,9 @@ class Kept:
                 await events.publish(transport, row.event)
         await self._rows.adopt(self._boot, rows[-1].seq)
 
-    def keep(self, event: events.Outgoing, kept: asyncio.Future[None]) -> None:
-        """Durably keep what the stream has acknowledged, and tell; what comes meanwhile is written together."""
-        self._waiting.append((event, kept))
+    def keep(self, entry: Entry) -> None:
+        """Keep an event that was just sent to the stream; what comes meanwhile is written together."""
+        self._waiting.append(entry)
         if self._writing is None:
             self._writing = asyncio.get_running_loop().create_task(self._write())
 
@@ -52,23 +117,43 @@ class Kept:
         try:
             while self._waiting:
                 batch, self._waiting = self._waiting, []
-                error = await self._add([event for event, _ in batch])
-                for _, kept in batch:
-                    if kept.done():
-                        continue
-                    if error is None:
-                        kept.set_result(None)
-                    else:
-                        kept.set_exception(type(error)(error.message))
+                last, error = await self._add(batch)
+                for entry in batch:
+                    if not entry.is_told:  # later ones are told later: nobody waits for longer
+                        await entry.told()
+                if last:
+                    await self._sort_out(batch, last)
+                for entry in batch:
+                    entry.end(error)
         finally:
             self._writing = None
 
-    async def _add(self, batch: list[events.Outgoing]) -> WherryError | None:
+    async def _add(self, batch: list[Entry]) -> tuple[int, WherryError | None]:
+        """The last one's number, or why there is none."""
         try:
-            await self._rows.add(batch, now().isoformat(), self._boot, self._recent.note)
+            return await self._rows.add([e.event for e in batch], now().isoformat(), self._boot, self._due()), None
         except WherryError as e:
-            return e
-        return None
+            return 0, e
+
+    async def _sort_out(self, batch: list[Entry], last: int) -> None:
+        """Forget at once what the stream refused, before its caller knows; the rest when its files surely have it."""
+        first = last - len(batch) + 1
+        refused = [first + place for place, entry in enumerate(batch) if entry.refused is not None]
+        try:
+            if refused:
+                await self._rows.remove(refused)
+        except WherryError as e:
+            log.warning("after a power cut the stream would be given what it has refused: %s", e)
+        self._told, self._synced = last, max(self._synced, self._recent.note(last))
+
+    def _due(self) -> int:
+        """Up to where to forget now; not each time, since a few rows cost as many pages as many do."""
+        time = asyncio.get_running_loop().time()
+        if time - self._forgot_at < outbox.KEEP_SECONDS / 10:
+            return 0
+        self._forgot_at = time
+        self._synced = max(self._synced, self._recent.note(self._told))
+        return self._synced
 
 
 async def _stored_since(log: EventLog, since: datetime) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from wherry_shared.bus.events import Outgoing
@@ -50,16 +50,27 @@ class Rows:
             lambda tx: tx.execute("UPDATE kept SET boot = ? WHERE seq <= ?", (boot, upto)).rowcount
         )
 
-    async def add(self, events: Sequence[Outgoing], at: str, boot: str, forget: Callable[[int], int]) -> None:
-        """Durably add some, and delete those up to the number that `forget` answers for the last one's."""
+    async def add(self, events: Sequence[Outgoing], at: str, boot: str, forgotten: int) -> int:
+        """Durably add some, with numbers in a row, and delete those up to `forgotten`. Answers the last number."""
 
-        def insert(tx: Transaction) -> None:
+        def insert(tx: Transaction) -> int:
             last = 0
             for begin in range(0, len(events), TOGETHER):
                 some = events[begin : begin + TOGETHER]
                 values = [value for event in some for value in (event.id, event.subject, event.data, at, boot)]
                 made = tx.execute(f"INSERT INTO kept (id, subject, data, at, boot) VALUES {_rows(len(some))}", values)  # noqa: S608
                 last = made.lastrowid or 0
-            tx.execute("DELETE FROM kept WHERE seq <= ?", (forget(last),))
+            if forgotten:
+                tx.execute("DELETE FROM kept WHERE seq <= ?", (forgotten,))
+            return last
 
-        await self._database.write(insert)
+        return await self._database.write(insert)
+
+    async def remove(self, numbers: Sequence[int]) -> None:
+        """Durably delete those."""
+
+        def delete(tx: Transaction) -> None:
+            for number in numbers:
+                tx.execute("DELETE FROM kept WHERE seq = ?", (number,))
+
+        await self._database.write(delete, frees=True)

@@ -185,7 +185,7 @@ class Subscriber:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._events: deque[bytes] = deque()
-        self._more = asyncio.Event()
+        self._more: asyncio.Future[None] | None = None  # where a reader waits
         self._seen: set[str] = set()
         self._seen_before: set[str] = set()
         self._missed = 0
@@ -201,28 +201,38 @@ class Subscriber:
         await transport.flush()
 
     def _on_message(self, message: Message) -> None:
-        if not self.first(id_of(message)):
+        event_id, seen = id_of(message), self._seen
+        # A publisher that lost an ack sends an event again.
+        if not event_id or event_id in seen or event_id in self._seen_before:
             return
+        seen.add(event_id)
+        if len(seen) > _REMEMBERED:
+            self._seen, self._seen_before = set(), seen
         # After a hole nothing is taken until the reader knows of it: so it is told at the right place.
         if self._missed or self._interrupted or len(self._events) >= self._limit:
             self._missed += 1
         else:
             self._events.append(message.data)
-        self._more.set()
+        if self._more is not None:
+            self._wake()
 
     def _on_state(self, connected: bool) -> None:
         if not connected:
             self._interrupted = True
-            self._more.set()
+            self._wake()
 
-    def first(self, event_id: str) -> bool:
-        """Whether this event was not seen before; a publisher that lost an ack sends it again."""
-        if not event_id or event_id in self._seen or event_id in self._seen_before:
-            return False
-        self._seen.add(event_id)
-        if len(self._seen) > _REMEMBERED:
-            self._seen, self._seen_before = set(), self._seen
-        return True
+    def _wake(self) -> None:
+        more, self._more = self._more, None
+        if more is not None and not more.done():
+            more.set_result(None)
+
+    async def _wait(self) -> None:
+        """Until there is something to read or to tell, or, for a second reader, until the first has given up."""
+        if self._more is None or self._more.done():
+            self._more = asyncio.get_running_loop().create_future()
+            await self._more
+        else:
+            await asyncio.wait([self._more])
 
     def __aiter__(self) -> AsyncIterator[Envelope]:
         return self
@@ -233,8 +243,7 @@ class Subscriber:
                 self._tell()
                 if self._closed:
                     raise StopAsyncIteration
-                self._more.clear()
-                await self._more.wait()
+                await self._wait()
             envelope = decode(self._events.popleft())
             if envelope is not None:
                 return envelope
@@ -250,7 +259,7 @@ class Subscriber:
     async def close(self) -> None:
         """Take no more events; a reader comes to the end after those that it has not read."""
         self._closed = True
-        self._more.set()
+        self._wake()
         if self._subscription is not None and self._transport is not None:
             self._transport.on_state.remove(self._on_state)
             subscription, self._subscription = self._subscription, None
