@@ -360,6 +360,15 @@ async def test_one_subscription_sees_the_ends_on_every_node(house: Bus) -> None:
             await operator.close()
 
 
+async def test_what_a_caller_publishes_stands_in_the_stream_as_any_envelope_does(house: Bus, events: Events) -> None:
+    event = {"a": [1, None, True, 2.5], "when": TIME, "nested": {"text": 'ü "\n'}, "raw": b"text", "big": 2**60}
+    made = await events.publish("/my.app/made", event)
+    (stored,) = await (await log_of(house)).read()
+    assert stored.data == encode(made)
+    assert made.event == event
+    assert (made.namespace, made.topic, made.node) == ("default", "/my.app/made", house.node)
+
+
 async def test_two_read_what_one_subscriber_hears(house: Bus, events: Events) -> None:
     async with await house.subscribe() as heard, asyncio.timeout(10):
         readers = [asyncio.ensure_future(anext(heard)) for _ in range(3)]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NoReturn, cast
 
-from pydantic import ConfigDict, TypeAdapter
 from wherry_shared.api.events import Envelope, Gap, Replay, Stream
 from wherry_shared.bus import Bus, events, subjects
 from wherry_shared.bus.transport import EventLog, LogState, Stored
@@ -28,8 +27,6 @@ WINDOW_BYTES = 384 << 10
 # How many events one call looks at, for those that filters let through.
 SCAN_MAX = 4096
 _EARLIEST = datetime(1970, 1, 2, tzinfo=UTC)
-# What JSON does not have shows in it, to be refused, as in an Envelope's.
-_event = TypeAdapter(dict[str, Any], config=ConfigDict(ser_json_inf_nan="constants"))
 
 
 class Journal:
@@ -50,7 +47,7 @@ class Journal:
         event_id = hashlib.sha256(key.encode()).hexdigest()[:24] if key else secrets.token_hex(12)
         at = now()
         try:
-            told = _event.serializer.to_json(event).decode()
+            told = events.encode_event(event)
         except ValueError as e:  # bytes that are no text, say
             raise InvalidArgument(f"the event cannot be written as JSON: {e}") from None
         data = events.encode_parts(event_id, at.isoformat(), namespace, topic, self._node, told)
@@ -90,7 +87,7 @@ class Journal:
             raise InvalidArgument(f"event of {len(data)} bytes is larger than {EVENT_BYTES_MAX}")
         if b"NaN" in data or b"Infinity" in data:  # perhaps in a text
             json.loads(data, parse_constant=_no_number)
-        entry = Entry(event, self._mark)
+        entry = Entry(event, self._mark.has)
         events.send(self._transport, event, entry)
         self._kept.keep(entry)
         await entry

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -21,7 +21,6 @@ from wherry_shared.errors import WherryError
 from wherry_shared.outbox import Recent
 from wherry_shared.values import now
 
-from .mark import Mark
 from .metadata import Rows
 
 log = logging.getLogger(__name__)
@@ -33,13 +32,14 @@ _CLOCK = timedelta(seconds=60)
 class Entry:
     """An event on its way into the stream, and among what is kept. Implements transport.Answer."""
 
-    __slots__ = ("_kept", "_mark", "_told", "event", "is_told", "refused")
+    __slots__ = ("_has", "_kept", "_told", "event", "is_told", "refused")
 
-    def __init__(self, event: events.Outgoing, mark: Mark) -> None:
+    def __init__(self, event: events.Outgoing, has: Callable[[int, bytes], None]) -> None:
+        """has: told the number that the stream gave it, and its body."""
         self.event = event
         self.is_told = False  # by the stream
         self.refused: WherryError | None = None
-        self._mark = mark
+        self._has = has
         self._told: asyncio.Future[None] | None = None
         self._kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -69,7 +69,7 @@ class Entry:
 
     def set_result(self, ack: Message, /) -> None:
         try:
-            self._mark.has(events.number_of(ack), self.event.data)
+            self._has(events.number_of(ack), self.event.data)
         except WherryError as e:
             self.refused = e
         self._tell()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
 import zlib
@@ -10,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple, cast
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ..api.events import Envelope
 from ..errors import DeadlineExceeded, ResourceExhausted, Unavailable, WherryError
@@ -37,6 +38,16 @@ def encode_parts(id: str, at: str, namespace: str, topic: str, node: str, event:
     return (
         f'{{"id":"{id}","timestamp":"{at}","namespace":"{namespace}","topic":"{topic}","node":"{node}","event":{event}}}'
     ).encode()
+
+
+@functools.cache
+def _any_event() -> TypeAdapter[dict[str, Any]]:
+    return TypeAdapter(dict[str, Any], config=ConfigDict(ser_json_inf_nan="constants"))
+
+
+def encode_event(event: dict[str, Any]) -> str:
+    """As an Envelope has it in its JSON. ValueError for bytes that are no text; what JSON does not have shows."""
+    return _any_event().serializer.to_json(event).decode()
 
 
 def decode(data: bytes) -> Envelope | None:
