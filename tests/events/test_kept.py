@@ -18,6 +18,7 @@ from wherry_shared.bus import Bus, events, subjects
 from wherry_shared.bus.credentials import stream_name
 from wherry_shared.bus.transport import EventLog
 from wherry_shared.errors import Unavailable
+from wherry_shared.memory import MemoryLog, MemoryTransport
 from wherry_shared.sqlite import Database
 
 
@@ -112,6 +113,7 @@ async def test_what_is_surely_on_the_streams_disk_is_kept_no_longer(
         await journal.publish("default", "/a", {})
     assert database.one("SELECT count(*) FROM kept")[0] == 3
     monkeypatch.setattr(outbox, "KEEP_SECONDS", 0.05)
+    monkeypatch.setattr(kept_module, "FORGET_SECONDS", 0.05)
     await asyncio.sleep(0.1)
     await journal.publish("default", "/a", {})
     assert [row[0] for row in database.all("SELECT seq FROM kept")] == [4]
@@ -151,3 +153,13 @@ async def test_a_caller_that_gives_up_while_the_stream_is_silent(
     async with asyncio.timeout(10):
         await asyncio.gather(*others)
     assert len(await topics(log)) == len(database.all("SELECT seq FROM kept")) == 4
+
+
+async def test_what_is_refused_at_once_is_told_at_once(database: Database) -> None:
+    bus = Bus(MemoryTransport(), node=NODE)
+    journal = Journal(MemoryLog("elsewhere", "x.>"), bus, Kept(Rows(database)))
+    async with asyncio.timeout(2):
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="no stream takes events"):
+                await journal.publish("default", "/refused", {})
+    assert database.all("SELECT seq FROM kept") == []

@@ -1,6 +1,6 @@
 """What callers published a moment ago, kept until the stream's files surely have it.
 
-It is written while the stream takes it. What the stream refuses is gone from here before its caller knows.
+Of many, the next are written while the stream takes them. What it refuses is gone from here before its caller knows.
 
 Services keep their own events in their outboxes (wherry_shared.outbox); callers have none, so this is theirs.
 """
@@ -13,10 +13,9 @@ from collections.abc import Callable, Generator
 from datetime import datetime, timedelta
 from typing import Any
 
-from wherry_shared import outbox
 from wherry_shared.boot import boot_id
 from wherry_shared.bus import events
-from wherry_shared.bus.transport import EventLog, Message, Transport
+from wherry_shared.bus.transport import EventLog, Transport
 from wherry_shared.errors import WherryError
 from wherry_shared.outbox import Recent
 from wherry_shared.values import now
@@ -25,6 +24,8 @@ from .metadata import Rows
 
 log = logging.getLogger(__name__)
 
+# Between two deletions of what is kept no longer: a few rows cost as many pages as many do.
+FORGET_SECONDS = 1.0
 # The stream's times are nats-server's, ours this process's.
 _CLOCK = timedelta(seconds=60)
 
@@ -32,13 +33,14 @@ _CLOCK = timedelta(seconds=60)
 class Entry:
     """An event on its way into the stream, and among what is kept. Implements transport.Answer."""
 
-    __slots__ = ("_has", "_kept", "_told", "event", "is_told", "refused")
+    __slots__ = ("_has", "_kept", "_told", "event", "is_told", "on_told", "refused")
 
     def __init__(self, event: events.Outgoing, has: Callable[[int, bytes], None]) -> None:
         """has: told the number that the stream gave it, and its body."""
         self.event = event
         self.is_told = False  # by the stream
         self.refused: WherryError | None = None
+        self.on_told: Callable[[], None] | None = None
         self._has = has
         self._told: asyncio.Future[None] | None = None
         self._kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -67,7 +69,7 @@ class Entry:
     def done(self) -> bool:
         return False  # what its caller waits for no more is kept all the same
 
-    def set_result(self, ack: Message, /) -> None:
+    def set_result(self, ack: Any, /) -> None:
         try:
             self._has(events.number_of(ack), self.event.data)
         except WherryError as e:
@@ -82,6 +84,8 @@ class Entry:
         self.is_told = True
         if self._told is not None and not self._told.done():
             self._told.set_result(None)
+        if self.on_told is not None:
+            self.on_told()
 
 
 class Kept:
@@ -108,22 +112,32 @@ class Kept:
         await self._rows.adopt(self._boot, rows[-1].seq)
 
     def keep(self, entry: Entry) -> None:
-        """Keep an event that was just sent to the stream; what comes meanwhile is written together."""
+        """Keep an event that was just sent to the stream, together with what comes meanwhile.
+
+        Of many, the next are written while the stream takes them; a single one when it has it: its subscribers have
+        the processors till then.
+        """
         self._waiting.append(entry)
-        if self._writing is None:
+        entry.on_told = self._begin
+        if entry.is_told:  # at once: nobody listens, say
+            self._begin()
+
+    def _begin(self) -> None:
+        if self._writing is None and self._waiting:
             self._writing = asyncio.get_running_loop().create_task(self._write())
 
     async def _write(self) -> None:
         try:
             while self._waiting:
-                batch, self._waiting = self._waiting, []
-                last, error = await self._add(batch)
+                waiting, self._waiting = self._waiting, []
+                batch = [entry for entry in waiting if entry.refused is None]
+                last, error = await self._add(batch) if batch else (0, None)
                 for entry in batch:
                     if not entry.is_told:  # later ones are told later: nobody waits for longer
                         await entry.told()
                 if last:
                     await self._sort_out(batch, last)
-                for entry in batch:
+                for entry in waiting:
                     entry.end(error)
         finally:
             self._writing = None
@@ -147,9 +161,9 @@ class Kept:
         self._told, self._synced = last, max(self._synced, self._recent.note(last))
 
     def _due(self) -> int:
-        """Up to where to forget now; not each time, since a few rows cost as many pages as many do."""
+        """Up to where to forget now, if it is time to."""
         time = asyncio.get_running_loop().time()
-        if time - self._forgot_at < outbox.KEEP_SECONDS / 10:
+        if time - self._forgot_at < FORGET_SECONDS:
             return 0
         self._forgot_at = time
         self._synced = max(self._synced, self._recent.note(self._told))
