@@ -22,6 +22,7 @@ MAX_PAYLOAD: Final = 1 << 20  # bytes of one message, its headers included: nats
 HIGH_WATER: Final = 4 << 20  # bytes unsent at which there is pressure, until all of them are sent
 UNSENT_MAX: Final = 64 << 20  # bytes unsent at which a message is refused
 BATCH: Final = 4  # messages that are sent together while more are being made
+MUTATIONS: Final = 8  # the same of mutations: they wait for a disk, and what came together shares one write
 LARGE: Final = 64 << 10  # a write of more bytes is handed over piece by piece instead of being copied together
 _PIECES_MAX: Final = 64  # of one sendmsg
 _CRLF: Final = b"\r\n"
@@ -49,8 +50,12 @@ class Pipe:
 
     # ---- writing
 
-    def send(self, subject: str, reply: str, block: bytes, data: bytes, *, alone: bool = False) -> None:
+    def send(
+        self, subject: str, reply: str, block: bytes, data: bytes, *, alone: bool = False, batch: int = BATCH
+    ) -> None:
         """Write one message; block: its encoded headers, or b""; alone: it leaves now, no other is expected.
+
+        batch: it leaves at the latest with so many.
 
         Unavailable when the pipe has ended, InvalidArgument when the message is too large, ResourceExhausted when the
         other end has not read for too long.
@@ -71,7 +76,7 @@ class Pipe:
         self._pieces += (line, data, _CRLF)
         self._size += len(line) + len(data) + 2
         self._messages += 1
-        if alone or self._messages >= BATCH:
+        if alone or self._messages >= batch:
             self.flush()
         elif not self._planned:
             self._planned = True

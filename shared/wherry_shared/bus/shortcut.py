@@ -20,9 +20,9 @@ from typing import Final
 from ..contract import OWNERS
 from ..errors import DeadlineExceeded, Unavailable
 from . import sockets, subjects
-from .pipe import MAX_PAYLOAD, Pipe
+from .pipe import BATCH, MAX_PAYLOAD, MUTATIONS, Pipe
 from .protocol import Message, encode_headers
-from .proxy import RETRY
+from .proxy import KEY, RETRY
 from .transport import Answer, Callback, EventLog, Lost, Subscription, Transport
 from .transport import Message as AnyMessage
 from .waiting import Waiting
@@ -178,7 +178,8 @@ class Shortcut:
         reply, answer = waiting.ask(subject, timeout)
         try:
             alone = len(waiting) == 1
-            lane.send(subject, reply, block, data, alone=alone)
+            batch = MUTATIONS if headers and KEY in headers else BATCH
+            lane.send(subject, reply, block, data, alone=alone, batch=batch)
             if alone and self._awake:
                 lane.stay_awake()
             return await answer
