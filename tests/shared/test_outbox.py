@@ -25,6 +25,7 @@ from wherry_events.service import EventsService
 from wherry_shared import outbox as outbox_module
 from wherry_shared.api.events import Envelope, Replay
 from wherry_shared.bus import Bus, credentials, events, subjects
+from wherry_shared.bus.protocol import Message
 from wherry_shared.bus.transport import EventLog
 from wherry_shared.errors import InvalidArgument, PermissionDenied, Unavailable, WherryError
 from wherry_shared.memory import MemoryTransport
@@ -310,6 +311,50 @@ async def test_many_at_once_are_stored_in_order_up_to_the_first_that_is_refused(
     taken, error = await events.publish_all(image.transport, later)
     assert taken == 1
     assert isinstance(error, PermissionDenied | Unavailable)
+
+
+@pytest.mark.parametrize(
+    ("ack", "number"),
+    [
+        (b'{"stream":"S", "seq":7}', 7),
+        (b'{"stream":"S","seq":7,"duplicate": true}', 7),
+        (b'{"stream":"S", "domain":"leaf", "seq":7}', 7),
+        (b'{"seq": 7, "later": [1], "stream": "S"}', 7),
+        (b'{"error":{"code":503,"description":"maximum messages exceeded"},"stream":"S","seq":0}', "refused .*maximum"),
+        (b'{"stream":"S","seq":0}', "refused the event"),
+        (b'{"error":{"code":503,"description":"no"},"stream":"S"}', "refused the event: .*no"),
+        (b'{"seq": 1e999}', "refused the event"),
+        (b'{"seq": null}', "refused the event"),
+        (b"[7]", "refused the event"),
+        (b"[" * 100_000, "cannot be read"),
+        (b"+OK", "cannot be read"),
+        (b"", "cannot be read"),
+    ],
+)
+def test_what_the_stream_says_of_an_event(ack: bytes, number: int | str) -> None:
+    message = Message("x", ack)
+    if isinstance(number, int):
+        assert events.number_of(message) == number
+    else:
+        with pytest.raises(Unavailable, match=number):
+            events.number_of(message)
+
+
+async def test_what_the_stream_refuses_stays_in_the_outbox(
+    database: Database, outbox: Outbox, places: Callable[[str], Awaitable[Bus]], log: EventLog
+) -> None:
+    """nats-server answers a number to what it does not store, too: on a full disk, say."""
+    owner, name = (await places("events")).transport, credentials.stream_name("n1")
+    full = {"name": name, "subjects": ["wherry.ev.v1.n1.>"], "max_msgs": 3, "discard": "new", "allow_direct": True}
+    await owner.request(f"$JS.API.STREAM.CREATE.{name}", json.dumps(full).encode(), timeout=5)
+    outbox.start()
+    await write(database, *range(5))
+    await asyncio.sleep(0.3)
+    assert left(database) >= 2
+    assert (await log.state()).last == 3
+    await owner.request(f"$JS.API.STREAM.UPDATE.{name}", json.dumps({**full, "max_msgs": 9}).encode(), timeout=5)
+    await drained(database)
+    assert numbers(await stored(log)) == list(range(5))
 
 
 def outgoing(*ids: str, data: bytes = b"{}") -> list[events.Outgoing]:

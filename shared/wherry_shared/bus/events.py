@@ -21,7 +21,7 @@ from .transport import SUM, Answer, Message, NoResponders, Subscription, Transpo
 
 _ID_LINE = b"\r\nNats-Msg-Id: "
 # A PubAck as nats-server writes it; what looks otherwise is read as any JSON.
-_ACK = re.compile(rb'\{"stream":"[^"\\]*",(?: ?"domain":"[^"\\]*",)? ?"seq":(\d+)(?:, ?"duplicate": ?true)?\}')
+_ACK = re.compile(rb'\{"stream":"[^"\\]*",(?: ?"domain":"[^"\\]*",)? ?"seq":([1-9]\d*)(?:, ?"duplicate": ?true)?\}')
 MESSAGE_ID = "Nats-Msg-Id"
 ACK_TIMEOUT = 5.0
 _REMEMBERED = 4096  # at least; twice as many at most
@@ -96,12 +96,13 @@ def number_of(ack: Message) -> int:
         return int(known[1])
     try:
         told = json.loads(ack.data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Unavailable(f"the stream's answer to an event cannot be read: {ack.data[:200]!r}") from None
-    try:
-        return int(told["seq"])
-    except (KeyError, TypeError, ValueError):
-        raise Unavailable(f"the stream refused the event: {str(told)[:200]}") from None
+    # A refusal has a number, too, which is 0.
+    number = told.get("seq") if isinstance(told, dict) and "error" not in told else None
+    if not isinstance(number, int) or number < 1:
+        raise Unavailable(f"the stream refused the event: {str(told)[:200]}")
+    return number
 
 
 def why_not(error: WherryError) -> WherryError:
