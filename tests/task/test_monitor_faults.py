@@ -341,7 +341,7 @@ def test_a_killed_container_may_die_before_it_is_thawed(rig: Rig, runtime: str) 
     early = rig.base / f"early-{runtime}" / runtime
     early.parent.mkdir()
     early.write_text(
-        f"#!/bin/sh\ncase \" $* \" in *' resume '*) /usr/bin/env {runtime} \"$@\"; sleep 0.3; exit 1 ;; esac\n"
+        f'#!/bin/sh\ncase " $* " in *\' resume \'*) /usr/bin/env {runtime} "$@"; sleep 0.3; exit 1 ;; esac\n'
         f'exec /usr/bin/env {runtime} "$@"\n'
     )
     early.chmod(0o700)

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from wherry_task.backends.quickening import BOOT_ID, EXPEDITED, Hastening, Quickening
+from wherry_shared.boot import boot_id
+from wherry_task.backends.quickening import EXPEDITED, Hastening, Quickening
 
 
 class Switch:
@@ -38,7 +39,7 @@ def switch(tmp_path: Path) -> Switch:
 def test_it_is_on_inside_and_off_afterwards(switch: Switch) -> None:
     hastening = switch.hastening()
     with hastening.hastened():
-        assert switch.on and switch.record.read_bytes() == BOOT_ID.read_bytes()
+        assert switch.on and switch.record.read_text() == boot_id()
     assert not switch.on and switch.record.read_bytes() == b""
     with pytest.raises(OSError), hastening.hastened():
         raise OSError("the migration failed")
@@ -92,9 +93,18 @@ def test_a_record_of_another_boot_says_nothing_of_this_one(switch: Switch) -> No
     assert switch.on
 
 
+def is_on_for_good() -> bool:
+    """The kernel's own switch: other nodes' tasks have it on for a tenth of a millisecond."""
+    for _ in range(20):
+        if EXPEDITED.read_text().startswith("0"):
+            return False
+        time.sleep(0.005)
+    return True
+
+
 @pytest.mark.skipif(not os.access(EXPEDITED, os.W_OK), reason="takes root and the kernel's switch")
 async def test_migrations_are_expected_for_a_moment_and_the_kernels_switch_is_as_it_was(tmp_path: Path) -> None:
-    before = EXPEDITED.read_text()
+    before = is_on_for_good()
     quickening = Quickening(Hastening(tmp_path / "record"))
     quickening.expect()
     await asyncio.sleep(0.02)
@@ -102,4 +112,4 @@ async def test_migrations_are_expected_for_a_moment_and_the_kernels_switch_is_as
     began = time.monotonic()
     await quickening.close()
     assert time.monotonic() - began < 5
-    assert EXPEDITED.read_text() == before and not (tmp_path / "record").exists()
+    assert is_on_for_good() == before and not (tmp_path / "record").exists()

@@ -1,5 +1,5 @@
 """The first migration of a process between cgroups after a rest waits for an RCU grace period, ten milliseconds and
-more; those soon after it do not. So one is made ahead, from our cgroup to our cgroup, and hastened (decision 0030)."""
+more; those soon after it do not. So one is made ahead, from our cgroup to our cgroup, and hastened (decision 0028)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from wherry_shared.boot import boot_id
+
 from wherry_task.monitor import cgroups
 
 EXPEDITED, NORMAL = Path("/sys/kernel/rcu_expedited"), Path("/sys/kernel/rcu_normal")
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # For how long a migration is expected after it was announced, and how often one of ours keeps the lock awake.
 SECONDS, PAUSE = 0.05, 0.008
 
@@ -29,7 +30,7 @@ class Hastening:
         self._record = record
         self._switch = self._kept = -1
         with contextlib.suppress(OSError):
-            self._boot = BOOT_ID.read_bytes()
+            self._boot = boot_id().encode()
             if normal.read_bytes().strip() == b"0":
                 self._switch = os.open(switch, os.O_RDWR | os.O_CLOEXEC)
                 self._kept = os.open(record, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -88,12 +89,11 @@ class Quickening:
         except OSError:
             return
         try:
-            while True:
-                with self._hastening.hastened():
-                    os.write(fd, b"0")
+            with self._hastening.hastened():
+                os.write(fd, b"0")
+            while time.monotonic() < self._until:
                 time.sleep(PAUSE)
-                if time.monotonic() >= self._until:
-                    return
+                os.write(fd, b"0")
         except OSError:
             return
         finally:
