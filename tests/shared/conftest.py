@@ -13,8 +13,11 @@ import uvloop
 
 sys.path.append(str(Path(__file__).parent.parent))  # for natsd.py
 
+from housebus import HouseServer
 from natsd import NatsServer
+from wherry_shared.bus import Bus, credentials
 from wherry_shared.bus.connection import Connection
+from wherry_shared.bus.transport import EventLog
 
 Connect = Callable[..., Awaitable[Connection]]
 
@@ -52,3 +55,41 @@ async def connect() -> AsyncIterator[Connect]:
     yield connect
     for connection in made:
         await connection.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[HouseServer]:
+    """The same with a node's users and their permissions."""
+    with HouseServer(tmp_path / "bus") as made:
+        yield made
+
+
+@pytest.fixture
+async def places(server: HouseServer) -> AsyncIterator[Callable[[str], Awaitable[Bus]]]:
+    """Make connections of users, `places("image")`, that are closed with the test."""
+    made: list[Bus] = []
+
+    async def place(user: str) -> Bus:
+        made.append(await server.connect(user))
+        return made[-1]
+
+    yield place
+    for bus in made:
+        await bus.transport.close()
+
+
+@pytest.fixture
+async def image(places: Callable[[str], Awaitable[Bus]]) -> Bus:
+    return await places("image")
+
+
+@pytest.fixture
+async def log(places: Callable[[str], Awaitable[Bus]]) -> EventLog:
+    """The stream, not yet made, as its owner has it."""
+    return (await places("events")).transport.event_log(credentials.stream_name("n1"), "wherry.ev.v1.n1.>")
+
+
+@pytest.fixture
+async def stream(log: EventLog) -> EventLog:
+    await log.ensure(max_age=3600, max_bytes=1 << 24)
+    return log

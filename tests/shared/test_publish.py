@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,34 +15,6 @@ from wherry_shared.errors import InvalidArgument, PermissionDenied, Unavailable
 from wherry_shared.memory import MemoryTransport
 from wherry_shared.outbox import Outbox
 from wherry_shared.sqlite import Database
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[HouseServer]:
-    """A server of the test's own, to be killed."""
-    with HouseServer(tmp_path / "bus") as made:
-        yield made
-
-
-@pytest.fixture
-async def image(server: HouseServer) -> AsyncIterator[Bus]:
-    made = await server.connect("image")
-    yield made
-    await made.transport.close()
-
-
-@pytest.fixture
-async def log(server: HouseServer) -> AsyncIterator[EventLog]:
-    """The stream, not yet made, as its owner has it."""
-    owner = await server.connect("events")
-    yield owner.transport.event_log(credentials.stream_name("n1"), "wherry.ev.v1.n1.>")
-    await owner.transport.close()
-
-
-@pytest.fixture
-async def stream(log: EventLog) -> EventLog:
-    await log.ensure(max_age=3600, max_bytes=1 << 24)
-    return log
 
 
 async def test_the_stream_takes_an_id_once(image: Bus, stream: EventLog) -> None:
