@@ -9,6 +9,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from . import collection
@@ -193,16 +194,17 @@ def _runs(pid: int) -> bool:
 
 
 def listing(lab: Lab) -> None:
-    """A list of many. Nothing that is measured after it shares its node's metadata but content."""
-    filled: set[Node] = set()
+    """A list of many, on fresh directories."""
+    with ExitStack() as stack:
+        nodes: dict[str, Node] = {}
 
-    def measure(node: Node) -> Mapping[str, float]:
-        if node not in filled:
-            node.driver.call("fill", count=LISTED, callers=CALLERS)
-            filled.add(node)
-        return {"list_10k": node.driver.call("list_time", at_least=LISTED) * 1e3}
+        def measure(side: str) -> Mapping[str, float]:
+            if side not in nodes:
+                nodes[side] = stack.enter_context(lab.fresh(side))
+                nodes[side].driver.call("fill", count=LISTED, callers=CALLERS)
+            return {"list_10k": nodes[side].driver.call("list_time", at_least=LISTED) * 1e3}
 
-    lab.alternate(["list_10k"], lab.runs, measure, warm_up=1)
+        lab.alternate_sides(["list_10k"], lab.runs, measure, warm_up=1)
 
 
 def collecting(lab: Lab) -> None:
