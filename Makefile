@@ -6,8 +6,9 @@ ROWS :=
 # Most tests wait more than they compute: three workers for two cores. Some tests alone run in one process.
 PARALLEL := $(if $(ARGS),,-n 3 --dist loadfile --no-loadscope-reorder)
 SECONDS := 30
+CUTS := 20
 
-.PHONY: demo test fuzz check lint types imports shape format bench clean installed
+.PHONY: demo test fuzz power check lint types imports shape format bench clean installed
 
 demo:  ## build, serve, run and take down a redis container; leaves nothing behind
 	@sh deploy/bootstrap.sh demo
@@ -18,6 +19,9 @@ test: installed  ## all tests; ARGS="tests/task -k exec" for some
 
 fuzz: installed  ## every parser; SECONDS=300 for longer, ARGS="tar_reader filters" for some, ARGS=TARGET=FILE for one input
 	@$(SUDO) env PYTHONPATH=tests $(PYTHON) -m fuzz --seconds $(SECONDS) $(ARGS)
+
+power: installed  ## cut the power of a loaded node's disk and look what is left; takes qemu-system-common. CUTS=100 ARGS=--keep
+	@$(SUDO) env PYTHONPATH=tests:tests/client $(PYTHON) -m power --seconds $(SECONDS) --cuts $(CUTS) $(ARGS)
 
 check: lint types imports shape  ## with -k each part has its say, whatever the others found
 
