@@ -39,6 +39,8 @@ def main() -> int:
     parser.add_argument("--mkfs", default="mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0")
     parser.add_argument("--keep", action="store_true", help="the folder with the log and the notes")
     given = parser.parse_args()
+    if not shutil.which("qemu-storage-daemon"):
+        parser.error("it takes qemu-storage-daemon: apt-get install qemu-system-common")
     base = Path(tempfile.mkdtemp(prefix="wherry-power-", dir="/var/tmp"))
     try:
         _load(base, given.seconds, given.mkfs)
