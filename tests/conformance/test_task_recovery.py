@@ -53,16 +53,15 @@ async def told(events: Subscriber) -> list[tuple[str, int]]:
 
 async def test_a_reboot_ends_everything_once(house: House) -> None:
     """Another boot id, an empty state directory: what ran is told to have ended, once, and can be deleted."""
-    runs, waits, ended = await house.running("/bin/sleep", "1000"), "", ""
-    waits = await house.created("/bin/sleep", "1000")
-    ended = await house.running("/bin/sh", "-c", "exit 4")
-    await house.tasks.exec(runs, "e", exec_of("sleep", "1000"))
-    await house.tasks.start(runs, "e")
-    assert await house.exit(ended) == 4
-    pids = [(await house.tasks.get(id)).pid for id in (runs, waits)]
-    bundles = [house.supervisor.task("default", id).bundle.path for id in (runs, waits, ended)]
-    monitors = [_monitor_of(bundle) for bundle in bundles]
     async with await house.bus.subscribe(namespace="default", topic="/tasks/exit") as events:
+        runs, waits = await house.running("/bin/sleep", "1000"), await house.created("/bin/sleep", "1000")
+        ended = await house.running("/bin/sh", "-c", "exit 4")
+        await house.tasks.exec(runs, "e", exec_of("sleep", "1000"))
+        await house.tasks.start(runs, "e")
+        assert await house.exit(ended) == 4
+        pids = [(await house.tasks.get(id)).pid for id in (runs, waits)]
+        bundles = [house.supervisor.task("default", id).bundle.path for id in (runs, waits, ended)]
+        monitors = [_monitor_of(bundle) for bundle in bundles]
         await house.stop_tasks()
         _power_cut([*monitors, *pids], bundles)
         database = await Database.open(house.root / "task.db", metadata.MIGRATIONS)
@@ -74,7 +73,7 @@ async def test_a_reboot_ends_everything_once(house: House) -> None:
             assert [(await house.tasks.get(id)).exit_status for id in (runs, waits, ended)] == [137, 137, 4]
             await house.stop_tasks()
         await house.start_tasks()
-        assert await told(events) == sorted([("e", 137), (runs, 137), (waits, 137)])
+        assert await told(events) == sorted([("e", 137), (runs, 137), (waits, 137), (ended, 4)])
     for id in (runs, waits, ended):
         assert isinstance(await house.tasks.delete(id), Exit)
         with pytest.raises(NotFound):

@@ -194,7 +194,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     ),
     "28 a slow subscriber": (
         "conformance/test_events.py::test_a_slow_subscriber_is_told_and_catches_up_by_its_token",
-        "shared/test_outbox.py::test_a_slow_subscriber_is_told_where_its_hole_is",
+        "shared/test_subscriber.py::test_a_slow_subscriber_is_told_where_its_hole_is",
         "events/test_watch.py::test_a_slow_reader_misses_nothing",
         "events/test_watch.py::test_what_expired_is_told_and_the_rest_comes",
     ),
