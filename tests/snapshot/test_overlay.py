@@ -12,7 +12,7 @@ from wherry_shared.api.snapshot import GID_LABEL, REBASE_LABEL, UID_LABEL, UPPER
 from wherry_shared.errors import FailedPrecondition, InvalidArgument
 from wherry_shared.values import Mount
 from wherry_snapshot.backends import Snapshot, layered, overlay
-from wherry_snapshot.backends.directories import magic
+from wherry_snapshot.backends.directories import has_filesystem, magic
 from wherry_snapshot.backends.overlay import OverlayBackend
 
 pytestmark = needs_root
@@ -100,6 +100,22 @@ def test_a_rebased_root_takes_its_parents_owner_unless_its_layer_said_one(backen
         backend.seal(snapshot(number, "active", 1), True, never)
     owners = [(os.stat(backend.tree(n)).st_uid, os.stat(backend.tree(n)).st_gid) for n in (2, 3)]
     assert owners == [(1000, 1000), (5, 6)]
+
+
+def test_a_kernel_loads_overlay_when_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a boot nobody has mounted one yet, and Debian's kernel has it as a module."""
+    real, asked = Path.read_text, []
+
+    def read_text(self: Path, *a: str) -> str:
+        if str(self) != "/proc/filesystems" or asked:
+            return real(self, *a)
+        asked.append(self)
+        return "nodev\tproc\n"
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    OverlayBackend(tmp_path / "o", {})
+    assert asked
+    assert not has_filesystem("none-such")
 
 
 def test_a_host_without_overlay_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

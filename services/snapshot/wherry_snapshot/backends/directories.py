@@ -18,6 +18,7 @@ from wherry_shared.api.snapshot import Usage
 from . import Check, Entry, Snapshot, trees
 
 _ENTRY = re.compile(r"(?:new-|rm-)?([0-9]+)(?:-links)?\Z")
+_FSOPEN, _FSOPEN_CLOEXEC = 430, 1  # linux/mount.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -38,6 +39,19 @@ def _checked(result: int, path: Path) -> None:
     if result != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(path))
+
+
+def has_filesystem(kind: str) -> bool:
+    """Whether the kernel has it, loaded for this if it is a module.
+
+    fsopen(2) asks for the module as a mount would, and mounts nothing: that takes no right to load modules, which a
+    unit may have taken away.
+    """
+    if kind not in Path("/proc/filesystems").read_text().split():
+        fd = _libc.syscall(_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC)
+        if fd >= 0:
+            os.close(fd)
+    return kind in Path("/proc/filesystems").read_text().split()
 
 
 class Directories:

@@ -15,7 +15,7 @@ from wherry_shared.errors import FailedPrecondition
 from wherry_shared.values import Mount
 
 from . import REBASE, Check, Snapshot, trees
-from .directories import Directories, magic
+from .directories import Directories, has_filesystem, magic
 
 _OVERLAY_MAGIC = 0x794C7630  # linux/magic.h
 _INDEX = Path("/sys/module/overlay/parameters/index")
@@ -93,8 +93,7 @@ def _mkdir(path: str, mode: int) -> None:
 
 def check_overlay(root: Path) -> None:
     """Whether overlays can be mounted from directories below `root`, which need not be there. FailedPrecondition."""
-    known = Path("/proc/filesystems").read_text().split()
-    if "overlay" not in known:
+    if not has_filesystem("overlay"):
         raise FailedPrecondition("the kernel has no overlay filesystem (it is not in /proc/filesystems)")
     if any(c in str(root) for c in ',:\\"'):
         raise FailedPrecondition(f"overlay's mount options cannot hold the path {root}: it has one of , : \\ \"")

@@ -20,6 +20,7 @@ from tempfile import TemporaryFile
 from wherry_shared.errors import FailedPrecondition, Internal, ResourceExhausted
 
 from . import Check, trees
+from .directories import has_filesystem
 
 _PROGRAM = "mkfs.erofs"
 _POLL = 0.05
@@ -38,7 +39,7 @@ def check_host(scratch: Path) -> None:
     """FailedPrecondition where this host cannot make such images, or cannot mount them from a file; it is tried."""
     if shutil.which(_PROGRAM) is None:
         raise FailedPrecondition(f"{_PROGRAM} is not installed (Debian: erofs-utils)")
-    if "erofs" not in Path("/proc/filesystems").read_text().split():
+    if not has_filesystem("erofs"):
         raise FailedPrecondition("the kernel has no erofs (it is not in /proc/filesystems)")
     tree, image = scratch / "probe", scratch / "probe.erofs"
     tree.mkdir(exist_ok=True, mode=0o700)
