@@ -53,7 +53,7 @@ def place() -> Iterator[Path]:
 
 
 def test_every_service_is_composed_once_and_content_three_times(composed: dict[str, Any]) -> None:
-    assert set(composed) == {*SERVICES, "auth", "nats"}
+    assert set(composed) == {*SERVICES, "auth", "keeper", "nats"}
     assert {name: s["deploy"]["replicas"] for name, s in composed.items() if "deploy" in s} == {"content": 3}
     for name in SERVICES:
         assert composed[name]["build"]["args"]["SERVICE"] == name
@@ -141,6 +141,7 @@ NAMES = [
     "wherry.target",
     "wherry-auth.service",
     "wherry-nats.service",
+    "wherry-keeper.service",
     *(f"wherry@{n}.service" for n in sorted(SERVICES)),
 ]
 

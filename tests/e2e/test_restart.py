@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from node import Node, eventually
+from node import WHERRY, Node, eventually
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,35 @@ def test_a_node_that_comes_up_again(node: Node, namespace: str, run: Any) -> Non
         eventually(lambda id=id: pid(node, namespace, id), f"{id} does not run")  # type: ignore[misc]
     assert not pid(node, namespace, stopped) and not pid(node, namespace, failure)
     node.run("rm", "-f", "-n", namespace, always, unless, failure, stopped, back)
+
+
+def test_a_keeper_without_a_node_of_its_own(node: Node, namespace: str, run: Any) -> None:
+    """`wherry keep`: what is stopped comes back with the first since a boot, and with no later one."""
+    os.kill(node.service_pid("keeper"), signal.SIGSTOP)
+    try:
+        id = run("always", "exec sleep 1000")
+        node.run("stop", "-t", "0", "-n", namespace, id)
+        with keeping(node):
+            eventually(lambda: pid(node, namespace, id), "it does not run")
+            os.kill(pid(node, namespace, id), signal.SIGKILL)
+            eventually(lambda: count(node, namespace, id) >= 2, "it is not started again")
+            eventually(lambda: pid(node, namespace, id), "it does not run again")
+        node.run("stop", "-t", "0", "-n", namespace, id)
+        with keeping(node):
+            assert settled(node, namespace, id) == count(node, namespace, id)
+        node.run("rm", "-f", "-n", namespace, id)
+    finally:
+        os.kill(node.service_pid("keeper"), signal.SIGCONT)
+
+
+@contextmanager
+def keeping(node: Node) -> Iterator[None]:
+    with subprocess.Popen([WHERRY, "keep"], env=node.environment) as keeper:
+        try:
+            yield
+        finally:
+            keeper.terminate()
+    assert keeper.returncode == -signal.SIGTERM
 
 
 def test_a_restart_of_what_nobody_leaves_in_the_background(node: Node, namespace: str, busybox_ref: str) -> None:

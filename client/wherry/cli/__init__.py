@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # or a Typer `app`.
 VERBS = {
     "up": "Run a node: nats-server and every service.",
+    "keep": "Start containers again by their restart policies, on a node without `up`.",
     "pull": "Fetch an image from a registry and unpack it.",
     "push": "Send an image to a registry.",
     "images": "Look at images, and change them.",

@@ -28,20 +28,23 @@ PAUSE_FIRST, PAUSE_MAX, STEADY_SECONDS = 0.1, 60.0, 10.0
 Key = tuple[str, str]
 
 
-def serve(state: Path, log_level: str, *, boot: bool) -> None:
-    """Keep the node's containers until SIGTERM. boot: the node has just come up."""
+def serve(state: Path, log_level: str, *, boot: bool, node: str = "", mark: Path | None = None) -> None:
+    """Keep the node's containers until SIGTERM. boot: the node has just come up; `mark` is made when it is looked at.
+
+    node: its name, where the state directory does not tell it.
+    """
     import uvloop
 
     logging.basicConfig(level=log_level, format="%(asctime)s keeper %(levelname)s %(message)s")
-    uvloop.run(keep(state, boot=boot))
+    uvloop.run(keep(state, boot=boot, node=node, mark=mark))
 
 
-async def keep(state: Path, *, boot: bool) -> None:
+async def keep(state: Path, *, boot: bool, node: str = "", mark: Path | None = None) -> None:
     """The same in a process that does something else too."""
     while True:
         try:
             async with (
-                wherry.connect(state=str(state)) as client,
+                wherry.connect(state=str(state), node=node) as client,
                 # Before the look: what ends while the others are looked at is heard of.
                 await client.bus.subscribe(node=client.bus.node, topic="/tasks/exit") as ends,
             ):
@@ -49,6 +52,8 @@ async def keep(state: Path, *, boot: bool) -> None:
                 try:
                     await keeper.look(boot=boot)
                     boot = False
+                    if mark is not None:
+                        mark.touch()
                     await keeper.follow(ends)
                 finally:
                     keeper.stop()
