@@ -112,8 +112,9 @@ class Node:
         """The processes under the supervisor by name: services, and nats-server."""
         found = {}
         for pid in children(self.pid):
-            name = Path(f"/proc/{pid}/comm").read_text().strip()
-            found[name.removeprefix("wherry-")] = pid
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one that has just ended
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
+                found[name.removeprefix("wherry-")] = pid
         return found
 
     def service_pid(self, service: str) -> int:

@@ -85,9 +85,16 @@ class Unpack:
         return self._chain[-1]
 
     async def _first_missing(self) -> int:
-        """How many layers from the base up are there."""
-        there = await asyncio.gather(*(self._is_there(chain_id) for chain_id in self._chain))
-        return max((index + 1 for index, found in enumerate(there) if found), default=0)
+        """How many layers from the base up are there: what is has its parents, so that a few have to be asked for."""
+        there, missing = 0, len(self._chain)
+        likely = [0, missing - 1]  # all or none, most often
+        while there < missing:
+            index = likely.pop() if likely else (there + missing) // 2
+            if await self._is_there(self._chain[index]):
+                there = index + 1
+            else:
+                missing = index
+        return there
 
     async def _is_there(self, chain_id: str) -> bool:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -52,6 +53,15 @@ _CHAIN = """
         SELECT s.parent, depth + 1 FROM snapshots s JOIN chain c ON s.number = c.number WHERE s.parent IS NOT NULL)
     SELECT number FROM chain ORDER BY depth
 """
+
+
+# containerd's name for what a layer is unpacked into, before it is committed.
+_UNPACKING = re.compile(r"extract-\S+ sha256:[0-9a-f]{64}")
+
+
+def is_unpacking(name: str) -> bool:
+    """Whether a snapshot of that name is a layer on its way: nobody but its pull knows it."""
+    return _UNPACKING.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from wherry_shared.api.snapshot import REF_LABEL, Info, Kind, Snapshots, Usage
 from wherry_shared.errors import InvalidArgument, WherryError
 from wherry_shared.values import Mount, Page
 
+from .metadata import is_unpacking
 from .snapshotter import Snapshotter
 
 log = logging.getLogger("wherry.snapshot")
@@ -101,8 +102,12 @@ class SnapshotService(Snapshots):
                 await self._leases.add_resource(lease, _resource(snapshotter, key))
 
     def _keep_no_longer(self, snapshotter: str, key: str) -> None:
-        """Take a key that is no more off the lease; nobody waits for it, for a lease on nothing harms nobody."""
-        if lease := context.current().lease:
+        """Take a key that is no more off the lease; nobody waits for it, for a lease on nothing harms nobody.
+
+        What a layer was unpacked into stays on it: such a key comes once, and its lease ends with the pull.
+        """
+        lease = context.current().lease
+        if lease and not is_unpacking(key):
             task = asyncio.get_running_loop().create_task(self._let_go(lease, _resource(snapshotter, key)))
             self._letting_go.add(task)
             task.add_done_callback(self._letting_go.discard)

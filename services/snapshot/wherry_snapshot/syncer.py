@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Iterable
 
 from wherry_shared.boot import boot_id
@@ -18,7 +17,7 @@ from wherry_shared.errors import DataLoss, InvalidArgument, WherryError
 from wherry_shared.sqlite import Transaction
 
 from .backends import Backend
-from .metadata import Row, Rows
+from .metadata import Row, Rows, is_unpacking
 from .workers import Workers
 
 log = logging.getLogger("wherry.snapshot")
@@ -26,8 +25,6 @@ log = logging.getLogger("wherry.snapshot")
 DELAY = 2.0
 """Seconds between a commit and the flush: what is committed meanwhile goes along."""
 MODES = ("background", "commit", "off")
-# containerd's name for what a layer is unpacked into, before it is committed.
-_UNPACKING = re.compile(r"extract-\S+ sha256:[0-9a-f]{64}")
 
 
 class Syncer:
@@ -60,7 +57,7 @@ class Syncer:
         A layer whose unpacking the power ended goes first: it would keep its parent from being unpacked again.
         """
         for row in self._rows.above(tx, lost):
-            if row.kind == "active" and _UNPACKING.fullmatch(row.name):
+            if row.kind == "active" and is_unpacking(row.name):
                 self._remove(tx, row)
         left = set(lost)
         while gone := {n for n in left if not self._rows.has_children(tx, n)}:
