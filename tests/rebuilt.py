@@ -1,11 +1,16 @@
-"""What the suites of services share: the stream of their events, what was told there, and a house to build again."""
+"""What the suites of services share: the stream of their events and what was told there, a power cut for what asks
+which boot it is, and a house to build again."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Self
 
+import pytest
 from wherry_shared.bus import Bus, Subscriber, subjects
 from wherry_shared.bus.credentials import stream_name
 from wherry_shared.bus.transport import EventLog
@@ -23,6 +28,18 @@ async def told(events: Subscriber, count: int) -> list[tuple[str, str, dict[str,
     async with asyncio.timeout(10):
         seen = [await anext(events) for _ in range(count)]
     return [(e.namespace, e.topic, e.event) for e in seen]
+
+
+def power_of(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> Callable[[], None]:
+    """What cuts the power for a module that asks for `boot_id`: from then on it is another boot."""
+    boots = itertools.count()
+
+    def cut() -> None:
+        boot = f"boot-{next(boots)}"
+        monkeypatch.setattr(module, "boot_id", lambda: boot)
+
+    cut()
+    return cut
 
 
 class House:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 from housebus import NODE, HouseServer
+from rebuilt import event_stream, power_of
 from wherry_events import kept as kept_module
 from wherry_events.journal import Journal
 from wherry_events.kept import Kept
@@ -37,9 +37,7 @@ async def bus(server: HouseServer) -> AsyncIterator[Bus]:
 
 @pytest.fixture
 async def log(bus: Bus) -> EventLog:
-    made = bus.transport.event_log(stream_name(NODE), f"{subjects.EV}.{NODE}.>")
-    await made.ensure(max_age=3600, max_bytes=1 << 24)
-    return made
+    return await event_stream(bus)
 
 
 @pytest.fixture
@@ -52,14 +50,7 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
 @pytest.fixture
 def power(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Cuts the power: from then on it is another boot."""
-    boots = itertools.count()
-
-    def cut() -> None:
-        boot = f"boot-{next(boots)}"
-        monkeypatch.setattr(kept_module, "boot_id", lambda: boot)
-
-    cut()
-    return cut
+    return power_of(monkeypatch, kept_module)
 
 
 async def topics(log: EventLog) -> list[str]:

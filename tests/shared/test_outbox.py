@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from housebus import HouseServer
+from rebuilt import power_of
 from wherry_events.journal import Journal
 from wherry_events.kept import Kept
 from wherry_events.metadata import MIGRATIONS, Rows
@@ -258,14 +258,7 @@ async def test_nothing_ends_the_relay(
 @pytest.fixture
 def power(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Cuts the power: from then on it is another boot."""
-    boots = itertools.count()
-
-    def cut() -> None:
-        boot = f"boot-{next(boots)}"
-        monkeypatch.setattr(outbox_module, "boot_id", lambda: boot)
-
-    cut()
-    return cut
+    return power_of(monkeypatch, outbox_module)
 
 
 async def relayed(database: Database, bus: Bus, *numbers: int) -> None:
