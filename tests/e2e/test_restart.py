@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +117,16 @@ def test_a_keeper_without_a_node_of_its_own(node: Node, namespace: str, run: Any
         node.run("rm", "-f", "-n", namespace, id)
     finally:
         os.kill(node.service_pid("keeper"), signal.SIGCONT)
+
+
+def test_a_keeper_where_no_node_is(node: Node, tmp_path: Path) -> None:
+    environment = {**node.environment, "WHERRY_STATE": str(tmp_path / "none")}
+    done = subprocess.run([WHERRY, "keep"], env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == f"wherry: failed precondition: {tmp_path}/none/keeper cannot be made: No such file or directory\n"
+    )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from wherry_shared.errors import FailedPrecondition
 from wherry_shared.runtime import NODE_FILE, default_node
 
 
@@ -20,7 +21,10 @@ def command(
     from wherry.node.keeper import serve
 
     place = state.absolute() / "keeper"
-    place.mkdir(mode=0o700, exist_ok=True)
+    try:
+        place.mkdir(mode=0o700, exist_ok=True)
+    except OSError as e:
+        raise FailedPrecondition(f"{place} cannot be made: {e.strerror}") from None
     # The state directory is empty after a boot, and then alone.
     mark = place / "looked"
     named = "" if (state / NODE_FILE).exists() else node or default_node()
