@@ -39,6 +39,7 @@ KEEP_SECONDS = 10.0
 KNOWN_SECONDS = stream.DUPLICATE_WINDOW_SECONDS / 2
 # The stream's times are the server's, an event's own is that of its transaction.
 _CLOCK = timedelta(seconds=60)
+_ANY = (1 << 63) - 1
 _COLUMNS = "seq, id, namespace, topic, at, event"
 
 
@@ -62,8 +63,9 @@ class Outbox:
 
     def __init__(self, database: Database, bus: Bus, *, shared: bool = False) -> None:
         self._database = database
-        # What lies in a shared outbox, another would send again.
+        # What lies in a shared outbox, another would send again; and who wrote it, another may know.
         self._linger, self._gather = (0.0, 0.0) if shared else (LINGER, GATHER)
+        self._shared = shared
         self._bus = bus
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -144,8 +146,8 @@ class Outbox:
         if self._sent - self._aside >= ASIDE_MAX:
             self._put_aside_beside()
         rows = self._database.all(
-            f"SELECT {_COLUMNS} FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?",  # noqa: S608 - our own words
-            (self._sent, BATCH),
+            f"SELECT {_COLUMNS} FROM outbox WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?",  # noqa: S608 - our own words
+            (self._sent, _ANY if self._shared else self._database.events_known, BATCH),
         )
         if not rows:
             return 0

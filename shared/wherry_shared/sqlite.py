@@ -59,7 +59,7 @@ class Transaction:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-        self.events = 0
+        self.last_event = 0  # its number in the outbox
 
     def execute(self, sql: str, parameters: Sequence[Any] | dict[str, Any] = ()) -> sqlite3.Cursor:
         return self._connection.execute(sql, parameters)
@@ -78,11 +78,11 @@ class Transaction:
         body = _to_json(event)
         if len(body) > EVENT_BYTES_MAX or len(body.encode()) > EVENT_BYTES_MAX:
             raise InvalidArgument(f"the event {topic} would be larger than {EVENT_BYTES_MAX} bytes")
-        self.execute(
+        inserted = self.execute(
             "INSERT INTO outbox (id, namespace, topic, at, event) VALUES (?, ?, ?, ?, ?)",
             (secrets.token_hex(12), namespace, topic, now().isoformat(), body),
         )
-        self.events += 1
+        self.last_event = inserted.lastrowid or 0
 
 
 class _Write:
@@ -130,6 +130,9 @@ class Database:
         self._ballast = Ballast(path)
         self._spare = self._ballast.make()
         self.on_events: Callable[[], None] | None = None
+        # Up to this number, who wrote an event has its result. What an event says happened must be what is answered
+        # to who hears it, and a service may keep its state in memory.
+        self.events_known = _last_event(reader)
         self._thread.start()
 
     @classmethod
@@ -293,25 +296,26 @@ class Database:
     def _do(self, group: list[_Write]) -> bool:
         """Commit a group and tell its callers. False when a freeze holds it: nothing was done then."""
         try:
-            events = self._commit(group)
+            last_event = self._commit(group)
         except _Frozen:
             return False
         except Exception as e:  # nothing may end this thread: every later write would wait for ever
             log.exception("a group of writes to %s failed", self.path)
-            events = self._fail(group, Internal(f"database {self.path}: {type(e).__name__}"))
-        self._loop.call_soon_threadsafe(self._settle, group, events)
+            last_event = self._fail(group, Internal(f"database {self.path}: {type(e).__name__}"))
+        self._loop.call_soon_threadsafe(self._settle, group, last_event)
         return True
 
     def _commit(self, group: list[_Write]) -> int:
+        """Answers the number of its last event; 0 for none."""
         try:
-            events = self._transact(group)
+            last_event = self._transact(group)
         except sqlite3.DatabaseError as e:
             if not is_full(e):
                 return self._fail(group, translate(e, self.path))
             return self._commit_when_full(group)
         if not self._spare:
             self._spare = self._ballast.make()
-        return events
+        return last_event
 
     def _commit_when_full(self, group: list[_Write]) -> int:
         """The disk is full: removals run again with the ballast's room, the others are told."""
@@ -324,9 +328,9 @@ class Database:
         for pause in (*FULL_PAUSES, None):
             try:
                 self._shrink()
-                events = self._transact(frees)
+                last_event = self._transact(frees)
                 self._shrink()
-                return events
+                return last_event
             except sqlite3.DatabaseError as e:
                 if pause is None or not is_full(e):
                     return self._fail(frees, translate(e, self.path))
@@ -348,15 +352,15 @@ class Database:
 
     def _transact(self, group: list[_Write]) -> int:
         if any(write.durable for write in group):
-            events = self._transact_now(group)
+            last_event = self._transact_now(group)
             self._unsettled = False  # one log: its sync is that of all before
-            return events
+            return last_event
         # In the log's order with all others, but not waited for: a flush costs more than all the rest of a freeze.
         self._writer.execute("PRAGMA synchronous=NORMAL")
         try:
-            events = self._transact_now(group)
-            self._unsettled = self._unsettled or events > 0
-            return events
+            last_event = self._transact_now(group)
+            self._unsettled = self._unsettled or last_event > 0
+            return last_event
         finally:
             self._writer.execute("PRAGMA synchronous=FULL")
 
@@ -376,7 +380,7 @@ class Database:
                     self._run(transaction, write)
             self._forget(connection)
             connection.execute("COMMIT")
-            return transaction.events
+            return transaction.last_event
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
@@ -391,7 +395,7 @@ class Database:
     def _run(self, transaction: Transaction, write: _Write) -> None:
         """One write in its savepoint. Raises only what concerns the whole group: a full or broken database."""
         connection = self._writer
-        events = transaction.events
+        last_event = transaction.last_event
         connection.execute("SAVEPOINT one")
         try:
             write.result = write.context.run(_once if write.remember else _plainly, transaction, write.function)
@@ -405,10 +409,10 @@ class Database:
             write.error = e
         if write.error is not None:
             connection.execute("ROLLBACK TO one")
-            transaction.events = events
+            transaction.last_event = last_event
         connection.execute("RELEASE one")
 
-    def _settle(self, group: list[_Write], events: int) -> None:
+    def _settle(self, group: list[_Write], last_event: int) -> None:
         for write in group:
             if write.future.done():
                 continue
@@ -416,8 +420,16 @@ class Database:
                 write.future.set_exception(write.error)
             else:
                 write.future.set_result(write.result)
-        if events and self.on_events is not None:
-            self.on_events()
+        if last_event:
+            self.events_known = last_event
+            if self.on_events is not None:
+                self.on_events()
+
+
+def _last_event(connection: sqlite3.Connection) -> int:
+    """The number of the last that was ever in the outbox."""
+    row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'outbox'").fetchone()
+    return int(row[0]) if row else 0
 
 
 def _once(transaction: Transaction, function: Callable[[Transaction], T]) -> T:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from contentd import Replica, digest_of
+from descriptors import descriptors
 from wherry_shared.api.content import CHUNK
 from wherry_shared.bus.proxy import at_instance
 from wherry_shared.errors import AlreadyExists, NotFound, Unavailable
@@ -46,13 +47,7 @@ async def test_a_deletion_counts_for_all_and_frees_the_bytes(start: Start) -> No
 
 def open_files(root: Path) -> list[str]:
     """Of this test alone: what another one left to the garbage collector is in this process, too."""
-    found = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            found.append(os.readlink(f"/proc/self/fd/{fd}"))
-        except FileNotFoundError:
-            continue
-    return [link for link in found if link.startswith(f"{root}/")]
+    return [link for _, link in descriptors() if link.startswith(f"{root}/")]
 
 
 async def test_a_ref_has_one_writer_among_all(start: Start) -> None:

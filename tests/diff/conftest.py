@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from descriptors import descriptors
 from grounds import btrfs_disk
 
 from .layers import look
@@ -46,10 +47,10 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     (canary / "secret").write_text("s3cret")
     (canary / "empty").mkdir()
     (tmp_path / "x").write_text("beside")
-    before, descriptors = _outside(tmp_path), os.listdir("/proc/self/fd")
+    before, opened = _outside(tmp_path), descriptors()
     yield Place(root, canary, request.param == "overlay")
     assert _outside(tmp_path) == before
-    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+    assert not descriptors() - opened
     subprocess.run(["rm", "-rf", root], check=True)  # deeper than pytest's own clean-up goes
     assert not [thread for thread in threading.enumerate() if thread.name == "wherry-decompress"]
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from descriptors import descriptors
 from wherry_diff.apply import Application, Applied, run
 from wherry_diff.processors import Processor, chain, load
 from wherry_shared.errors import (
@@ -50,7 +51,7 @@ def put(
     blob.write_bytes(data)
     root.mkdir()
     mounts = (Mount(type="bind", source=str(root), options=["rw", "rbind"]),)
-    descriptors, children = len(os.listdir("/proc/self/fd")), _children()
+    opened, children = descriptors(), _children()
     try:
         return run(
             Application(
@@ -59,7 +60,7 @@ def put(
             )
         )  # fmt: skip
     finally:
-        assert len(os.listdir("/proc/self/fd")) == descriptors
+        assert not descriptors() - opened
         assert _children() == children
 
 

@@ -61,7 +61,9 @@ def test_always_means_also_after_success(node: Node, namespace: str, run: Any) -
 
 
 def test_a_failure_is_tried_again_so_many_times(node: Node, namespace: str, run: Any) -> None:
-    assert settled(node, namespace, run("on-failure:2", "exit 3")) == 2
+    failing = run("on-failure:2", "exit 3")
+    eventually(lambda: count(node, namespace, failing) == 2, "it is not tried twice again")
+    assert settled(node, namespace, failing) == 2
     assert settled(node, namespace, run("on-failure", "exit 0")) == 0
 
 

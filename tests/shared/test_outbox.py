@@ -130,6 +130,31 @@ asyncio.run(main())
     assert numbers(await stored(stream)) == [0, 1, 2]
 
 
+async def test_nobody_hears_of_a_change_before_who_made_it(
+    outbox: Outbox, database: Database, stream: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a service answers of a process may come from memory: it is told that it ended when that is known there."""
+    answered = database._settle
+    held = asyncio.Event()
+
+    def later(group: Any, last_event: int) -> None:
+        held.set()
+        asyncio.get_running_loop().call_later(0.5, answered, group, last_event)
+
+    outbox.start()
+    await write(database, 0)
+    await drained(database)
+    monkeypatch.setattr(database, "_settle", later)
+    writing = asyncio.create_task(write(database, 1))
+    await held.wait()
+    outbox._wake.set()  # as by one before it
+    await asyncio.sleep(0.2)
+    assert left(database) == 1 and not writing.done() and numbers(await stored(stream)) == [0]
+    await writing
+    await drained(database)
+    assert numbers(await stored(stream)) == [0, 1]
+
+
 async def test_a_crash_between_the_publish_and_the_forgetting(
     tmp_path: Path, image: Bus, stream: EventLog, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

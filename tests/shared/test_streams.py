@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from contentd import Replica, digest_of
+from descriptors import descriptors
 from wherry_content.service import ContentService
 from wherry_shared import context
 from wherry_shared.api.content import CHUNK, Content, Info, Located, Opened
@@ -106,11 +107,7 @@ async def pieces(data: bytes = DATA, size: int = 100_000) -> AsyncIterator[bytes
 
 
 def open_blobs() -> list[str]:
-    links = []
-    for fd in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):
-            links.append(os.readlink(f"/proc/self/fd/{fd}"))
-    return [link for link in links if DIGEST.partition(":")[2] in link]
+    return [link for _, link in descriptors() if DIGEST.partition(":")[2] in link]
 
 
 # ---- the usual
