@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import sqlite3
+import stat
 import subprocess
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -252,6 +253,57 @@ async def test_a_prepared_directory_that_the_power_took_is_made_again(tmp_path: 
             shutil.rmtree(trees / names[1])
         async with housed(tmp_path):
             assert sorted(os.listdir(trees), key=int) == names
+
+
+@pytest.mark.parametrize("snapshotter", ["overlay", "erofs"])
+@pytest.mark.parametrize(("lost", "kept"), [(["fs"], []), (["work"], ["mine"]), (["fs", "work"], [])])
+async def test_a_prepared_directory_of_which_the_power_took_a_part(
+    tmp_path: Path, reboot: Path, snapshotter: str, lost: list[str], kept: list[str]
+) -> None:
+    """A btrfs writes a directory, and later what was made in it; what its owner fsynced is there in any case."""
+    async with housed(tmp_path) as house:
+        with mounted(await api_of(house).prepare(snapshotter, "one"), tmp_path / "mnt") as at:
+            (at / "mine").write_text("x")
+        await api_of(house).view(snapshotter, "look", "")
+        (directory, view) = sorted((tmp_path / f"root/snapshot/{snapshotter}/snapshots").iterdir())
+    for part in lost:
+        shutil.rmtree(directory / part)
+    if "fs" in lost:
+        shutil.rmtree(view / "fs")
+    reboot.write_text("two\n")
+    async with housed(tmp_path) as house:
+        for key in ("one", "look"):
+            with mounted(await api_of(house).mounts(snapshotter, key), tmp_path / "mnt") as at:
+                assert os.listdir(at) == (kept if key == "one" else [])
+        assert stat.S_IMODE((directory / "work").stat().st_mode) == 0o711
+        assert stat.S_IMODE((directory / "fs").stat().st_mode) == 0o755
+
+
+async def test_what_stands_on_a_layer_that_the_power_took(
+    tmp_path: Path, reboot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both directories are gone; another that was just prepared is made again all the same."""
+    trees = tmp_path / "root/snapshot/overlay/snapshots"
+    await unflushed(tmp_path, monkeypatch, "layer")
+    with monkeypatch.context() as patch:
+        patch.setattr(OverlayBackend, "sync", lambda self: (_ for _ in ()).throw(OSError(5, "the power goes")))
+        async with housed(tmp_path) as house:
+            await api_of(house).prepare("overlay", "container", "layer")
+            await api_of(house).prepare("overlay", "other")
+    for path in trees.iterdir():
+        shutil.rmtree(path)
+    for boot in ("two\n", "three\n"):
+        reboot.write_text(boot)
+        async with housed(tmp_path) as house:
+            api = api_of(house)
+            with mounted(await api.mounts("overlay", "other"), tmp_path / "mnt") as at:
+                assert os.listdir(at) == []
+            with pytest.raises(DataLoss, match="may lack data"):
+                await api.mounts("overlay", "container")
+    async with housed(tmp_path) as house:
+        await api_of(house).remove("overlay", "container")
+        await api_of(house).remove("overlay", "layer")
+        await commit(house, tmp_path / "mnt", "layer")
 
 
 async def test_where_other_directories_are_missing_it_was_not_the_power(tmp_path: Path, reboot: Path) -> None:

@@ -97,30 +97,33 @@ class Snapshotter:
             await self._rows.database.write(lambda tx: self._rows.pass_over(tx, max(there)))
 
     async def _make_again(self, entries: Sequence[Entry]) -> None:
-        """Make the directories again that the power took: what is fsynced in a directory makes itself durable, too.
+        """Make again what the power took of directories: what is fsynced in one makes itself durable, too.
 
         Where others are missing it was something else, and nobody knows what was in them: they stay missing.
         """
         missing = self._rows.numbers(self.name) - {e.number for e in entries if e.name.isdigit()}
-        cut_off, again = self._syncer.cut_off(), sorted(missing)
-        if not missing <= cut_off:
-            for number in again:
+        cut_off, again = self._syncer.cut_off(), []
+        if not missing <= cut_off | self._syncer.suspect:
+            for number in sorted(missing):
                 log.error("%s: directory %d of a snapshot is missing", self._backend.root, number)
             return
-        for row in self._rows.owners(again):
-            log.warning("snapshot %r was prepared as the power went: it is empty again", row.name)
-            parts = [e.name for e in entries if e.number == row.number]
-            await self._workers.run(self._replace, self._snapshot(row), parts)
+        for row in self._rows.owners(sorted(cut_off)):
+            parts = [e.name for e in entries if e.number == row.number and not e.name.isdigit()]
+            try:
+                if not await self._workers.run(self._complete, self._snapshot(row), parts):
+                    continue
+                log.warning("snapshot %r was prepared as the power went: what was lost of it is made again", row.name)
+            except NotFound as e:  # with what it stands on
+                log.error("snapshot %r was prepared as the power went, and cannot be made again: %s", row.name, e)
+            again.append(row.number)
         if cut_off:
             await self._syncer.settle(cut_off, again)
 
-    def _replace(self, snapshot: Snapshot, parts: Sequence[str]) -> None:
+    def _complete(self, snapshot: Snapshot, parts: Sequence[str]) -> bool:
+        """parts: what was on its way to be this snapshot's directory."""
         for name in parts:
             self._backend.delete(name, self._workers.check_closing)
-        try:
-            self._backend.create(snapshot, self._workers.check_closing)
-        except NotFound as e:
-            log.error("%s: directory %d cannot be made again: %s", self._backend.root, snapshot.number, e)
+        return self._backend.make_again(snapshot, self._workers.check_closing)
 
     def _put_right(self, there: set[int]) -> None:
         """End the commits that a crash cut off: the row says which way."""

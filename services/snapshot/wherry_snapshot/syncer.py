@@ -38,15 +38,16 @@ class Syncer:
         self._boot = boot_id()
         self._pending = False
         self._closing = asyncio.Event()
-        self._suspect: frozenset[int] = frozenset()
+        # Committed by an earlier boot, maybe without all data, and with others on them.
+        self.suspect: frozenset[int] = frozenset()
 
     async def start(self) -> None:
         """Take back what an earlier boot committed and did not flush; `check` refuses what has to stay."""
         marks = self._rows.unsynced(self._name)
         lost = {number for number, boot in marks.items() if boot != self._boot}
         if lost:
-            self._suspect = await self._rows.database.write(lambda tx: self._take_back(tx, lost))
-            for number in self._suspect:
+            self.suspect = await self._rows.database.write(lambda tx: self._take_back(tx, lost))
+            for number in self.suspect:
                 log.error("%s: snapshot directory %d may lack data since the power went", self._backend.root, number)
         if len(lost) < len(marks):
             self._arm()
@@ -74,7 +75,7 @@ class Syncer:
 
     def check(self, chain: Iterable[int], what: str) -> None:
         """DataLoss when one of these directories may lack data."""
-        if self._suspect and (found := self._suspect.intersection(chain)):
+        if self.suspect and (found := self.suspect.intersection(chain)):
             raise DataLoss(
                 f"snapshot {what!r}: directory {min(found)} under it may lack data: the power went before it was "
                 "flushed. Remove what stands on it and unpack it again"

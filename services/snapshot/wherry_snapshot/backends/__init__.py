@@ -71,6 +71,13 @@ class Backend(Protocol):
         """Make the directory of an active snapshot or a view: whole when this returns, absent when it raises."""
         ...
 
+    def make_again(self, snapshot: Snapshot, check: Check) -> bool:
+        """The power went after `create`: make again what it took of that, and leave all that is there.
+
+        Answers whether anything was missing. FileNotFoundError: a parent is not there either.
+        """
+        ...
+
     def mounts(self, snapshot: Snapshot) -> list[Mount]:
         """How to mount an active snapshot or a view."""
         ...

@@ -88,6 +88,16 @@ class Directories:
         """Make the directory that is to be filled."""
         os.mkdir(new, 0o700)
 
+    def create(self, snapshot: Snapshot, check: Check) -> None:
+        """Each has its own, with `make`."""
+        raise NotImplementedError
+
+    def make_again(self, snapshot: Snapshot, check: Check) -> bool:
+        if os.path.lexists(self.path(snapshot.number)):
+            return False
+        self.create(snapshot, check)
+        return True
+
     def seal(self, snapshot: Snapshot, rebase: bool, check: Check) -> Usage:
         return self.usage(snapshot, check)
 

@@ -19,6 +19,7 @@ from .directories import Directories, has_filesystem, magic
 
 _OVERLAY_MAGIC = 0x794C7630  # linux/magic.h
 _INDEX = Path("/sys/module/overlay/parameters/index")
+_WORK_MODE = 0o711
 _INITIAL_IDS = ["0", "0", str((1 << 32) - 1)]
 
 
@@ -45,7 +46,17 @@ class Layered(Directories):
         _mkdir(f"{new}/fs", 0o755)
         os.chown(f"{new}/fs", *owner)
         if snapshot.kind == "active":
-            _mkdir(f"{new}/work", 0o711)
+            _mkdir(f"{new}/work", _WORK_MODE)
+
+    def make_again(self, snapshot: Snapshot, check: Check) -> bool:
+        work = f"{self.path(snapshot.number)}/work"
+        if not os.path.isdir(self.tree(snapshot.number)):
+            self.delete(str(snapshot.number), check)
+            return super().make_again(snapshot, check)
+        if snapshot.kind == "view" or os.path.isdir(work):
+            return False
+        _mkdir(work, _WORK_MODE)  # what its owner fsynced below `fs` is there without it, on a btrfs
+        return True
 
     def own_options(self, number: int) -> list[str]:
         """Where an overlay on this snapshot writes."""
