@@ -13,14 +13,20 @@ from typing import Any
 
 import pytest
 import rebuilt
-from rebuilt import told
+from rebuilt import event_stream, told
 from wherry_container import metadata as container_metadata
 from wherry_container.catalog import Catalog as ContainerCatalog
 from wherry_container.service import ContainerService
+from wherry_events import metadata as event_metadata
+from wherry_events.journal import Journal
+from wherry_events.kept import Kept
+from wherry_events.metadata import Rows
+from wherry_events.service import EventsService
 from wherry_image import metadata as image_metadata
 from wherry_image.catalog import Catalog as ImageCatalog
 from wherry_image.service import ImageService
 from wherry_namespace import metadata
+from wherry_namespace.missed import Missed
 from wherry_namespace.probes import Probes
 from wherry_namespace.registry import Registry
 from wherry_namespace.service import NamespaceService
@@ -29,6 +35,7 @@ from wherry_shared import context
 from wherry_shared.api.container import Container, Containers, Runtime
 from wherry_shared.api.content import Content
 from wherry_shared.api.content import Info as Blob
+from wherry_shared.api.events import Events
 from wherry_shared.api.gc import Collections
 from wherry_shared.api.image import Image, Images
 from wherry_shared.api.lease import Leases
@@ -73,15 +80,20 @@ class House(rebuilt.House):
         self.without: set[str] = set()
 
     async def start(self) -> None:
-        names = {"namespace": metadata, "image": image_metadata, "container": container_metadata}
+        names = {
+            "namespace": metadata, "image": image_metadata, "container": container_metadata, "events": event_metadata,
+        }  # fmt: skip
+        self.stream = await event_stream(self.bus)
         self.databases = {n: await Database.open(self.root / f"{n}.db", m.MIGRATIONS) for n, m in names.items()}
-        self.outboxes = [Outbox(database, self.bus) for database in self.databases.values()]
+        self.outboxes = [Outbox(database, self.bus) for name, database in self.databases.items() if name != "events"]
         for outbox in self.outboxes:
             outbox.start()
         self.registry = Registry(metadata.table(self.databases["namespace"]), Probes(self.bus, patience=0.5))
-        self.watcher = Watcher(self.registry, self.bus)
+        missed = Missed(self.registry, self.databases["namespace"], self.bus.proxy(Events))
+        self.watcher = Watcher(self.registry, self.bus, missed)
         await self.watcher.start()
         services = {
+            "events": EventsService(Journal(self.stream, self.bus, Kept(Rows(self.databases["events"])))),
             "namespace": NamespaceService(self.registry),
             "image": ImageService(
                 ImageCatalog(image_metadata.table(self.databases["image"])),
@@ -256,7 +268,7 @@ async def test_only_what_comes_into_being_makes_it_known(house: House, namespace
     images = house.bus.proxy(Images, namespace="deaf")
     await house.watcher.stop()
     await images.create(IMAGE)
-    house.watcher = Watcher(house.registry, house.bus)
+    house.watcher = Watcher(house.registry, house.bus, Nothing())
     await house.watcher.start()
     await images.delete("redis")
     async with await house.bus.subscribe(topic="/namespaces/create") as events:
@@ -265,6 +277,46 @@ async def test_only_what_comes_into_being_makes_it_known(house: House, namespace
         assert await names(namespaces) == ["hears"]
         await images.create(IMAGE)
         assert [namespace for namespace, _, _ in await told(events, 1)] == ["deaf"]
+
+
+class Nothing(Missed):
+    """Nothing was missed."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def look(self) -> None:
+        pass
+
+
+async def test_what_came_into_being_while_it_was_away(house: House, namespaces: Namespaces) -> None:
+    for name in ("kept", "gone", "again", "known"):
+        await namespaces.create(name)
+    await house.watcher.stop()
+    async with await house.bus.subscribe(topic="/namespaces/delete") as events:
+        for name in ("gone", "again", "missed"):
+            images = house.bus.proxy(Images, namespace=name)
+            await images.create(IMAGE)
+            await images.delete("redis")
+        for name in ("gone", "again"):
+            await namespaces.delete(name)
+        await told(events, 2)
+    await house.bus.proxy(Images, namespace="again").create(IMAGE)
+    await house.restart()
+    async with await house.bus.subscribe(topic="/namespaces/create") as events:
+        while "missed" not in (found := await names(namespaces)) or "again" not in found:
+            await anext(events)
+    assert await names(namespaces) == ["again", "kept", "known", "missed"]
+
+
+async def test_and_while_it_was_cut_off(house: House, namespaces: Namespaces) -> None:
+    for subscription in house.watcher._subscriptions:
+        await subscription.unsubscribe()
+    await house.bus.proxy(Images, namespace="missed").create(IMAGE)
+    async with await house.bus.subscribe(topic="/namespaces/create") as events:
+        for listener in list(house.bus.transport.on_state):
+            listener(True)
+        assert [namespace for namespace, _, _ in await told(events, 1)] == ["missed"]
 
 
 async def test_a_known_namespace_keeps_its_labels_when_used(house: House, namespaces: Namespaces) -> None:

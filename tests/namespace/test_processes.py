@@ -90,3 +90,17 @@ async def test_they_work_with_their_own_rights_and_survive_a_kill(node: Node) ->
         with pytest.raises(Unavailable, match=r"the (content|snapshot) service"):
             await namespaces.delete("default")
     await bus.close()
+
+
+async def test_what_comes_into_being_while_a_process_is_away_makes_it_known(node: Node) -> None:
+    bus = await node.connect()
+    namespaces = bus.proxy(Namespaces)
+    with context.use(timeout=30):
+        assert (await namespaces.walk()).items == []
+        node.stop("namespace", signal.SIGKILL)
+        await bus.proxy(Images, namespace="missed").create(IMAGE)
+        node.start("namespace")
+        while not (known := (await namespaces.walk()).items):
+            await asyncio.sleep(0.02)
+        assert [n.name for n in known] == ["missed"]
+    await bus.close()

@@ -1,4 +1,5 @@
-"""The rows of the namespace service: one record per namespace; they lie in no namespace themselves."""
+"""The rows of the namespace service: one record per namespace, which lie in no namespace themselves; and up to where
+the stream of events was read."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from wherry_shared.catalog import SCHEMA, Table
 from wherry_shared.filters import fields
 from wherry_shared.sqlite import Database
 
-MIGRATIONS = (SCHEMA,)
+MIGRATIONS = (SCHEMA, "CREATE TABLE place (token TEXT NOT NULL); INSERT INTO place VALUES ('')")
 
 
 def table(database: Database) -> Table[Namespace]:
