@@ -181,7 +181,8 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     if os.geteuid() != 0:
         sys.exit("a node mounts and makes cgroups: run the demo as root")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # in the background a shell has us ignore the latter
+        signal.signal(number, signal.default_int_handler)
     sys.exit(0 if perform() else 1)
 
 

@@ -6,6 +6,7 @@ And the option that says which backends the suites of the ports run on (backends
 from __future__ import annotations
 
 import secrets
+import signal
 from collections.abc import Iterator
 
 import backends
@@ -22,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     backends.ask(config.getoption(backends.OPTION))
+    # A shell starts what it puts into the background deaf to it, and children would be, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
