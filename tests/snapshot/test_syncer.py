@@ -21,6 +21,7 @@ from wherry_shared.bus import Bus
 from wherry_shared.errors import DataLoss, InvalidArgument, NotFound
 from wherry_shared.memory import MemoryTransport
 from wherry_snapshot import syncer
+from wherry_snapshot.backends.native import NativeBackend
 from wherry_snapshot.backends.overlay import OverlayBackend
 
 pytestmark = needs_root
@@ -304,6 +305,34 @@ async def test_what_stands_on_a_layer_that_the_power_took(
         await api_of(house).remove("overlay", "container")
         await api_of(house).remove("overlay", "layer")
         await commit(house, tmp_path / "mnt", "layer")
+
+
+async def test_a_copy_that_the_power_may_have_taken_a_part_of_is_refused(
+    tmp_path: Path, reboot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parent's files were not durable in it, what its owner fsynced was: nobody can tell what is missing."""
+    async with housed(tmp_path) as house:
+        with mounted(await api_of(house).prepare("native", "key"), tmp_path / "mnt") as at:
+            (at / "f").write_text("x")
+        await api_of(house).commit("native", "base", "key")
+        await api_of(house).prepare("native", "durable", "base")
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeBackend, "sync", lambda self: (_ for _ in ()).throw(OSError(5, "the power goes")))
+        async with housed(tmp_path) as house:
+            await api_of(house).prepare("native", "one", "base")
+            await api_of(house).prepare("native", "empty")
+            await api_of(house).view("native", "look", "base")
+    for boot in ("two\n", "three\n"):
+        reboot.write_text(boot)
+        async with housed(tmp_path) as house:
+            for call in (api_of(house).mounts("native", "one"), api_of(house).commit("native", "name", "one")):
+                with pytest.raises(DataLoss, match="may lack data"):
+                    await call
+            for key in ("durable", "empty", "look"):
+                assert await api_of(house).mounts("native", key)
+    async with housed(tmp_path) as house:
+        await api_of(house).remove("native", "one")
+        assert await api_of(house).prepare("native", "one", "base")
 
 
 async def test_where_other_directories_are_missing_it_was_not_the_power(tmp_path: Path, reboot: Path) -> None:

@@ -102,22 +102,29 @@ class Snapshotter:
         Where others are missing it was something else, and nobody knows what was in them: they stay missing.
         """
         missing = self._rows.numbers(self.name) - {e.number for e in entries if e.name.isdigit()}
-        cut_off, again = self._syncer.cut_off(), []
+        cut_off = self._syncer.cut_off()
         if not missing <= cut_off | self._syncer.suspect:
             for number in sorted(missing):
                 log.error("%s: directory %d of a snapshot is missing", self._backend.root, number)
             return
+        again, doubtful = list[int](), list[int]()
         for row in self._rows.owners(sorted(cut_off)):
-            parts = [e.name for e in entries if e.number == row.number and not e.name.isdigit()]
-            try:
-                if not await self._workers.run(self._complete, self._snapshot(row), parts):
-                    continue
-                log.warning("snapshot %r was prepared as the power went: what was lost of it is made again", row.name)
-            except NotFound as e:  # with what it stands on
-                log.error("snapshot %r was prepared as the power went, and cannot be made again: %s", row.name, e)
-            again.append(row.number)
-        if cut_off:
-            await self._syncer.settle(cut_off, again)
+            if await self._lost(row, [e.name for e in entries if e.number == row.number and not e.name.isdigit()]):
+                again.append(row.number)
+            elif self._syncer.doubt(row):
+                doubtful.append(row.number)
+        if settled := cut_off.difference(doubtful):
+            await self._syncer.settle(settled, again)
+
+    async def _lost(self, row: Row, parts: Sequence[str]) -> bool:
+        """Whether the power took something of a directory that was prepared; it is then made again, if it can be."""
+        try:
+            if not await self._workers.run(self._complete, self._snapshot(row), parts):
+                return False
+            log.warning("snapshot %r was prepared as the power went: what was lost of it is made again", row.name)
+        except NotFound as e:  # with what it stands on
+            log.error("snapshot %r was prepared as the power went, and cannot be made again: %s", row.name, e)
+        return True
 
     def _complete(self, snapshot: Snapshot, parts: Sequence[str]) -> bool:
         """parts: what was on its way to be this snapshot's directory."""
@@ -161,12 +168,15 @@ class Snapshotter:
         self._making.add(number)
         try:
             await self._create(snapshot, wish)
-            return await self._rows.database.mutate(lambda tx: self._insert(tx, wish, snapshot))
+            mounts = await self._rows.database.mutate(lambda tx: self._insert(tx, wish, snapshot))
         except BaseException:
             self._discard(number)
             raise
         finally:
             self._making.discard(number)
+        if self._backend.copies:
+            self._syncer.after()
+        return mounts
 
     async def _create(self, snapshot: Snapshot, wish: _Wish) -> None:
         check = self._workers.check_deadline()
@@ -178,6 +188,8 @@ class Snapshotter:
             if isinstance(e, Aborted):
                 raise
             raise DataLoss(f"snapshot {wish.key!r}: the tree of its parent {wish.parent!r} is damaged: {e}") from e
+        if self._backend.copies:
+            await self._syncer.before()
         check()  # nobody waits for it any more: it must not appear late
 
     def _insert(self, tx: Transaction, wish: _Wish, snapshot: Snapshot) -> list[Mount]:
@@ -291,7 +303,7 @@ class Snapshotter:
             yield
 
     async def _seal(self, row: Row, chain: tuple[int, ...], *, rebase: bool) -> Usage:
-        self._syncer.check(chain, row.name)
+        self._syncer.check(chain, row.name, row.number)
         check = self._workers.check_deadline()
         sealed = Snapshot(row.number, row.kind, chain, row.inherited)
         usage = await self._on_disk(row, self._backend.seal, sealed, rebase, check)
@@ -423,7 +435,7 @@ class Snapshotter:
         if row.kind == "committed":
             raise FailedPrecondition(f"snapshot {key!r} is committed and has no mounts: prepare or view one on it")
         snapshot = self._snapshot(row)
-        self._syncer.check(snapshot.parents, key)
+        self._syncer.check(snapshot.parents, key, row.number)
         return self._backend.mounts(snapshot)
 
     def stat(self, namespace: str, key: str) -> Info:

@@ -3,14 +3,15 @@
 A commit is answered when its row is durable, not when its files are. The row is marked until the filesystem was
 flushed, a moment later and for many at once. A mark of an earlier boot says that the power went before: such a
 snapshot may lack data, and is taken back, so that its layer is unpacked again. What was prepared is marked, too: its
-directory may be gone, and is made again, empty, for nothing in it was durable either.
+directory may be gone, and is made again, empty, for nothing in it was durable either. Where it began as a copy of its
+parent's files, some of these may be gone among others that its owner made durable: it is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from wherry_shared.boot import boot_id
 from wherry_shared.errors import DataLoss, InvalidArgument, WherryError
@@ -38,7 +39,7 @@ class Syncer:
         self._boot = boot_id()
         self._pending = False
         self._closing = asyncio.Event()
-        # Committed by an earlier boot, maybe without all data, and with others on them.
+        # Of an earlier boot, and maybe without all data: committed, with others on them, or begun as copies.
         self.suspect: frozenset[int] = frozenset()
 
     async def start(self) -> None:
@@ -49,7 +50,7 @@ class Syncer:
             self.suspect = await self._rows.database.write(lambda tx: self._take_back(tx, lost))
             for number in self.suspect:
                 log.error("%s: snapshot directory %d may lack data since the power went", self._backend.root, number)
-        if len(lost) < len(marks):
+        if len(lost) < len(marks) or (self._backend.copies and self._boot in self._rows.prepared(self._name).values()):
             self._arm()
 
     def _take_back(self, tx: Transaction, lost: set[int]) -> frozenset[int]:
@@ -73,8 +74,13 @@ class Syncer:
         event = {"key": row.name, "snapshotter": self._name}
         tx.publish("/snapshot/remove", event, namespace=row.place.namespace)
 
-    def check(self, chain: Iterable[int], what: str) -> None:
-        """DataLoss when one of these directories may lack data."""
+    def check(self, chain: Iterable[int], what: str, own: int = 0) -> None:
+        """DataLoss when a directory may lack data: one of those under `what`, or its own."""
+        if own in self.suspect:
+            raise DataLoss(
+                f"snapshot {what!r}: its directory {own} may lack data: the power went before it was flushed. "
+                "Remove it and prepare it again"
+            )
         if self.suspect and (found := self.suspect.intersection(chain)):
             raise DataLoss(
                 f"snapshot {what!r}: directory {min(found)} under it may lack data: the power went before it was "
@@ -82,9 +88,17 @@ class Syncer:
             )
 
     async def before(self) -> None:
-        """A snapshot is sealed, and about to be recorded as committed."""
+        """A snapshot is sealed, and about to be recorded as committed; or made, and about to be recorded."""
         if self._mode == "commit":
             await self._workers.run(self._backend.sync)
+
+    def doubt(self, row: Row) -> bool:
+        """Whether what an earlier boot prepared may be a part of a copy; `check` refuses it from here on."""
+        if not (self._backend.copies and self._mode == "background" and row.kind == "active" and row.above):
+            return False
+        self.suspect |= {row.number}
+        log.error("%s: snapshot directory %d may lack data since the power went", self._backend.root, row.number)
+        return True
 
     def prepared(self, tx: Transaction, number: int) -> None:
         """In the transaction that records a new snapshot: its directory is not durable yet."""
@@ -96,7 +110,7 @@ class Syncer:
         committed = {number for number, kind in self._rows.kinds(self._name) if kind == "committed"}
         return {number for number, boot in marks.items() if boot != self._boot} - committed
 
-    async def settle(self, numbers: Iterable[int], again: Iterable[int]) -> None:
+    async def settle(self, numbers: Iterable[int], again: Sequence[int]) -> None:
         """What was cut off is on the disk, but for what was made again just now."""
 
         def write(tx: Transaction) -> None:
@@ -105,6 +119,8 @@ class Syncer:
                 self.prepared(tx, number)
 
         await self._rows.database.write(write, frees=True)
+        if again and self._backend.copies:
+            self.after()
 
     def mark(self, tx: Transaction, row: Row) -> None:
         """In the transaction that records the commit."""

@@ -61,10 +61,12 @@ class Backend(Protocol):
     A snapshot's way: `create`, then `mounts` any number of times; an active one may be committed, which is `seal`, the
     row, `settle`; at its end `detach` and `delete`. After a crash the row says how far it came: at the start every
     active one is unsealed and every committed one settled, so both have to be cheap where there is nothing to do.
+    copies: whether an active snapshot on parents has a copy of their files, of which a power cut may take a part.
     No two calls for one number run at the same time, but for `mounts`, `usage` and the end.
     """
 
     capabilities: frozenset[str]
+    copies: bool
     root: Path
 
     def create(self, snapshot: Snapshot, check: Check) -> None:

@@ -58,6 +58,7 @@ class Directories:
     """The half of a backend that is the same for all that keep a directory a snapshot."""
 
     capabilities: frozenset[str] = frozenset()
+    copies = False
 
     def __init__(self, root: Path) -> None:
         self.root = root

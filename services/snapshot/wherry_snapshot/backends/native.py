@@ -22,6 +22,8 @@ class NativeBackend(Directories):
     No `rebase`: whiteouts would have to be kept somewhere, and a merge at commit costs as much as the copy does now.
     """
 
+    copies = True
+
     def __init__(self, root: Path, settings: Mapping[str, str]) -> None:
         super().__init__(root)
 
