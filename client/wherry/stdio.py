@@ -114,7 +114,9 @@ class Pipes:
         """The process is made."""
 
     def started(self) -> None:
-        """The process runs."""
+        """The process runs. What its runtime wrote of a failure before is in the error, and nobody's output."""
+        for reader in self._readers:
+            reader.listen()
 
     async def parted(self) -> None:
         """Only over the bus can a process be left, or its streams be lost."""
@@ -158,7 +160,10 @@ class _Reader:
         self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._sink = sink
         self.ended = asyncio.Event()
-        asyncio.get_running_loop().add_reader(self._fd, self._ready)
+
+    def listen(self) -> None:
+        if not self.ended.is_set():
+            asyncio.get_running_loop().add_reader(self._fd, self._ready)
 
     def _ready(self) -> None:
         try:

@@ -66,6 +66,7 @@ class Streaming:
         self._moved = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._output: asyncio.Task[None] | None = None
+        self._runs = asyncio.Event()  # before, there may be what its runtime wrote of a failure: it is in the error
         self._parted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.paths = _paths(stdio)
 
@@ -80,7 +81,8 @@ class Streaming:
             self._output = self._run(self._read())
 
     def started(self) -> None:
-        """The process runs: it may be given input."""
+        """The process runs: it may be given input, and what it writes is its own."""
+        self._runs.set()
         if self._stdio.log is None and self._stdio.stdin is not None:
             self._run(self._write(self._stdio.stdin))
 
@@ -134,6 +136,7 @@ class Streaming:
                 got = await self._outlasting(lambda: self._client.tasks.output(*self._process, self._after, PATIENCE))
             except NotFound:
                 return  # deleted: there is nothing any more
+            await self._runs.wait()
             await self._put(self._stdio.stdout, got.lost_stdout, got.stdout)
             await self._put(self._stdio.stderr, got.lost_stderr, got.stderr)
             self._moved += len(got.stdout) + len(got.stderr)

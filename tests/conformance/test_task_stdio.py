@@ -191,6 +191,7 @@ async def test_where_bytes_are_missing_a_client_writes_how_many(house: House, mo
     streams = Streaming(client, id, "", ClientStdio(None, theirs, None))
     streams.begin()
     await house.tasks.start(id)
+    streams.started()
     assert await house.exit(id) == 0  # although nobody takes what is in the pipe
     shown = asyncio.create_task(asyncio.to_thread(_all_of, ours))
     await streams.drained()

@@ -86,6 +86,8 @@ def test_run_and_exec(afar: Afar, busybox_ref: str) -> None:
         == hashlib.sha256(text).hexdigest()
     )
     assert afar.run("exec", "c", "sh", "-c", "exit 5", check=False).returncode == 5
+    missing = afar.run("exec", "c", "/nonexistent", check=False)
+    assert missing.returncode == 127 and len(missing.stderr.splitlines()) == 1
     assert not list(afar.nowhere.iterdir())
 
 
