@@ -6,9 +6,19 @@ from __future__ import annotations
 from wherry_shared.api.namespace import Namespace
 from wherry_shared.catalog import SCHEMA, Table
 from wherry_shared.filters import fields
-from wherry_shared.sqlite import Database
+from wherry_shared.sqlite import Database, Transaction
 
 MIGRATIONS = (SCHEMA, "CREATE TABLE place (token TEXT NOT NULL); INSERT INTO place VALUES ('')")
+
+
+def place(database: Database) -> str:
+    """The token of the place in the stream up to which it was read; empty before the first time."""
+    found: str = database.one("SELECT token FROM place")[0]
+    return found
+
+
+def set_place(tx: Transaction, token: str) -> None:
+    tx.execute("UPDATE place SET token = ?", (token,))
 
 
 def table(database: Database) -> Table[Namespace]:

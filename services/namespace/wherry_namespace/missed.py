@@ -8,8 +8,9 @@ from datetime import datetime
 from wherry_shared.api.events import Envelope, Events
 from wherry_shared.bus.credentials import CREATIONS
 from wherry_shared.errors import OutOfRange
-from wherry_shared.sqlite import Database, Transaction
+from wherry_shared.sqlite import Database
 
+from . import metadata
 from .registry import Registry
 
 DELETED = "/namespaces/delete"
@@ -27,7 +28,7 @@ class Missed:
 
     async def look(self) -> None:
         """Tell the registry of each namespace in which something came into being since. Unavailable."""
-        token: str = self._database.one("SELECT token FROM place")[0]
+        token = metadata.place(self._database)
         seen = _Seen()
         while True:
             try:
@@ -41,11 +42,7 @@ class Missed:
                 break
         for name, at in seen.created.items():
             await self._registry.seen(name, at)
-
-        def note(tx: Transaction) -> None:
-            tx.execute("UPDATE place SET token = ?", (token,))
-
-        await self._database.write(note)
+        await self._database.write(lambda tx: metadata.set_place(tx, token))
 
 
 class _Seen:
