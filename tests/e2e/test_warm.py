@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,29 @@ def test_nobody_else_is_served(node: Node) -> None:
         rubbish.sendall(b"\xff" * 64)
         assert node.run("ps").stdout.startswith("ID")
         assert rubbish.recv(16) == b""
+
+
+def test_a_command_that_is_done_before_its_caller_looks_is_not_run_twice(node: Node, namespace: str) -> None:
+    """A loaded machine: the caller's turn comes again when the other end is closed already."""
+    program = """
+import _socket, select, types
+from wherry.cli import main, warm
+
+class Slow(_socket.socket):
+    def sendmsg(self, *arguments):
+        sent = super().sendmsg(*arguments)
+        ended = select.poll()
+        ended.register(self, 0)
+        ended.poll(20_000)
+        return sent
+
+warm._socket = types.SimpleNamespace(**{**vars(_socket), "socket": Slow})
+main()
+"""
+    arguments = ["lease", "create", "-n", namespace]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=node.environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and len(done.stdout.split()) == 1, done
+    assert [row["id"] for row in node.json("lease", "ls", "-n", namespace)] == done.stdout.split()
+    node.run("lease", "delete", "-n", namespace, *done.stdout.split())

@@ -94,7 +94,9 @@ def _send(sock: _socket.socket, data: bytes) -> None:
         sent = sock.sendmsg([data], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fds)])
     finally:
         os.close(here)
-    sock.sendall(data[sent:])
+    # Once it has all, it may be done before we look again: writing nothing, too, would fail then, and it ran twice.
+    if sent < len(data):
+        sock.sendall(data[sent:])
 
 
 class _Stand:
