@@ -36,7 +36,7 @@ _CHUNK = 32768
 _LINE = 16384
 _SECOND = 10**9
 _STAMP = 30
-_PARTIAL_TICKS = 2  # the first comes at once, the others 20 ms apart
+_PARTIAL_SECONDS = 0.02
 
 
 class Pump:
@@ -259,13 +259,15 @@ class LogSink:
 
     def __init__(self, loop: Loop, file: LogFile, stream: str) -> None:
         self._loop = loop
-        self._ticks = 0
+        self._waits = False
+        self._due = 0.0
         self._file = file
         self._stream = stream
         self._rest = b""
         self.fd = file.fd
 
     def write(self, data: bytes) -> bytes:
+        begun = not self._rest or b"\n" in data  # what is left over is another line than before
         *lines, self._rest = (self._rest + data).split(b"\n")
         out = [self._format(line, b"F") for line in lines]
         while len(self._rest) >= _LINE:
@@ -273,17 +275,19 @@ class LogSink:
             self._rest = self._rest[_LINE:]
         if out:
             self._file.append(out)
-        if self._rest and not self._ticks:
-            self._ticks = _PARTIAL_TICKS
-            self._loop.pending.append(self._waited)
+        if self._rest and begun:
+            self._due = time.monotonic() + _PARTIAL_SECONDS
+            if not self._waits:
+                self._waits = True
+                self._loop.pending.append(self._waited)
         return b""
 
     def _waited(self) -> bool:
-        """One tick later: what is still unfinished after a few of them is written as it is."""
-        self._ticks -= 1
-        if not self._ticks:
+        """Every tick: a line that has been unfinished for long is written as it is."""
+        self._waits = bool(self._rest) and time.monotonic() < self._due
+        if not self._waits:
             self._put_rest()
-        return not self._ticks
+        return not self._waits
 
     def _put_rest(self) -> None:
         if self._rest:
