@@ -88,7 +88,7 @@ class House(rebuilt.House):
         self.outboxes = [Outbox(database, self.bus) for name, database in self.databases.items() if name != "events"]
         for outbox in self.outboxes:
             outbox.start()
-        self.registry = Registry(metadata.table(self.databases["namespace"]), Probes(self.bus, patience=0.5))
+        self.registry = Registry(metadata.table(self.databases["namespace"]), Probes(self.bus, patience=10.0))
         missed = Missed(self.registry, self.databases["namespace"], self.bus.proxy(Events))
         self.watcher = Watcher(self.registry, self.bus, missed)
         await self.watcher.start()
