@@ -78,6 +78,7 @@ class House(rebuilt.House):
         self.blobs: set[str] = set()
         self.snapshots: set[tuple[str, str]] = set()
         self.without: set[str] = set()
+        self.patience = 10.0  # a loaded machine's
 
     async def start(self) -> None:
         names = {
@@ -88,7 +89,7 @@ class House(rebuilt.House):
         self.outboxes = [Outbox(database, self.bus) for name, database in self.databases.items() if name != "events"]
         for outbox in self.outboxes:
             outbox.start()
-        self.registry = Registry(metadata.table(self.databases["namespace"]), Probes(self.bus, patience=10.0))
+        self.registry = Registry(metadata.table(self.databases["namespace"]), Probes(self.bus, patience=self.patience))
         missed = Missed(self.registry, self.databases["namespace"], self.bus.proxy(Events))
         self.watcher = Watcher(self.registry, self.bus, missed)
         await self.watcher.start()
@@ -240,6 +241,7 @@ async def test_a_namespace_with_something_in_it_stays(house: House, namespaces: 
 @pytest.mark.parametrize("service", ["image", "content", "container", "snapshot"])
 async def test_who_does_not_answer_keeps_the_namespace(house: House, namespaces: Namespaces, service: str) -> None:
     await namespaces.create("x")
+    house.patience = 0.5
     await house.restart(without=service)
     with pytest.raises(Unavailable, match=f"the {service} service"):
         await namespaces.delete("x")
