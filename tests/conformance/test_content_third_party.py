@@ -26,7 +26,7 @@ class Upload(MemoryIngest):
         await asyncio.sleep(0.001)
         return end
 
-    async def seal(self, digest=""):
+    async def seal(self):
         self.check()
         await asyncio.sleep(0.001)
         self.name = f"upload-{next(self.numbers)}"

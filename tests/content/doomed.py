@@ -7,7 +7,7 @@ row       commit, and die when the row is there, before the ingest is gone
 seal      commit, and die when the bytes are durable, before they are a blob
 delete    commit, delete, and die when the row is gone, before the file is
 put-seal  put the bytes whole, and die when they have the blob's name, before its row is there
-put-row   put them, and die when the row is there, before the ingest is gone
+put-row   put them, and die when the row is there, before the file is closed
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 from wherry_content import metadata
 from wherry_content.backends.local import LocalBackend
 from wherry_content.backends.local_ingest import LocalIngest
+from wherry_content.backends.local_whole import LocalWhole
 from wherry_content.metadata import Metadata
 from wherry_content.store import Store
 from wherry_shared import context
@@ -48,7 +49,7 @@ def set_trap(action: str) -> None:
         settle = LocalIngest.settle
         LocalIngest.settle = lambda *a: die(settle(*a))  # type: ignore[method-assign]
     elif action == "row":
-        LocalIngest.release = die  # type: ignore[method-assign,assignment]
+        LocalIngest.release = LocalWhole.close = die  # type: ignore[method-assign,assignment]
     elif action == "seal":
         Metadata.commit = die  # type: ignore[method-assign,assignment]
     elif action == "delete":

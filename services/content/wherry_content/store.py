@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -29,7 +28,7 @@ from wherry_shared.errors import (
 )  # fmt: skip
 from wherry_shared.values import Page, check_digest
 
-from .backends import Backend, Held, Place
+from .backends import Backend, Held, Place, Settling
 from .metadata import Metadata
 from .sharing import Sharing
 
@@ -39,7 +38,6 @@ T = TypeVar("T")
 Keep = Callable[[str], Awaitable[None]]
 
 IDLE_SECONDS = 60.0
-FRESH_TRIES = 3
 DEFAULT_ALGORITHM = "sha256"
 SIZE_MAX = 1 << 62
 REAPED = 256  # blobs removed in one transaction: a mutation waits for some of them at most
@@ -305,25 +303,18 @@ class Store:
             await keep(digest)  # before the second look, so it cannot go in between
             if await self.present(namespace, digest):
                 await self._metadata.refuse(AlreadyExists(f"blob {digest}: already exists"))
-        held = await self._fresh(f"blob {digest}")
+        whole = self._backend.whole(data, digest, f"blob {digest}")
         try:
-            done = await asyncio.gather(_fill(held, data, digest), keep(digest), return_exceptions=True)
+            done = await asyncio.gather(whole.seal(), keep(digest), return_exceptions=True)
             if failed := [e for e in done if e is not None]:
-                await self._take_back(held, digest)
+                await self._take_back(whole, digest)
                 raise failed[0]
-            return await self._place(namespace, "", held, digest, len(data), labels)
+            return await self._place(namespace, "", whole, digest, len(data), labels)
         finally:
-            await held.release(keep=False)
-
-    async def _fresh(self, what: str) -> Held:
-        """An ingest that nobody else can know of. A sweep may come upon it between its making and its locking."""
-        for _ in range(FRESH_TRIES):
-            with suppress(Unavailable):
-                return await self._backend.open(secrets.token_hex(32), what)
-        return await self._backend.open(secrets.token_hex(32), what)
+            await whole.close()
 
     async def _place(
-        self, namespace: str, ref: str, held: Held, digest: str, size: int, labels: dict[str, str], *,
+        self, namespace: str, ref: str, held: Settling, digest: str, size: int, labels: dict[str, str], *,
         linked: bool = False,
     ) -> Info:  # fmt: skip
         """The ingest becomes a blob: file and row in one transaction; the one that is there already is kept."""
@@ -343,7 +334,7 @@ class Store:
             await self._take_back(held, digest)
             raise
 
-    async def _take_back(self, held: Held, digest: str) -> None:
+    async def _take_back(self, held: Settling, digest: str) -> None:
         """The bytes are no blob after all; what is left of the name is removed at the next start."""
         with suppress(WherryError):
             await self._metadata.unless_known(digest, lambda: held.unsettle(digest))
@@ -438,11 +429,6 @@ class Store:
         elif time.monotonic() - writer.since > self._idle and not writer.lock.locked():
             log.info("ingest %r of %s: nobody wrote for %.0f s, it is let go", name[1], name[0], self._idle)
             await self._release(name, writer)
-
-
-async def _fill(held: Held, data: bytes, digest: str) -> None:
-    await held.append(0, data)
-    await held.seal(digest)
 
 
 def ingest_key(namespace: str, ref: str) -> str:

@@ -11,9 +11,9 @@ A backend is found by name (`--set backend=NAME`): the built-in ones, then the e
 * Keep ingests by key and blobs by digest. Nothing here asks for files: `Place()` and `Located(path="")` say that
   there is none, and bytes then travel over the bus.
 * `Held.seal` ends with the bytes where a power cut, or the loss of this machine, does not reach them, and may give them
-  a name of their own there (an upload completed under a temporary one; the blob's, where it is told the digest).
-  `Held.settle` makes them the blob, or finds that another holder's are: the same digest is the same bytes, so
-  whichever comes last may win.
+  a name of their own there (an upload completed under a temporary one). `Held.settle` makes them the blob, or finds
+  that another holder's are: the same digest is the same bytes, so whichever comes last may win.
+* `whole` may answer `whole.WholeIngest(self, data, what)`, which does it by an ingest, or something quicker.
 * Bytes of an ingest before `seal` may be kept as the backend can: `open` says how many are there, and whoever writes
   goes on from it. Parts of an upload that were acknowledged must not be lost with the process, unless `progress`
   goes back with them.
@@ -62,7 +62,38 @@ class Progress:
     durable: int = 0
 
 
-class Held(Protocol):
+class Settling(Protocol):
+    """Bytes that are durable, and become a blob with its row."""
+
+    def settle(self, digest: str, size: int) -> None:
+        """Under the lock: make the bytes the blob `digest`, durably, in the place of what may be there.
+
+        FailedPrecondition when they are not `size` bytes (any more).
+        """
+        ...
+
+    def unsettle(self, digest: str) -> None:
+        """Under the lock: take a `settle` back, whose transaction failed."""
+        ...
+
+
+class Whole(Settling, Protocol):
+    """A blob's bytes that came in one call, its digest known to be theirs. `seal` comes first, `close` last."""
+
+    async def seal(self) -> None:
+        """Make the bytes durable. ResourceExhausted: no space.
+
+        They may have the blob's name from now on, unless it is taken. Until `settle` no row stands for it, so others
+        may remove it again; after an error `unsettle` is called.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Free what has not become the blob."""
+        ...
+
+
+class Held(Settling, Protocol):
     """An ingest that this process holds open, locked against every other opener on the same root.
 
     Methods may run at the same time; the bytes are what some order of them gives. `size` and `activity` are asked by
@@ -99,23 +130,8 @@ class Held(Protocol):
         """The digest of all bytes, `sha256:...` or `sha512:...`, and how many they are."""
         ...
 
-    async def seal(self, digest: str = "") -> None:
-        """Make the bytes durable.
-
-        digest: theirs, where nobody else can open this ingest: they may have the blob's name from now on, unless it is
-        taken. Until `settle` no row stands for it, so others may remove it again.
-        """
-        ...
-
-    def settle(self, digest: str, size: int) -> None:
-        """Under the lock: make the bytes the blob `digest`, durably, in the place of what may be there.
-
-        FailedPrecondition when they are not `size` bytes (any more).
-        """
-        ...
-
-    def unsettle(self, digest: str) -> None:
-        """Under the lock: take a `settle` back, whose transaction failed."""
+    async def seal(self) -> None:
+        """Make the bytes durable."""
         ...
 
     def check(self) -> None:
@@ -145,6 +161,10 @@ class Backend(Protocol):
 
         Unavailable: it is held already. ResourceExhausted: no space, no inode.
         """
+        ...
+
+    def whole(self, data: bytes, digest: str, what: str) -> Whole:
+        """Begin with a blob that is at hand whole; `what` names it in errors."""
         ...
 
     async def progress(self, key: str) -> Progress | None:

@@ -25,9 +25,11 @@ from wherry_shared.errors import DataLoss
 from wherry_shared.files import OwnedFd, make_directory, os_errors
 from wherry_shared.heap import blank
 
-from . import Backend, Progress
+from . import Backend, Progress, Whole
 from .durable import Directory, noted
 from .local_ingest import DATA, LocalIngest, same_file
+from .local_whole import LocalWhole, can_be_named
+from .whole import WholeIngest
 
 T = TypeVar("T")
 
@@ -52,6 +54,7 @@ class LocalBackend:
         self._pool = ThreadPoolExecutor(THREADS, "content")
         self._directories: dict[str, Directory] = {}
         self._open: OrderedDict[str, Blob] = OrderedDict()
+        self._named_later = False
 
     async def start(self) -> None:
         with os_errors(str(self._blobs.parent)):
@@ -59,6 +62,7 @@ class LocalBackend:
                 make_directory(path)
             for name in _HEX:
                 self._directories[name] = Directory(self._blobs / name)
+        self._named_later = all(can_be_named(directory) for directory in self._directories.values())
 
     async def close(self) -> None:
         await asyncio.to_thread(self._pool.shutdown)
@@ -73,6 +77,11 @@ class LocalBackend:
         held = await self._in_thread(LocalIngest.acquire, what, self._ingests / key, self._pool, self._target)
         held.follow()
         return held
+
+    def whole(self, data: bytes, digest: str, what: str) -> Whole:
+        if self._named_later:
+            return LocalWhole(what, data, self._target(digest), self._pool, self._discard)
+        return WholeIngest(self, data, what)
 
     async def progress(self, key: str) -> Progress | None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import fcntl
 import hashlib
 import os
@@ -31,7 +30,6 @@ STEP = 32 << 20  # bytes hashed before somebody else's turn on the thread: 20 ms
 FOLLOW_SECONDS = 0.03
 FOLLOW_BYTES = 1 << 20
 SAVE_BYTES = 32 << 20  # bytes after which they are made durable: the disk writes while the next ones come
-_NO_LINK = frozenset({errno.EEXIST, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK})  # taken, or no links here
 _OPEN = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -57,7 +55,6 @@ class LocalIngest:
         self._hash = threading.Lock()
         self._saving = threading.Lock()
         self._saver: asyncio.Future[None] | None = None
-        self._named = False  # the blob's name is durably there beside the ingest's
         self._unsaved: OSError | None = None  # the kernel tells a failed write-back once only, whoever asks first
         self._restart("sha256")
         self._follower: asyncio.Task[None] | None = None
@@ -250,31 +247,13 @@ class LocalIngest:
 
     # ---- the end
 
-    async def seal(self, digest: str = "") -> None:
-        await self._in_thread(self._seal, digest)
+    async def seal(self) -> None:
+        await self._in_thread(self._seal)
 
-    def _seal(self, digest: str) -> None:
+    def _seal(self) -> None:
         with self._using(), self._saving:
             os.fchmod(self._data, 0o444)
-            directory = self._link(digest) if digest else None
             self._sync(os.fsync)
-            if directory is not None:
-                directory.sync()
-                self._named = True
-
-    def _link(self, digest: str) -> Directory | None:
-        """Give the bytes the blob's name, too, unless it is taken: `settle` then decides under the lock.
-
-        A name that no row stands for is removed by whoever finds it, so `settle` looks whether it is still there.
-        """
-        target, directory = self._target(digest)
-        try:
-            os.link(DATA, target, src_dir_fd=self._directory)
-        except OSError as e:
-            if e.errno in _NO_LINK:
-                return None
-            raise
-        return directory
 
     def check(self) -> None:
         with self._using():
@@ -288,19 +267,13 @@ class LocalIngest:
                 raise FailedPrecondition(f"{self._what} has changed while it was committed")
             if not same_file(target, self._data):  # it is, when the transaction runs a second time
                 os.rename(DATA, target, src_dir_fd=self._directory)
-            elif self._named:
-                return
             directory.sync()
 
     def unsettle(self, digest: str) -> None:
         target, _ = self._target(digest)
         with self._using():
             os.fchmod(self._data, 0o600)
-            if not same_file(target, self._data):
-                return
-            if os.fstat(self._data).st_nlink > 1:
-                os.unlink(target)
-            else:
+            if same_file(target, self._data):
                 os.rename(target, DATA, dst_dir_fd=self._directory)
 
     async def release(self, *, keep: bool) -> None:

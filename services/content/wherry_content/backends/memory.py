@@ -11,7 +11,8 @@ from wherry_shared.api.content import Located
 from wherry_shared.errors import DataLoss, FailedPrecondition, NotFound, OutOfRange, Unavailable
 from wherry_shared.values import now
 
-from . import Backend, Place, Progress
+from . import Backend, Place, Progress, Whole
+from .whole import WholeIngest
 
 
 class MemoryIngest:
@@ -54,7 +55,7 @@ class MemoryIngest:
         self.check()
         return f"{algorithm}:{hashlib.new(algorithm, self._data).hexdigest()}", len(self._data)
 
-    async def seal(self, digest: str = "") -> None:
+    async def seal(self) -> None:
         self.check()
 
     def settle(self, digest: str, size: int) -> None:
@@ -105,6 +106,9 @@ class MemoryBackend:
         self.updated.setdefault(key, now())
         held = self.held[key] = MemoryIngest(self, key, what, data)
         return held
+
+    def whole(self, data: bytes, digest: str, what: str) -> Whole:
+        return WholeIngest(self, data, what)
 
     async def progress(self, key: str) -> Progress | None:
         data = self.ingests.get(key)
