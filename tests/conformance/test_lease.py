@@ -13,7 +13,7 @@ from wherry_lease import metadata
 from wherry_lease.leases import Registry
 from wherry_lease.service import LeaseService, Sweeper
 from wherry_shared import context
-from wherry_shared.api.lease import EXPIRE_LABEL, Leases, Resource
+from wherry_shared.api.lease import EXPIRE_LABEL, RESOURCES_MAX, Leases, Resource
 from wherry_shared.bus import Bus
 from wherry_shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from wherry_shared.outbox import Outbox
@@ -90,7 +90,7 @@ async def test_an_id_is_taken_once_though_asked_for_twice_at_once(leases: Leases
 async def test_an_unknown_lease_is_not_found(leases: Leases) -> None:
     calls = (
         leases.get("nope"), leases.delete("nope"), leases.resources("nope"), leases.add_resource("nope", BLOB),
-        leases.delete_resource("nope", BLOB),
+        leases.add_resources("nope", [BLOB]), leases.delete_resource("nope", BLOB),
     )  # fmt: skip
     for call in calls:
         with pytest.raises(NotFound, match="lease 'nope': not found"):
@@ -113,6 +113,20 @@ async def test_what_a_lease_keeps(house: House, leases: Leases) -> None:
     assert house.rows() == (1, 1, 0)
     await leases.create("a")
     assert (await leases.resources("a")).items == []
+
+
+async def test_several_at_once_are_kept_all_or_none(leases: Leases) -> None:
+    await leases.create("a")
+    image = Resource(type="images", id="redis")
+    await leases.add_resources("a", [image, BLOB, image])
+    await leases.add_resources("a", [BLOB])
+    await leases.add_resources("a", [])
+    assert (await leases.resources("a")).items == [BLOB, image]
+    with pytest.raises(InvalidArgument, match="empty id"):
+        await leases.add_resources("a", [SNAPSHOT, Resource(type="images", id="")])
+    with pytest.raises(InvalidArgument, match=f"{RESOURCES_MAX}"):
+        await leases.add_resources("a", [SNAPSHOT] * (RESOURCES_MAX + 1))
+    assert (await leases.resources("a")).items == [BLOB, image]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +164,7 @@ async def test_an_expired_lease_is_void_everywhere(house: House, leases: Leases)
     house.time += timedelta(seconds=1)
     calls = (
         leases.get("short"), leases.delete("short"), leases.resources("short"), leases.add_resource("short", BLOB),
-        leases.delete_resource("short", BLOB),
+        leases.add_resources("short", [BLOB]), leases.delete_resource("short", BLOB),
     )  # fmt: skip
     for call in calls:
         with pytest.raises(NotFound):

@@ -44,6 +44,7 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("namespace.delete", {"name": "mine"}),
     ("lease.create", {"id": "held"}),
     ("lease.add_resource", {"id": "held", "resource": HELD}),
+    ("lease.add_resources", {"id": "held", "resources": [HELD, HELD]}),
     ("lease.delete_resource", {"id": "held", "resource": HELD}),
     ("content.put", {"data": DATA, "expected": PUT, **ROOT}),
     ("content.open", {"ref": "closed"}),

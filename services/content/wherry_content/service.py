@@ -10,6 +10,7 @@ from wherry_shared.api.content import CHUNK, Content, Info, Ingest, Located, Ope
 from wherry_shared.api.lease import Leases, Resource
 from wherry_shared.contract import immediate
 from wherry_shared.errors import AlreadyExists, WherryError
+from wherry_shared.keeping import Keeper
 from wherry_shared.values import Page
 
 from .store import Store
@@ -25,6 +26,7 @@ class ContentService(Content):
     def __init__(self, store: Store, leases: Leases) -> None:
         self._store = store
         self._leases = leases
+        self._keeper = Keeper(leases)
 
     @immediate
     async def info(self, digest: str) -> Info:
@@ -93,9 +95,7 @@ class ContentService(Content):
 
     async def _keep(self, type: str, id: str) -> None:
         """Put a thing on the caller's lease. NotFound: there is no such lease."""
-        lease = context.current().lease
-        if lease:
-            await self._leases.add_resource(lease, Resource(type=type, id=id))
+        await self._keeper.keep(Resource(type=type, id=id))
 
     async def _let_go(self, type: str, id: str) -> None:
         """Take what is gone off the caller's lease. What it stood for is done already, so no failure of it counts."""

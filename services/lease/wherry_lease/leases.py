@@ -9,7 +9,7 @@ from datetime import datetime
 from functools import partial
 
 from wherry_shared import context
-from wherry_shared.api.lease import Lease, Resource
+from wherry_shared.api.lease import RESOURCES_MAX, Lease, Resource
 from wherry_shared.catalog import LIMIT_MAX, PAGE_BYTES
 from wherry_shared.errors import InvalidArgument, Unimplemented
 from wherry_shared.references import expires_at
@@ -59,12 +59,16 @@ class Registry:
 
         await self._rows.database.mutate(write, frees=True)
 
-    async def add_resource(self, namespace: str, id: str, resource: Resource) -> None:
-        check_resource(resource)
+    async def add_resources(self, namespace: str, id: str, resources: Sequence[Resource]) -> None:
+        if len(resources) > RESOURCES_MAX:
+            raise InvalidArgument(f"{len(resources)} resources at once are more than {RESOURCES_MAX}")
+        for resource in resources:
+            check_resource(resource)
 
         def write(tx: Transaction) -> None:
             self._require(tx, namespace, id)
-            self._rows.add_resource(tx, namespace, id, resource)
+            for resource in resources:
+                self._rows.add_resource(tx, namespace, id, resource)
 
         await self._rows.database.mutate(write)
 

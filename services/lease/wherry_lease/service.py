@@ -49,7 +49,10 @@ class LeaseService(Leases):
         return await self._registry.walk(context.namespace(), filters, after, limit)
 
     async def add_resource(self, id: str, resource: Resource) -> None:
-        await self._registry.add_resource(context.namespace(), id, resource)
+        await self._registry.add_resources(context.namespace(), id, [resource])
+
+    async def add_resources(self, id: str, resources: Sequence[Resource]) -> None:
+        await self._registry.add_resources(context.namespace(), id, resources)
 
     async def delete_resource(self, id: str, resource: Resource) -> None:
         await self._registry.delete_resource(context.namespace(), id, resource)

@@ -10,6 +10,7 @@ from wherry_shared import context
 from wherry_shared.api.lease import Leases, Resource
 from wherry_shared.api.snapshot import REF_LABEL, Info, Kind, Snapshots, Usage
 from wherry_shared.errors import InvalidArgument, WherryError
+from wherry_shared.keeping import Keeper
 from wherry_shared.values import Mount, Page
 
 from .metadata import is_unpacking
@@ -29,6 +30,7 @@ class SnapshotService(Snapshots):
     ) -> None:
         self._snapshotters = snapshotters
         self._leases = leases
+        self._keeper = Keeper(leases)
         self._broken = broken or {}
         self._letting_go: set[asyncio.Task[None]] = set()
 
@@ -44,9 +46,10 @@ class SnapshotService(Snapshots):
 
     async def _make(self, snapshotter: str, key: str, parent: str, labels: dict[str, str], kind: Kind) -> list[Mount]:
         chosen = self._chosen(snapshotter)
-        await self._keep(snapshotter, key)
+        kept = [_resource(snapshotter, key)]
         if kind == "active" and labels.get(REF_LABEL):
-            await self._keep(snapshotter, labels[REF_LABEL])  # a caller told that it exists goes on to use it
+            kept.append(_resource(snapshotter, labels[REF_LABEL]))  # a caller told that it exists goes on to use it
+        await self._keeper.keep(*kept)
         return await chosen.prepare(context.namespace(), key, parent, labels, kind)
 
     async def mounts(self, snapshotter: str, key: str) -> list[Mount]:
@@ -57,7 +60,7 @@ class SnapshotService(Snapshots):
         patience: float = 0.0,
     ) -> Info:  # fmt: skip
         chosen = self._chosen(snapshotter)
-        await self._keep(snapshotter, name)
+        await self._keeper.keep(_resource(snapshotter, name))
         info = await chosen.commit(context.namespace(), name, key, parent, dict(labels or {}), patience)
         self._keep_no_longer(snapshotter, key)
         return info
@@ -94,12 +97,6 @@ class SnapshotService(Snapshots):
             reason = self._broken.get(name, f"it is none of {', '.join(self._snapshotters)}")
             raise InvalidArgument(f"snapshotter {name[:76]!r}: {reason}")
         return found
-
-    async def _keep(self, snapshotter: str, key: str) -> None:
-        """Put a snapshot on the caller's lease. NotFound: there is no such lease."""
-        if lease := context.current().lease:
-            with context.use(key=""):  # the request's own key names its own effect
-                await self._leases.add_resource(lease, _resource(snapshotter, key))
 
     def _keep_no_longer(self, snapshotter: str, key: str) -> None:
         """Take a key that is no more off the lease; nobody waits for it, for a lease on nothing harms nobody.

@@ -11,6 +11,7 @@ from ..records import Record, record
 from ..values import Labels, Page
 
 EXPIRE_LABEL = "containerd.io/gc.expire"
+RESOURCES_MAX = 1000
 
 
 @record
@@ -61,6 +62,11 @@ class Leases(Contract, Protocol, service="lease", version="1.0.0"):
     @endpoint(NotFound, Unimplemented, mutates=True)
     async def add_resource(self, id: str, resource: Resource) -> None:
         """Keep a thing, whether it exists yet or not; keeping it twice is keeping it once."""
+        ...
+
+    @endpoint(NotFound, Unimplemented, mutates=True)
+    async def add_resources(self, id: str, resources: list[Resource]) -> None:
+        """Keep several things, at most RESOURCES_MAX, or none of them where one is refused."""
         ...
 
     @endpoint(NotFound, Unimplemented, mutates=True)
