@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+from pydantic_core import SchemaSerializer, SchemaValidator
 from wherry.node import preload
 from wherry_shared import api
 from wherry_shared.contract import Endpoint
@@ -13,6 +14,16 @@ from wherry_shared.contract import Endpoint
 
 def endpoints() -> list[Endpoint]:
     return [e for contract in (*api.contracts(), *api.second_contracts()) for e in contract.endpoints.values()]
+
+
+def test_codecs() -> None:
+    """A codec that is left for its first call is made once in each service, in memory of its own."""
+    api.build()
+    for endpoint in endpoints():
+        for adapter in (endpoint._request, endpoint.reply):
+            assert adapter.pydantic_complete, endpoint.name
+            assert isinstance(adapter.validator, SchemaValidator), endpoint.name
+            assert isinstance(adapter.serializer, SchemaSerializer), endpoint.name
 
 
 def test_schemas() -> None:

@@ -19,8 +19,6 @@ import sys
 import traceback
 from pathlib import Path
 
-from wherry_shared import api
-
 import wherry
 
 from . import VERBS, load
@@ -64,7 +62,6 @@ def _load() -> None:
         load(verb)
     for name in wherry.__all__:
         getattr(wherry, name)
-    api.build()
     gc.collect()
     gc.freeze()
 

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 
 from wherry_shared import api
 from wherry_shared.bus import load_connection
+from wherry_shared.bus.proxy import proxy_class
 from wherry_shared.runtime import package_version
 
 # CPython's small objects come in classes of 16 bytes up to 512, out of pools of 16 KiB (Objects/obmalloc.c).
@@ -40,6 +41,8 @@ def preload(services: Mapping[str, str]) -> list[bytes]:
         package_version(f"wherry-{name}")
     load_connection()
     api.build()
+    for contract in (*api.contracts(), *api.second_contracts()):
+        proxy_class(contract)
     describe()
     rehearse()
     gc.collect()

@@ -157,7 +157,7 @@ def raise_error(headers: Mapping[str, str], data: bytes = b"") -> Unavailable | 
 
 def make_proxy(contract: type[Any], caller: Caller) -> Any:
     """An object with the contract's methods, each a call over the bus."""
-    proxy = _proxy_class(contract)()
+    proxy = proxy_class(contract)()
     proxy._caller = caller
     return proxy
 
@@ -192,7 +192,8 @@ async def walk(window: Callable[..., Awaitable[Page[T]]], **arguments: Any) -> A
 _classes: dict[type[Any], type[Any]] = {}
 
 
-def _proxy_class(contract: type[Any]) -> type[Any]:
+def proxy_class(contract: type[Any]) -> type[Any]:
+    """What the contract's proxies are instances of; made when it is first asked for."""
     made = _classes.get(contract)
     if made is None:
         methods = {name: _method(endpoint) for name, endpoint in contract.endpoints.items()}
