@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from wherry_shared.bus.protocol import ASIDE, BUFFER_BYTES, MAX_LINE, Message, Receiver, encode_headers, parse_headers
+from wherry_shared.bus.protocol import (
+    ASIDE,
+    BUFFER_BYTES,
+    FIRST_BYTES,
+    MAX_LINE,
+    Message,
+    Receiver,
+    encode_headers,
+    parse_headers,
+)
 from wherry_shared.errors import InvalidArgument
 
 Operation = tuple[object, ...]
@@ -134,6 +143,22 @@ def test_large_messages_back_to_back_are_moved_once_only(size: int, most: int) -
     receiver.feed(b"".join(wire(message) for message in sent))
     assert sink.seen == sent
     assert len(receiver._buffer) <= most
+
+
+@pytest.mark.parametrize("fill", [FIRST_BYTES - 1, FIRST_BYTES, FIRST_BYTES + 1])
+def test_the_buffer_is_small_until_it_is_full(fill: int) -> None:
+    """A connection that says little takes little; in one where more comes than that at once, nothing is lost."""
+    ping, (whole, rest) = b"PING\r\n", divmod(fill, 6)
+    sink = Recorder()
+    receiver = Receiver(sink)
+    for _ in range(100):
+        feed(receiver, ping, [2])
+    assert len(receiver._buffer) == FIRST_BYTES
+    receiver.feed(ping * whole + ping[:rest])
+    assert sink.seen == [("ping",)] * (100 + whole)
+    assert len(receiver._buffer) == (FIRST_BYTES if fill < FIRST_BYTES else BUFFER_BYTES)
+    receiver.feed(ping[rest:])
+    assert sink.seen == [("ping",)] * (100 + whole + 1)
 
 
 @pytest.mark.parametrize("size", [ASIDE.start - 1, ASIDE.start, BUFFER_BYTES + 1, ASIDE.stop - 1, ASIDE.stop])

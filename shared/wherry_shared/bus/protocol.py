@@ -18,7 +18,9 @@ from typing import Protocol as Interface
 from ..errors import InvalidArgument
 from ..heap import blank
 
-BUFFER_BYTES: Final = 64 << 10  # the receive buffer at rest; it grows to hold what is not read aside
+# The receive buffer: until a read has filled it, and from then on. It grows to hold what is not read aside.
+FIRST_BYTES: Final = 4 << 10
+BUFFER_BYTES: Final = 64 << 10
 MAX_LINE: Final = 256 << 10  # an INFO of a large cluster is the longest control line there is
 ASIDE: Final = range(48 << 10, 2 << 20)  # bodies of so many bytes are read to where they stay
 MAX_BODY: Final = 65 << 20  # nats-server allows no max_payload above 64 MB, and adds headers of its own
@@ -161,7 +163,7 @@ class Receiver(asyncio.BufferedProtocol):
         self._sink = sink
         self._original = original
         self._limit = limit
-        self._buffer = bytearray(BUFFER_BYTES)
+        self._buffer = bytearray(FIRST_BYTES)
         self._view = memoryview(self._buffer)
         self._end = 0  # bytes of the buffer that are filled; an unfinished operation always starts at 0
         self._need = -1  # size of the body that is awaited, header block included; -1 between messages
@@ -280,8 +282,9 @@ class Receiver(asyncio.BufferedProtocol):
         if self._need < 0 and left > MAX_LINE:
             raise ValueError(f"a control line exceeds {MAX_LINE} bytes")
         wanted = self._need + 2 if self._need >= 0 else left + 1
-        if wanted > len(self._buffer):
-            grown = bytearray(max(wanted + BUFFER_BYTES, 2 * len(self._buffer)))
+        room = len(self._buffer)
+        if wanted > room or self._end == room == FIRST_BYTES:
+            grown = bytearray(BUFFER_BYTES if wanted <= BUFFER_BYTES else max(wanted + BUFFER_BYTES, 2 * room))
             grown[:left] = self._view[start : self._end]
             self._buffer, self._view = grown, memoryview(grown)
         elif start and left:
