@@ -36,6 +36,7 @@ from .bus import Bus, connect
 from .contract import Contract
 from .errors import FailedPrecondition, InvalidArgument, Unavailable, WherryError
 from .files import os_errors
+from .heap import give_back
 from .outbox import Outbox
 from .sqlite import Database
 from .values import check_identifier
@@ -236,16 +237,12 @@ def run_together(
     They stop one after the other, in this order. Where one cannot start or breaks, all end: decision 0020.
     beside: what else is to run, for ever; it is cancelled before anything stops.
     """
-    import uvloop
-
     names = "+".join(services)
     who = names if len(services) == 1 else "together %(name)s"
     try:
         parts = [(Settings.parse(service, arguments), build) for service, build in services.items()]
-        logging.basicConfig(
-            level=parts[0][0].log_level, stream=sys.stderr, format=f"%(asctime)s {who} %(levelname)s %(message)s"
-        )
-        uvloop.run(_serve_all(parts, beside))
+        log_to_stderr(who, parts[0][0].log_level)
+        run_loop(_serve_all(parts, beside))
     except (WherryError, ExceptionGroup) as e:
         first: Exception = e
         while isinstance(first, ExceptionGroup):
@@ -254,6 +251,26 @@ def run_together(
             raise
         print(f"wherry-{names}: {first}", file=sys.stderr)  # noqa: T201 - the process's last word
         raise SystemExit(1) from None
+
+
+def log_to_stderr(who: str, level: str) -> None:
+    """`who` stands in each line. Setting a level writes to every logger there is, and so to pages that a forked process
+    shares: not where it is what was set before the fork."""
+    logging.basicConfig(stream=sys.stderr, format=f"%(asctime)s {who} %(levelname)s %(message)s")
+    if logging.getLevelName(logging.root.level) != level:
+        logging.root.setLevel(level)
+
+
+def run_loop(main: Coroutine[Any, Any, None]) -> None:
+    """As asyncio.run, on uvloop's loop; its buffer of 256 KiB takes memory as far as it is used."""
+    import uvloop
+
+    async def run_lean() -> None:
+        loop = asyncio.get_running_loop()
+        give_back(id(loop), loop.__sizeof__())
+        await main
+
+    uvloop.run(run_lean())
 
 
 async def _serve_all(

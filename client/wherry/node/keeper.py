@@ -15,6 +15,7 @@ from pathlib import Path
 
 from wherry_shared.api.events import Envelope
 from wherry_shared.errors import NotFound, WherryError
+from wherry_shared.runtime import log_to_stderr, run_loop
 
 import wherry
 from wherry.paging import walk
@@ -33,10 +34,8 @@ def serve(state: Path, log_level: str, *, boot: bool, node: str = "", mark: Path
 
     node: its name, where the state directory does not tell it.
     """
-    import uvloop
-
-    logging.basicConfig(level=log_level, format="%(asctime)s keeper %(levelname)s %(message)s")
-    uvloop.run(keep(state, boot=boot, node=node, mark=mark))
+    log_to_stderr("keeper", log_level)
+    run_loop(keep(state, boot=boot, node=node, mark=mark))
 
 
 async def keep(state: Path, *, boot: bool, node: str = "", mark: Path | None = None) -> None:

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import importlib
 import json
+import logging
 import os
 import pwd
 import select
@@ -101,6 +102,7 @@ class Supervisor:
         """Until SIGINT or SIGTERM. Answers the exit code. FailedPrecondition: another node has the directories."""
         services = self._services()
         self._prepare(list(services))
+        logging.root.setLevel(self._plan.log_level)  # for all who are forked
         self._watch_signals()
         try:
             self._start_nats()
@@ -150,6 +152,8 @@ class Supervisor:
         return [sorted(names, key=lambda name: (name != "task", name == "events")) for names in found.values()]
 
     def _prepare(self, services: Sequence[str]) -> None:
+        if self._plan.log_level not in logging.getLevelNamesMapping():
+            raise InvalidArgument(f"there is no log level {self._plan.log_level!r}")
         os.umask(0o077)
         shared_mode = 0o711 if self._plan.user else 0o700
         for directory in (self._plan.root, self._plan.state):
