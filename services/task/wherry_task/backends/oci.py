@@ -16,7 +16,6 @@ from wherry_shared.api.task import CheckpointOptions, Stdio
 from wherry_shared.errors import FailedPrecondition, Unavailable, Unknown, WherryError
 
 from wherry_task.monitor import runtime
-from wherry_task.monitor import zygote as zygote_program
 
 from . import Bundle, Creation, Ended, Metrics, OnNotice, OutOfMemory, Seen, criu, metrics
 from .channel import LONG_PATIENCE, Channel
@@ -26,6 +25,8 @@ log = logging.getLogger("wherry.task.oci")
 
 SOCKET = "monitor.sock"
 ZYGOTE_SECONDS = 10.0
+# Not imported here: it is the program of another interpreter, and brings all of a monitor's code.
+_ZYGOTE = Path(runtime.__file__).with_name("zygote.py")
 # What a monitor knows by heart it answers at once, or it hangs.
 STATE_SECONDS = 2.0
 
@@ -239,7 +240,7 @@ class OciLauncher:
         # The bare interpreter beneath the virtual environment: every page that it does not have is saved per monitor.
         interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
         process = await asyncio.create_subprocess_exec(
-            interpreter, "-I", "-S", "-E", str(zygote_program.__file__), str(self._directory / "zygote.sock"),
+            interpreter, "-I", "-S", "-E", str(_ZYGOTE), str(self._directory / "zygote.sock"),
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
             env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}, start_new_session=True,
         )  # fmt: skip
