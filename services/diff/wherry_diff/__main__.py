@@ -16,6 +16,8 @@ from .limits import Limits
 from .pool import Pool
 from .service import SNAPSHOTTERS, DiffService
 
+LATER = ("multiprocessing.popen_fork", "multiprocessing.synchronize")
+
 
 async def build(host: Host) -> Diff:
     """Settings: workers (working processes; default the host's cores, at most 4), processors (a file, see

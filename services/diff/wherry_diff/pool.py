@@ -28,7 +28,7 @@ _PR_SET_NAME, _PR_SET_PDEATHSIG = 15, 1
 _PIPE_BYTES = 1 << 20
 # So long workers wait for more to do; after the node's start longer, for nothing has been done yet. Forking them again
 # takes some 15 ms, idle ones take 15 MiB.
-IDLE_SECONDS, FRESH_SECONDS = 10.0, 60.0
+IDLE_SECONDS, FRESH_SECONDS = 3.0, 60.0
 
 
 class Pool:
