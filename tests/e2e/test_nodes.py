@@ -26,6 +26,17 @@ def test_a_second_node_on_the_same_root_is_refused(node: Node) -> None:
     assert len(node.services()) == 10
 
 
+def test_a_log_level_that_there_is_not(tmp_path: Path) -> None:
+    """It is for all services, so it is refused once, and nothing is made."""
+    done = subprocess.run(
+        [WHERRY, "up", "--root", tmp_path / "root", "--state", tmp_path / "state", "--log-level", "loud"],
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "wherry up: there is no log level 'LOUD'"
+    assert not any(tmp_path.iterdir())
+
+
 def test_two_nodes_do_not_disturb_each_other(node: Node, busybox_ref: str, namespace: str, tmp_path: Path) -> None:
     with Node(tmp_path, "--node", "other") as other:
         for each in (node, other):
