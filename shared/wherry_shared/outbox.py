@@ -30,6 +30,9 @@ BATCH = 128
 # Where so many left together, the next ones wait until more have come: a batch costs the bus, its readers and us about
 # the same whatever is in it. One that comes alone, or the first of a crowd, leaves at once.
 CROWD, GATHER = 4, 0.005
+# Turns of the event loop in which whoever wrote an event gets its answer out first, some tasks away from the write: the
+# relay would take the loop, its thread and the disk from it.
+TURNS = 3
 # A moment for more to come: then all that was sent is put aside in one write, or when it is so much.
 LINGER, ASIDE_MAX = 0.05, 1024
 PAUSE_FIRST, PAUSE_LAST = 0.05, 2.0
@@ -113,6 +116,8 @@ class Outbox:
                 if not await self._woken():
                     self._put_aside_beside()
                     continue
+                for _ in range(TURNS):
+                    await asyncio.sleep(0)
                 while sent := await self._send_batch():
                     pause = PAUSE_FIRST
                     if CROWD <= sent < BATCH and self._gather:

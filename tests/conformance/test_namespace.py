@@ -269,7 +269,9 @@ async def test_only_what_comes_into_being_makes_it_known(house: House, namespace
     """As in containerd; and of all the other events, which are many, the service does not even hear."""
     images = house.bus.proxy(Images, namespace="deaf")
     await house.watcher.stop()
-    await images.create(IMAGE)
+    async with await house.bus.subscribe(topic="/images/create") as events:
+        await images.create(IMAGE)
+        await told(events, 1)
     house.watcher = Watcher(house.registry, house.bus, Nothing())
     await house.watcher.start()
     await images.delete("redis")

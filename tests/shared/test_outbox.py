@@ -99,6 +99,28 @@ async def test_events_leave_in_order_and_are_forgotten(database: Database, outbo
     assert (await stream.read(limit=1))[0].subject == "wherry.ev.v1.n1.k8s~io.images.create"
 
 
+async def test_who_wrote_an_event_goes_on_before_it_leaves(
+    database: Database, outbox: Outbox, stream: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the answer has a way through tasks, as that of a snapshot's removal has."""
+    order: list[str] = []
+    publish_all = events.publish_all
+
+    async def published(transport: Any, outgoing: Any) -> Any:
+        order.append("left")
+        return await publish_all(transport, outgoing)
+
+    monkeypatch.setattr(events, "publish_all", published)
+    outbox.start()
+    await write(database, 0)
+    await drained(database)
+    order.clear()
+    await asyncio.shield(asyncio.ensure_future(database.write(change(1))))
+    order.append("answered")
+    await drained(database)
+    assert order == ["answered", "left"]
+
+
 async def test_a_crash_between_the_commit_and_the_publish(
     tmp_path: Path, server: HouseServer, image: Bus, stream: EventLog
 ) -> None:
