@@ -15,10 +15,11 @@ from task_house import RUNTIMES, SHIM, House, exec_of, gone, house_of, parent_of
 from wherry_shared.api.task import Exit, Stdio
 from wherry_shared.bus import Bus
 from wherry_shared.bus.events import Subscriber
-from wherry_shared.errors import FailedPrecondition, NotFound, Unavailable
+from wherry_shared.errors import FailedPrecondition, Internal, NotFound, Unavailable
 from wherry_shared.sqlite import Database
 from wherry_task import metadata
 from wherry_task.backends.channel import Channel
+from wherry_task.backends.oci import MonitorShim
 from wherry_task.backends.shim import V2Shim
 from wherry_task.monitor import runtime
 from wherry_task.monitor.mounts import unmount_rootfs
@@ -78,6 +79,55 @@ async def test_a_reboot_ends_everything_once(house: House) -> None:
         assert isinstance(await house.tasks.delete(id), Exit)
         with pytest.raises(NotFound):
             await house.tasks.get(id)
+
+
+async def test_a_deletion_whose_monitor_fails_late_is_answered_and_cleaned_up_later(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the container itself is gone its record goes, whatever becomes of the monitor; the bundle is for later."""
+    id = await house.running("/bin/sh", "-c", "exit 3")
+    assert await house.exit(id) == 3
+    task = house.supervisor.task("default", id)
+    if house.runtime == SHIM:
+        assert not task.shim.removed()
+        await house.tasks.delete(id)
+        return
+    async with asyncio.timeout(5):
+        while not task.shim.removed():
+            await asyncio.sleep(0.01)
+
+    async def fails(*_: object, **__: object) -> None:
+        raise Internal("no")
+
+    monkeypatch.setattr(MonitorShim, "delete", fails)
+    assert (await house.tasks.delete(id)).exit_status == 3
+    monkeypatch.undo()
+    with pytest.raises(NotFound):
+        await house.tasks.get(id)
+    assert house.leftovers(id) == [str(task.bundle.path)]
+    await house.stop_tasks()
+    await house.start_tasks()
+    assert house.leftovers(id) == []
+
+
+async def test_what_still_has_a_cgroup_is_not_forgotten_before_it_is_gone(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deletion that fails leaves the task as it was, to be deleted again."""
+    id = await house.running("/bin/sleep", "1000")
+    failing = V2Shim if house.runtime == SHIM else MonitorShim
+
+    async def fails(*_: object, **__: object) -> None:
+        raise Internal("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(failing, "delete", fails)
+        patch.setattr(failing, "removed", lambda self: False)
+        with pytest.raises(Internal):
+            await house.tasks.delete(id, force=True)
+    assert (await house.tasks.get(id)).status == "stopped"
+    assert (await house.tasks.delete(id)).exit_status == 137
+    assert house.leftovers(id) == []
 
 
 def _power_cut(pids: list[int], bundles: list[Path]) -> None:

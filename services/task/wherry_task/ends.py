@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from wherry_shared.errors import WherryError
+from wherry_shared.errors import NotFound, Unavailable, WherryError
 from wherry_shared.sqlite import Database, Transaction
 
 from . import metadata
@@ -120,6 +120,14 @@ class Ends:
             await task.shim.close()
             found = {e.exec_id: e for e in await self._launcher.clean(task.bundle, kill=True)}
             await self.lost(task, found)
+
+    async def take_away(self, task: Task) -> None:
+        """Have removed what is left of a container that is deleted, and its shim end."""
+        try:
+            await task.shim.delete("", force=True)
+        except (NotFound, Unavailable):
+            if task.bundle.path.is_dir():
+                await self._launcher.clean(task.bundle, kill=True)
 
     async def retry(self, task: Task) -> None:
         """A shim that is there was silent when this service started: ask again until it speaks or is gone."""

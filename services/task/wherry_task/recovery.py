@@ -158,5 +158,8 @@ class _Gone:
 
         return gone
 
+    def removed(self) -> bool:
+        return False
+
     async def close(self) -> None:
         return None

@@ -355,11 +355,10 @@ class Supervisor:
             task.deleting = True
             # What was to be restored and never was has not ended either.
             exit = process.exit() if process.row.pid else Exit(exit_status=0, exited_at=time_of(time.time_ns()))
-            try:
-                await task.shim.delete("", force=True)
-            except (NotFound, Unavailable):
-                if task.bundle.path.is_dir():
-                    await self._launcher.clean(task.bundle, kill=True)
+            # What cannot fail any more is done while the record goes.
+            sure = process.ended.is_set() and task.shim.removed()
+            if not sure:
+                await self._ends.take_away(task)
 
             def record(tx: Transaction) -> Exit:
                 metadata.delete_task(tx, namespace, container)
@@ -368,13 +367,25 @@ class Supervisor:
 
             for exec_id in task.processes:
                 self.streams.retire((*task.key, exec_id))
-            # A bundle without a record, or the other way round, is what the next start of this service cleans.
-            answer, _, _ = await asyncio.gather(
-                self._database.mutate(record, frees=True), self._ends.unfollow(task),
-                asyncio.to_thread(self._bundles.remove, task.bundle.path),
-            )  # fmt: skip
+            answer, _ = await asyncio.gather(
+                self._database.mutate(record, frees=True), self._let_go(task, away=not sure)
+            )
             self._tasks.pop(task.key, None)
             return answer
+
+    async def _let_go(self, task: Task, *, away: bool) -> None:
+        """Of the shim and the bundle. away: the container is known to be taken away.
+
+        A bundle without a record, or the other way round, is what the next start of this service cleans.
+        """
+        if not away:
+            try:
+                await self._ends.take_away(task)
+            except WherryError as e:
+                log.error("the monitor of %s stays until this service starts again: %s", task.row.container, e)
+                await self._ends.unfollow(task)
+                return
+        await asyncio.gather(self._ends.unfollow(task), asyncio.to_thread(self._bundles.remove, task.bundle.path))
 
     # ---- looking
 

@@ -124,6 +124,9 @@ class MonitorShim:
             self.channel.forget_end()  # its container deleted, a monitor ends by itself
         await self.channel.ask("delete", patience=LONG_PATIENCE, exec_id=exec_id, force=force)
 
+    def removed(self) -> bool:
+        return runtime.removed(self._bundle.binary, str(self._bundle.root / self._bundle.container))
+
     async def watch(self, on_notice: OnNotice, on_gone: Callable[[], None], execs: Sequence[str] = ()) -> None:
         def tell(message: dict[str, Any]) -> None:
             on_notice(ended(message) if message["notice"] == "exit" else OutOfMemory())

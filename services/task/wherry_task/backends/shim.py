@@ -184,6 +184,9 @@ class V2Shim:
             await asyncio.to_thread(kill_shim, self._bundle)
         await asyncio.to_thread(mounts.unmount_rootfs, str(self._bundle.path / "rootfs"))
 
+    def removed(self) -> bool:
+        return False  # it says nothing of that
+
     # ---- ends
 
     async def watch(self, on_notice: OnNotice, on_gone: Callable[[], None], execs: Sequence[str] = ()) -> None:

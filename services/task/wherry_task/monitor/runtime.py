@@ -117,6 +117,14 @@ def _read_of_init(fifo: int, init: int) -> bool:
     return bool(os.read(fifo, 1))
 
 
+def removed(binary: str, state: str) -> bool:
+    """Whether a container that this runtime has made is no more: its state goes last (`operations.remove`).
+
+    False, too, of a runtime whose state lies elsewhere.
+    """
+    return os.path.basename(binary) in _FIFO_READS and not os.path.lexists(state)
+
+
 def last_error(path: str, start: int = 0) -> str:
     """The last message of level error in a runtime's JSON log, from that offset on; "" when there is none."""
     try:
