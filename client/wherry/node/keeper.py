@@ -133,13 +133,14 @@ class Keeper:
         except NotFound:
             return None
         policy, status = policy_of(container.record.labels), None
+        if policy is None:
+            return None
         with contextlib.suppress(NotFound):
             state = await client.tasks.get(key[1])
             if state.status != "stopped":
                 return None
             status = state.exit_status
-        wanted = policy is not None and policy.wants(container.record.labels, status, boot=boot)
-        return container if wanted else None
+        return container if policy.wants(container.record.labels, status, boot=boot) else None
 
     async def _start(self, key: Key, container: wherry.Container) -> None:
         count = count_of(container.record.labels) + 1
