@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).parent))  # for monitor_rig.py
 
 from monitor_rig import RUNTIMES, Client, Refused, Rig, alive, eventually, kill, monitor_of
 from wherry_task.monitor import runtime as oci
+from wherry_task.monitor import warming
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not RUNTIMES, reason="takes root and an OCI runtime")
 PRIVATE_KIB = 600
@@ -102,6 +103,14 @@ def test_a_launch_that_fails_tells_why_and_leaves_nobody(rig: Rig, runtime: str)
         launch(rig, runtime, ["/no-such-program"])
     eventually(lambda: rig.zygote().call("ping")["children"] == [])
     assert rig.leftovers() == []
+
+
+def test_a_worker_that_waits_keeps_nothing_of_what_it_touched(rig: Rig) -> None:
+    descriptors = os.listdir("/proc/self/fd")
+    warming.warm()
+    assert os.listdir("/proc/self/fd") == descriptors
+    client = rig.zygote()  # and still answers whatever comes
+    assert client.call("ping")["version"] == 1
 
 
 def test_one_forked_ahead_ends_with_its_connection(rig: Rig) -> None:

@@ -29,6 +29,9 @@ ZYGOTE_SECONDS = 10.0
 _ZYGOTE = Path(runtime.__file__).with_name("zygote.py")
 # What a monitor knows by heart it answers at once, or it hangs.
 STATE_SECONDS = 2.0
+# The fork of the next monitor waits so long: a container that was just made needs the processors to start and, if it is
+# a short one, to end.
+SPARE_SECONDS = 0.01
 
 
 class MonitorShim:
@@ -226,6 +229,7 @@ class OciLauncher:
             self._sparing = asyncio.get_running_loop().create_task(self._fork_ahead())
 
     async def _fork_ahead(self) -> None:
+        await asyncio.sleep(SPARE_SECONDS)
         with contextlib.suppress(OSError, Unavailable):
             self._spare = await self._zygote()
 

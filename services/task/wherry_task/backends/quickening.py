@@ -75,13 +75,17 @@ class Quickening:
     def __init__(self, hastening: Hastening) -> None:
         self._hastening = hastening
         self._until = 0.0
-        self._running: asyncio.Future[None] | None = None
+        self._running: asyncio.Task[None] | None = None
 
     def expect(self) -> None:
         """One is to come soon."""
         self._until = time.monotonic() + SECONDS
         if self._running is None or self._running.done():
-            self._running = asyncio.get_running_loop().run_in_executor(None, self._run)
+            # Not before the caller waits for something: the thread's first steps are Python, too.
+            self._running = asyncio.get_running_loop().create_task(self._begin())
+
+    async def _begin(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, self._run)
 
     def _run(self) -> None:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from wherry_task.monitor import cleanup, compact, libc, monitor, operations, wire, worker
+from wherry_task.monitor import cleanup, compact, libc, monitor, operations, warming, wire, worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def _first(zygote: int) -> NoReturn:
     try:
         os.closerange(SIGNALS, _ITS)
         os.set_blocking(CONNECTION, True)
+        warming.warm()
         args = _read_request()
         if args is None:
             worker.send(operations.Result(b""), _ITS, "0")

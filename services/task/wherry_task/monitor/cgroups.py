@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from wherry_task.monitor import libc
+from wherry_task.monitor import libc, records
 
 ROOT = "/sys/fs/cgroup"
 
@@ -13,12 +13,12 @@ def of(pid: int | str) -> dict[str, str]:
     """Controllers ("" for v2, "memory", "cpu,cpuacct", "name=systemd") to paths; {} when the process is gone."""
     found = {}
     try:
-        with open(f"/proc/{pid}/cgroup") as file:
-            for line in file:
-                _, controllers, path = line.rstrip("\n").split(":", 2)
-                found[controllers] = path
+        lines = os.fsdecode(records.contents(f"/proc/{pid}/cgroup")).split("\n")
     except OSError:
         return {}
+    for line in filter(None, lines):
+        _, controllers, path = line.split(":", 2)
+        found[controllers] = path
     return found
 
 
@@ -70,10 +70,10 @@ def watch_memory(file: str) -> int:
 def oom_kills(file: str) -> int:
     """How many processes the kernel has killed in that cgroup for want of memory; 0 when it is gone."""
     try:
-        with open(file) as lines:
-            return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+        lines = records.contents(file).split(b"\n")
     except OSError:
         return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(b"oom_kill "))
 
 
 def remove(folder: str) -> None:

@@ -128,7 +128,7 @@ def create(monitor: Monitor, name: str, args: Args) -> Result:
         raise wire.Failure(wire.EXISTS, f"the container is {monitor.state}")
     about = records.read(records.ABOUT)
     runtime, rootfs = runtime_of(about), os.path.join(about["bundle"], "rootfs")
-    mounts.mount_rootfs(_mount_list(args), rootfs)
+    mounts.mount_rootfs(mount_list(args), rootfs)
     about["poststart"] = bool(args.get("poststart"))
     about["plain"] = bool(args.get("plain")) and runtime.releases and not about["options"]
     try:
@@ -147,7 +147,7 @@ def _init_result(about: Args, runtime: Runtime, pid: int, stdio: Stdio) -> Resul
     """Write down what a cleaner would need, and watch the memory cgroup."""
     about["cgroups"] = cgroups.of(pid)
     about["init"] = {"pid": pid, "start_time": start_time(pid)}
-    about["own_pid_namespace"] = _first_of_its_namespace(pid)
+    about["own_pid_namespace"] = first_of_its_namespace(pid)
     about["oom_file"] = cgroups.memory(about["cgroups"])
     kept = stdio.kept if about["own_pid_namespace"] else [*stdio.kept, ("shared", [])]
     try:
@@ -440,7 +440,8 @@ def identifier(value: str, what: str) -> str:
     return value
 
 
-def _mount_list(args: Args) -> list[Args]:
+def mount_list(args: Args) -> list[Args]:
+    """The mounts of a root file system, checked. Raises Failure."""
     value = args.get("mounts") or []
     if not isinstance(value, list) or not all(isinstance(each, dict) and each.get("type") for each in value):
         raise wire.Failure(wire.INVALID, "mounts must be a list of {type, source, options}")
@@ -449,29 +450,24 @@ def _mount_list(args: Args) -> list[Args]:
 
 def _read_pid(path: str) -> int:
     try:
-        with open(path) as file:
-            return int(file.read(32))
+        return int(records.contents(path))
     except (OSError, ValueError) as error:
         raise wire.Failure(wire.UNKNOWN, f"the runtime wrote no usable {path}: {error}") from None
 
 
-def _first_of_its_namespace(pid: int) -> bool:
+def first_of_its_namespace(pid: int) -> bool:
     """Whether the process is pid 1 of a namespace of its own: the kernel then ends the others with it."""
     try:
-        with open(f"/proc/{pid}/status") as file:
-            for line in file:
-                if line.startswith("NSpid:"):
-                    numbers = line.split()[1:]
-                    return len(numbers) > 1 and numbers[-1] == "1"
+        lines = records.contents(f"/proc/{pid}/status").split(b"\n")
     except OSError:
         return True  # gone already, and who is left of a shared namespace is killed by delete
-    return False
+    numbers = next((line.split()[1:] for line in lines if line.startswith(b"NSpid:")), [])
+    return len(numbers) > 1 and numbers[-1] == b"1"
 
 
 def start_time(pid: int) -> str:
     """The kernel's start time of a process, in clock ticks since boot: with the pid it names one process for good."""
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read(4096).rpartition(")")[2].split()[19]
+        return records.contents(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19].decode()
     except (OSError, IndexError):
         return ""

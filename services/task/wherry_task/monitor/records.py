@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 EXITS = "exits"
 ABOUT = "monitor.json"
+_CHUNK, _MOST = 1 << 13, 1 << 20
 
 
 def write(path: str, record: dict[str, Any] | bytes) -> None:
@@ -30,11 +31,22 @@ def write(path: str, record: dict[str, Any] | bytes) -> None:
     os.rename(aside, path)
 
 
+def contents(path: str, flags: int = 0) -> bytes:
+    """A file of up to a MiB, by system calls alone: the layers of `open` would write dozens of pages. OSError."""
+    fd = os.open(path, os.O_RDONLY | flags)
+    try:
+        data = part = os.read(fd, _CHUNK)
+        while part and len(data) < _MOST:
+            part = os.read(fd, _CHUNK)
+            data += part
+    finally:
+        os.close(fd)
+    return data
+
+
 def read(path: str) -> dict[str, Any]:
     """The record. Raises OSError where there is none and ValueError where it is damaged."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    with open(fd, "rb") as file:
-        record = compact.loads(file.read(1 << 20))
+    record = compact.loads(contents(path, os.O_NOFOLLOW))
     if not isinstance(record, dict):
         raise ValueError(f"{path} does not hold an object")
     return record

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import select
 
-from wherry_task.monitor import beginning, libc, monitor, operations, wire, worker
+from wherry_task.monitor import beginning, libc, monitor, operations, warming, wire, worker
 from wherry_task.monitor.beginning import CONNECTION, SIGNALS
 
 TYPE_CHECKING = False
@@ -23,6 +23,7 @@ _ITS, _OURS = 6, 19  # the report's socket in its worker, and the client's end o
 def play() -> None:
     """Takes some 80 ms. SIGNALS is there, the numbers beside it are free; worker's errors go to the directory."""
     for _ in range(_TIMES):
+        warming.warm()
         _once()
 
 

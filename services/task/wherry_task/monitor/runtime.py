@@ -33,7 +33,6 @@ class Runtime:
         self.releases = self.name in _FIFO_READS
         self._container = container
         self._options = ["--root", root, *options]
-        self._null = os.open("/dev/null", os.O_RDWR)
 
     def run(self, verb: str, *arguments: str, stdio: Sequence[int] = (), log: str = "", tail: str = "") -> None:
         """Run one verb on the container and wait for it. Raises Failure with the runtime's last error message.
@@ -44,7 +43,8 @@ class Runtime:
         path = log or f"log-{os.getpid()}.json"
         line = [self.binary, *self._options, "--log", path, "--log-format", "json", verb, *arguments, self._container]
         start = os.path.getsize(path) if log and os.path.exists(path) else 0
-        pid = self._spawn([*line, tail] if tail else line, stdio or (self._null,) * 3, hooks_only=verb in _HOOKS_ONLY)
+        line = [*line, tail] if tail else line
+        pid = self._spawn(line, stdio or (os.open("/dev/null", os.O_RDWR),) * 3, hooks_only=verb in _HOOKS_ONLY)
         try:
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             if status:
