@@ -48,6 +48,7 @@ Source = Database | Transaction
 log = logging.getLogger("wherry.snapshot")
 
 PATIENCE_MAX = 50.0  # below the endpoint's own bound
+_TURNS = 2  # of the event loop, in which a removal's answer goes out before the reaper begins
 _CHUNK = 64  # rows between two turns of the event loop
 
 
@@ -407,7 +408,12 @@ class Snapshotter:
         await asyncio.shield(self._workers.spawn(self._sweep()))
 
     def _discard(self, number: int) -> None:
-        self._workers.spawn(self._workers.reap(self._detach_and_delete, number))
+        self._workers.spawn(self._reap_soon(number))
+
+    async def _reap_soon(self, number: int) -> None:
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+        await self._workers.reap(self._detach_and_delete, number)
 
     def _detach_and_delete(self, number: int) -> None:
         try:
