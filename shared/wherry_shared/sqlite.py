@@ -36,6 +36,8 @@ GROUP_MAX = 64
 FULL_PAUSES = (0.05, 0.1, 0.2)
 # While a collection's freeze holds writes, this often is looked whether it is over.
 HELD_SECONDS = 0.001
+# So long events of writes that were not durable wait for a durable write, which syncs the log for them as well.
+SETTLE_SECONDS = 0.005
 REMEMBER_SECONDS = 600
 # How often those older than that are looked for: not with each of a thousand groups a second, and few at a time.
 FORGET_SECONDS = 0.1
@@ -125,6 +127,8 @@ class Database:
         self._forget_at = 0.0
         # Whether events may be committed that are not synced yet; a process before this one may have left some.
         self._unsettled = True
+        self._syncs = 0  # durable commits
+        self._committed = asyncio.Event()  # since somebody has looked
         self._aside: sqlite3.Connection | None = None
         self._aside_lock = threading.Lock()
         self._ballast = Ballast(path)
@@ -177,9 +181,24 @@ class Database:
         return await self._enqueue(function, frees=frees, remember=True, durable=durable)
 
     async def settle(self) -> None:
-        """Return when all that was committed before is durable, whatever `durable` it was written with."""
-        if self._unsettled:
+        """Return when all that was committed before is durable, whatever `durable` it was written with.
+
+        What is written soon after a start is mostly an end, which is durable: a moment is given to that.
+        """
+        if self._unsettled and not await self._synced_soon():
             await asyncio.to_thread(self._flush_log)
+
+    async def _synced_soon(self) -> bool:
+        """Whether a durable commit comes within SETTLE_SECONDS."""
+        syncs = self._syncs
+        try:
+            async with asyncio.timeout(SETTLE_SECONDS):
+                while self._syncs == syncs:
+                    self._committed.clear()
+                    await self._committed.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def _flush_log(self) -> None:
         """Sync the log; what is no longer in it was synced when it went to its place (SQLite's checkpoint)."""
@@ -354,6 +373,7 @@ class Database:
         if any(write.durable for write in group):
             last_event = self._transact_now(group)
             self._unsettled = False  # one log: its sync is that of all before
+            self._syncs += 1
             return last_event
         # In the log's order with all others, but not waited for: a flush costs more than all the rest of a freeze.
         self._writer.execute("PRAGMA synchronous=NORMAL")
@@ -413,6 +433,7 @@ class Database:
         connection.execute("RELEASE one")
 
     def _settle(self, group: list[_Write], last_event: int) -> None:
+        self._committed.set()
         for write in group:
             if write.future.done():
                 continue

@@ -99,6 +99,29 @@ async def test_events_leave_in_order_and_are_forgotten(database: Database, outbo
     assert (await stream.read(limit=1))[0].subject == "wherry.ev.v1.n1.k8s~io.images.create"
 
 
+async def test_what_is_not_durable_yet_is_synced_by_the_next_write_or_soon(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushes: list[None] = []
+    flush = database._flush_log
+    monkeypatch.setattr(database, "_flush_log", lambda: (flushes.append(None), flush())[1])
+    await database.write(change(1))
+    await database.settle()
+    assert not flushes
+    await database.write(change(2), durable=False)
+    waits = asyncio.ensure_future(database.settle())
+    await asyncio.sleep(0)
+    await database.write(change(3), durable=False)
+    assert not waits.done()
+    await database.write(change(4))
+    await waits
+    assert not flushes
+    await database.write(change(5), durable=False)
+    await database.settle()
+    await database.settle()
+    assert len(flushes) == 1
+
+
 async def test_who_wrote_an_event_goes_on_before_it_leaves(
     database: Database, outbox: Outbox, stream: EventLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
