@@ -287,6 +287,9 @@ async def test_readers_that_vanish_leave_nothing(house: House, monkeypatch: pyte
     id = await house.running("/bin/sleep", "1000", stdio=OUT)
     carried = house.supervisor.streams.of(("default", id, ""))
     assert carried.outlet is not None
+    async with asyncio.timeout(20):
+        while house.oci._spare is None:  # the next monitor is forked a moment after a creation
+            await asyncio.sleep(0.01)
     files = len(os.listdir("/proc/self/fd"))
     for _ in range(10):
         polls = [asyncio.create_task(house.tasks.output(id, patience=0.1)) for _ in range(50)]
