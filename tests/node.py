@@ -77,9 +77,11 @@ class Node:
     def __enter__(self) -> Node:
         return self.start()
 
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-        assert not self.mounts(), self.mounts()
+    def __exit__(self, failed: object, *exc: object) -> None:
+        """Nothing is left; a node that was stopped within the block may have left its containers."""
+        if self._process is not None or failed:
+            self.stop()
+            assert failed or not self.mounts(), self.mounts()
 
     # ---- use
 

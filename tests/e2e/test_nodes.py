@@ -51,13 +51,13 @@ def test_two_nodes_do_not_disturb_each_other(node: Node, busybox_ref: str, names
 
 
 def test_ctrl_c_takes_everything_down(busybox_ref: str, tmp_path: Path) -> None:
-    made = Node(tmp_path).start()
-    made.run("run", "-d", "--name", "a", busybox_ref, "sleep", "1000")
-    made.run("run", "-d", "--name", "b", "--runtime", "runc", busybox_ref, "sleep", "1000")
-    inits = [row["pid"] for row in made.json("ps")]
-    everything = descendants(made.pid)
-    groups = [line for line in Path(f"/proc/{inits[0]}/cgroup").read_text().splitlines() if "/wherry-" in line]
-    assert made.stop(signal.SIGINT) == 0
+    with Node(tmp_path) as made:
+        made.run("run", "-d", "--name", "a", busybox_ref, "sleep", "1000")
+        made.run("run", "-d", "--name", "b", "--runtime", "runc", busybox_ref, "sleep", "1000")
+        inits = [row["pid"] for row in made.json("ps")]
+        everything = descendants(made.pid)
+        groups = [line for line in Path(f"/proc/{inits[0]}/cgroup").read_text().splitlines() if "/wherry-" in line]
+        assert made.stop(signal.SIGINT) == 0
     everything.update(inits)
     eventually(lambda: not [pid for pid in everything if os.path.exists(f"/proc/{pid}")], f"alive: {everything}")
     assert made.mounts() == []
@@ -82,11 +82,11 @@ def left_of(node: Node) -> list[str]:
 
 
 def test_containers_outlive_their_node(busybox_ref: str, tmp_path: Path) -> None:
-    made = Node(tmp_path).start()
-    made.run("run", "-d", "--name", "stays", busybox_ref, "sleep", "1000")
-    made.run("run", "-d", "--name", "ends", busybox_ref, "sh", "-c", "sleep 2; exit 5")
-    pid = {row["id"]: row["pid"] for row in made.json("ps")}
-    assert made.stop(signal.SIGTERM) == 0
+    with Node(tmp_path) as made:
+        made.run("run", "-d", "--name", "stays", busybox_ref, "sleep", "1000")
+        made.run("run", "-d", "--name", "ends", busybox_ref, "sh", "-c", "sleep 2; exit 5")
+        pid = {row["id"]: row["pid"] for row in made.json("ps")}
+        assert made.stop(signal.SIGTERM) == 0
     assert os.path.exists(f"/proc/{pid['stays']}")
     eventually(lambda: not os.path.exists(f"/proc/{pid['ends']}"), "it does not end")
     with made:

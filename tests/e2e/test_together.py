@@ -51,10 +51,10 @@ def test_it_dies_and_comes_back(busybox_ref: str, tmp_path: Path) -> None:
 
 
 def test_containers_outlive_it(busybox_ref: str, tmp_path: Path) -> None:
-    made = Node(tmp_path, "--together", "all").start()
-    made.run("run", "-d", "--name", "stays", busybox_ref, "sleep", "1000")
-    pid = made.json("ps")[0]["pid"]
-    assert made.stop(signal.SIGTERM) == 0
+    with Node(tmp_path, "--together", "all") as made:
+        made.run("run", "-d", "--name", "stays", busybox_ref, "sleep", "1000")
+        pid = made.json("ps")[0]["pid"]
+        assert made.stop(signal.SIGTERM) == 0
     assert os.path.exists(f"/proc/{pid}")
     with Node(tmp_path) as apart:  # nothing that is kept knows of it
         assert apart.json("ps")[0]["pid"] == pid

@@ -175,17 +175,17 @@ async def test_what_is_asked_while_the_bus_is_down(node: Node, busybox_ref: str,
 
 async def test_a_node_that_is_killed_altogether(busybox_ref: str, tmp_path: Path) -> None:
     """Supervisor, bus, services, zygote and monitors at once: the next start finds, tells and cleans everything."""
-    node = Node(tmp_path).start()
-    node.run("run", "-d", "--name", "one", busybox_ref, "sleep", "1000")
-    node.run("run", "-d", "--name", "two", "--runtime", "runc", busybox_ref, "sleep", "1000")
-    pids = {row["id"]: row["pid"] for row in node.json("ps")}
-    groups = [group for pid in pids.values() for group in _cgroups(pid)]
-    assert groups and all(group.exists() for group in groups)
-    services = list(node.pids().values())
-    os.kill(node.pid, signal.SIGSTOP)
-    for pid in [*services, *_of(node)]:
-        _kill(pid)
-    node.stop(signal.SIGKILL)
+    with Node(tmp_path) as node:
+        node.run("run", "-d", "--name", "one", busybox_ref, "sleep", "1000")
+        node.run("run", "-d", "--name", "two", "--runtime", "runc", busybox_ref, "sleep", "1000")
+        pids = {row["id"]: row["pid"] for row in node.json("ps")}
+        groups = [group for pid in pids.values() for group in _cgroups(pid)]
+        assert groups and all(group.exists() for group in groups)
+        services = list(node.pids().values())
+        os.kill(node.pid, signal.SIGSTOP)
+        for pid in [*services, *_of(node)]:
+            _kill(pid)
+        node.stop(signal.SIGKILL)
     with node:
         rows = {row["id"]: row["status"] for row in node.json("ps", "-a")}
         assert rows == {"one": "stopped (137)", "two": "stopped (137)"}
