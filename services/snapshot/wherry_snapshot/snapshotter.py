@@ -109,8 +109,9 @@ class Snapshotter:
                 log.error("%s: directory %d of a snapshot is missing", self._backend.root, number)
             return
         again, doubtful = list[int](), list[int]()
+        parts = [e for e in entries if not e.name.isdigit()]  # of directories on their way to be or to go: a few
         for row in self._rows.owners(sorted(cut_off)):
-            if await self._lost(row, [e.name for e in entries if e.number == row.number and not e.name.isdigit()]):
+            if await self._lost(row, [part.name for part in parts if part.number == row.number]):
                 again.append(row.number)
             elif self._syncer.doubt(row):
                 doubtful.append(row.number)
