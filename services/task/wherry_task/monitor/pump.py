@@ -259,8 +259,7 @@ class LogSink:
 
     def __init__(self, loop: Loop, file: LogFile, stream: str) -> None:
         self._loop = loop
-        self._waits = False
-        self._due = 0.0
+        self._due = 0.0  # when the unfinished line is written as it is; 0 while nothing waits for that
         self._file = file
         self._stream = stream
         self._rest = b""
@@ -276,18 +275,18 @@ class LogSink:
         if out:
             self._file.append(out)
         if self._rest and begun:
-            self._due = time.monotonic() + _PARTIAL_SECONDS
-            if not self._waits:
-                self._waits = True
+            if not self._due:
                 self._loop.pending.append(self._waited)
+            self._due = time.monotonic() + _PARTIAL_SECONDS
         return b""
 
     def _waited(self) -> bool:
         """Every tick: a line that has been unfinished for long is written as it is."""
-        self._waits = bool(self._rest) and time.monotonic() < self._due
-        if not self._waits:
-            self._put_rest()
-        return not self._waits
+        if self._rest and time.monotonic() < self._due:
+            return False
+        self._due = 0.0
+        self._put_rest()
+        return True
 
     def _put_rest(self) -> None:
         if self._rest:

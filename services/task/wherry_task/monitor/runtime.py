@@ -10,6 +10,7 @@ from wherry_task.monitor import compact, libc, records, sealed, wire
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LOG_TAIL = 1 << 16
@@ -43,8 +44,7 @@ class Runtime:
         path = log or f"log-{os.getpid()}.json"
         line = [self.binary, *self._options, "--log", path, "--log-format", "json", verb, *arguments, self._container]
         start = os.path.getsize(path) if log and os.path.exists(path) else 0
-        line = [*line, tail] if tail else line
-        pid = self._spawn(line, stdio or (os.open("/dev/null", os.O_RDWR),) * 3, hooks_only=verb in _HOOKS_ONLY)
+        pid = self._spawn([*line, tail] if tail else line, stdio, hooks_only=verb in _HOOKS_ONLY)
         try:
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             if status:
@@ -57,7 +57,10 @@ class Runtime:
     def _spawn(self, line: list[str], stdio: Sequence[int], *, hooks_only: bool) -> int:
         # crun dies of it when a hook ends before it has read the state. A container must not inherit it ignored.
         default = (libc.SIGXFSZ,) if hooks_only else (libc.SIGPIPE, libc.SIGXFSZ)
-        actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)]
+        if stdio:
+            actions: list[Any] = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)]
+        else:
+            actions = [(os.POSIX_SPAWN_OPEN, number, "/dev/null", os.O_RDWR, 0) for number in range(3)]
         program = sealed.program(self.binary)
         while True:
             try:
