@@ -58,7 +58,7 @@ class _Seen:
             name, at = event.namespace, event.timestamp
             if event.topic == DELETED:
                 self._deleted[name] = at
-            if event.topic != DELETED and (name not in self._deleted or at > self._deleted[name]):
+                if name in self.created and self.created[name] <= at:
+                    del self.created[name]
+            elif name not in self._deleted or at > self._deleted[name]:
                 self.created[name] = at
-            elif name in self.created and self.created[name] <= at:
-                del self.created[name]

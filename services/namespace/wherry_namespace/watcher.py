@@ -40,7 +40,6 @@ class Watcher:
             subject = root + topic.replace("/", ".")
             self._subscriptions.append(await self._bus.transport.subscribe(subject, self._on_message))
         self._bus.transport.on_state.append(self._on_state)
-        self._more.set()
         self._task = asyncio.get_running_loop().create_task(self._tell())
 
     async def stop(self) -> None:
@@ -71,7 +70,7 @@ class Watcher:
         now = asyncio.get_running_loop().time
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(self._look_at or None):
+                async with asyncio.timeout_at(self._look_at):
                     await self._more.wait()
             self._more.clear()
             if self._look_at <= now():
