@@ -128,6 +128,18 @@ class Node:
         os.kill(pid, number)
         return pid
 
+    @contextlib.contextmanager
+    def standing_still(self, service: str, then: int = signal.SIGCONT) -> Iterator[int]:
+        """A service that hangs for the time of the block, and goes on; or what it has missed when it is killed `then`.
+
+        Answers its pid.
+        """
+        pid = self.kill(service, signal.SIGSTOP)
+        try:
+            yield pid
+        finally:
+            os.kill(pid, then)
+
     def wait_restarted(self, service: str, old: int) -> None:
         """Until another process of the service answers on the bus."""
 

@@ -68,15 +68,6 @@ def container(node: Node, namespace: str, busybox_ref: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def standing_still(node: Node, service: str) -> Iterator[None]:
-    pid = node.kill(service, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
-@contextlib.contextmanager
 def rows(node: Node, service: str) -> Iterator[sqlite3.Connection]:
     with closing(sqlite3.connect(node.root / service / "metadata.db", isolation_level=None, timeout=10)) as connection:
         yield connection
@@ -152,7 +143,7 @@ def test_the_files_are_found_without_the_state_directory(node: Node) -> None:
 
 
 def test_a_service_that_hangs(node: Node) -> None:
-    with standing_still(node, "image"):
+    with node.standing_still("image"):
         report = examine(node)
     assert broken(report) == ["image does not answer"]
     assert {"part": "images", "why": "image does not answer"} in report["left_out"]
@@ -248,8 +239,8 @@ def test_a_backup_that_is_not_made(node: Node, namespace: str) -> None:
 def test_events_that_wait_and_leases_that_stay(node: Node) -> None:
     """Both services stand still, as they would if they hung; what is due stays undone."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(standing_still(node, "lease"))
-        stack.enter_context(standing_still(node, "image"))
+        stack.enter_context(node.standing_still("lease"))
+        stack.enter_context(node.standing_still("image"))
         with rows(node, "image") as image, rows(node, "lease") as lease:
             event = ("e" * 24, "default", "/images/create", "2020-01-01T00:00:00+00:00", '{"name": "x"}')
             image.execute("INSERT INTO outbox (id, namespace, topic, at, event) VALUES (?, ?, ?, ?, ?)", event)

@@ -80,11 +80,9 @@ def test_what_is_stopped_stays_until_it_is_started(node: Node, namespace: str, r
 
 def test_ends_while_the_keeper_is_away(node: Node, namespace: str, run: Any) -> None:
     id = run("unless-stopped", "while [ ! -e /gate ]; do sleep 0.02; done")
-    keeper = node.service_pid("keeper")
-    os.kill(keeper, signal.SIGSTOP)
-    node.run("exec", "-n", namespace, id, "touch", "/gate")
-    node.run("wait", "-n", namespace, id)
-    os.kill(keeper, signal.SIGKILL)
+    with node.standing_still("keeper", signal.SIGKILL):
+        node.run("exec", "-n", namespace, id, "touch", "/gate")
+        node.run("wait", "-n", namespace, id)
     eventually(lambda: count(node, namespace, id) >= 1, "it is not started again")
     node.run("rm", "-f", "-n", namespace, id)
 
@@ -104,8 +102,7 @@ def test_a_node_that_comes_up_again(node: Node, namespace: str, run: Any) -> Non
 
 def test_a_keeper_without_a_node_of_its_own(node: Node, namespace: str, run: Any) -> None:
     """`wherry keep`: what is stopped comes back with the first since a boot, and with no later one."""
-    os.kill(node.service_pid("keeper"), signal.SIGSTOP)
-    try:
+    with node.standing_still("keeper"):
         id = run("always", "exec sleep 1000")
         node.run("stop", "-t", "0", "-n", namespace, id)
         with keeping(node):
@@ -117,8 +114,6 @@ def test_a_keeper_without_a_node_of_its_own(node: Node, namespace: str, run: Any
         with keeping(node):
             assert settled(node, namespace, id) == count(node, namespace, id)
         node.run("rm", "-f", "-n", namespace, id)
-    finally:
-        os.kill(node.service_pid("keeper"), signal.SIGCONT)
 
 
 def test_a_keeper_where_no_node_is(node: Node, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
@@ -171,7 +171,7 @@ def test_what_is_removed_when_it_ends(afar: Afar, busybox_ref: str) -> None:
     assert following.stdout.read() == b"end\n" and following.wait(30) == 0
     eventually(lambda: "quick" not in _running(afar), "quick stays")
     assert b"--rm" in afar.run("restart", "other", check=False).stderr
-    with _ended_by_kill(afar.node, "task"):
+    with afar.node.standing_still("task", signal.SIGKILL):
         Path(f"/proc/{pids['slow']}/root/gate").touch()
         eventually(lambda: not Path(f"/proc/{pids['slow']}").exists(), "slow does not end")
     with afar.terminal("attach", "left") as shell:
@@ -205,16 +205,6 @@ def test_a_tenant_from_afar(afar: Afar, busybox_ref: str) -> None:
     eventually(lambda: not _left(afar), f"{_left(afar)} stay")
 
 
-@contextmanager
-def _ended_by_kill(node: Node, service: str) -> Iterator[None]:
-    """What a service that dies has missed: it stands still, and is killed at the end."""
-    pid = node.kill(service, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGKILL)
-
-
 def _running(afar: Afar) -> dict[str, int]:
     """The pids of what runs."""
 
@@ -245,7 +235,7 @@ def test_a_log_goes_on_while_the_task_service_is_dead(afar: Afar, busybox_ref: s
     following = afar.popen("logs", "-f", "c")
     assert following.stdout is not None and following.stdout.readline() == b"1\n"
     log = afar.node.root / "task/logs" / afar.environment["WHERRY_NAMESPACE"] / "c/log"
-    with _ended_by_kill(afar.node, "task"):
+    with afar.node.standing_still("task", signal.SIGKILL):
         size = log.stat().st_size
         eventually(lambda: log.stat().st_size > size + 2000, "nothing is logged meanwhile")
         Path(f"/proc/{pid}/root/gate").touch()

@@ -124,12 +124,11 @@ async def test_ends_while_the_task_service_is_dead(node: Node, busybox_ref: str,
         talk = "i=0; while true; do echo line $i; i=$((i+1)); sleep 0.05; done"
         node.run("run", "-n", namespace, "-d", "--name", "talks", busybox_ref, "sh", "-c", talk)
         pids = {id: (await task.state()).pid for id, task in tasks.items()}
-        old = node.kill("task", signal.SIGSTOP)  # stopped first: no end is told to it any more
         ending, staying = ids[:ENDING], ids[ENDING:]
-        for id in ending:
-            _open_gate(pids[id])
-        eventually(lambda: not any(_alive(pids[id]) for id in ending), "they do not end")
-        os.kill(old, signal.SIGKILL)
+        with node.standing_still("task", signal.SIGKILL) as old:  # no end is told to it any more
+            for id in ending:
+                _open_gate(pids[id])
+            eventually(lambda: not any(_alive(pids[id]) for id in ending), "they do not end")
         assert [(await tasks[id].wait()).code for id in ending] == [20 + n for n in range(ENDING)]
         node.wait_restarted("task", old)
         states = {id: await tasks[id].state() for id in staying}

@@ -21,6 +21,7 @@ from wherry_shared.bus import Bus
 from wherry_shared.errors import DataLoss, InvalidArgument, NotFound
 from wherry_shared.memory import MemoryTransport
 from wherry_snapshot import syncer
+from wherry_snapshot.backends.directories import Directories
 from wherry_snapshot.backends.native import NativeBackend
 from wherry_snapshot.backends.overlay import OverlayBackend
 
@@ -137,10 +138,21 @@ async def test_a_flush_that_fails_is_done_again(tmp_path: Path, monkeypatch: pyt
     assert marked(house) == 0
 
 
+@contextmanager
+def unflushed_still(monkeypatch: pytest.MonkeyPatch, backend: type[Directories]) -> Iterator[None]:
+    """No flush succeeds: the power goes before."""
+
+    def sync(self: Directories) -> None:
+        raise OSError(5, "the power goes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "sync", sync)
+        yield
+
+
 async def unflushed(root: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Commit these, each on the one before, and die before they are flushed."""
-    with monkeypatch.context() as patch:
-        patch.setattr(OverlayBackend, "sync", lambda self: (_ for _ in ()).throw(OSError(5, "the power goes")))
+    with unflushed_still(monkeypatch, OverlayBackend):
         async with housed(root) as house:
             parent = ""
             for name in names:
@@ -174,8 +186,7 @@ async def test_what_has_containers_on_it_stays_and_is_refused(
     tmp_path: Path, reboot: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await unflushed(tmp_path, monkeypatch, "one", "two")
-    with monkeypatch.context() as patch:
-        patch.setattr(OverlayBackend, "sync", lambda self: (_ for _ in ()).throw(OSError(5, "the power goes")))
+    with unflushed_still(monkeypatch, OverlayBackend):
         async with housed(tmp_path) as house:
             await api_of(house).prepare("overlay", "container", "one")
     reboot.write_text("two\n")
@@ -216,8 +227,7 @@ async def test_what_was_being_unpacked_as_the_power_went_keeps_nothing(
     """Of a pull that was cut off in its third layer: the next one can unpack all."""
     await unflushed(tmp_path, monkeypatch, "one", "two")
     key = f"extract-85fb3fa8d5eefa55 sha256:{'d' * 64}"
-    with monkeypatch.context() as patch:
-        patch.setattr(OverlayBackend, "sync", lambda self: (_ for _ in ()).throw(OSError(5, "the power goes")))
+    with unflushed_still(monkeypatch, OverlayBackend):
         async with housed(tmp_path) as house:
             await api_of(house).prepare("overlay", key, "two")
     reboot.write_text("two\n")
@@ -286,8 +296,7 @@ async def test_what_stands_on_a_layer_that_the_power_took(
     """Both directories are gone; another that was just prepared is made again all the same."""
     trees = tmp_path / "root/snapshot/overlay/snapshots"
     await unflushed(tmp_path, monkeypatch, "layer")
-    with monkeypatch.context() as patch:
-        patch.setattr(OverlayBackend, "sync", lambda self: (_ for _ in ()).throw(OSError(5, "the power goes")))
+    with unflushed_still(monkeypatch, OverlayBackend):
         async with housed(tmp_path) as house:
             await api_of(house).prepare("overlay", "container", "layer")
             await api_of(house).prepare("overlay", "other")
@@ -316,8 +325,7 @@ async def test_a_copy_that_the_power_may_have_taken_a_part_of_is_refused(
             (at / "f").write_text("x")
         await api_of(house).commit("native", "base", "key")
         await api_of(house).prepare("native", "durable", "base")
-    with monkeypatch.context() as patch:
-        patch.setattr(NativeBackend, "sync", lambda self: (_ for _ in ()).throw(OSError(5, "the power goes")))
+    with unflushed_still(monkeypatch, NativeBackend):
         async with housed(tmp_path) as house:
             await api_of(house).prepare("native", "one", "base")
             await api_of(house).prepare("native", "empty")
