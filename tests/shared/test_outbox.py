@@ -22,6 +22,7 @@ from wherry_events.kept import Kept
 from wherry_events.metadata import MIGRATIONS, Rows
 from wherry_events.service import EventsService
 from wherry_shared import outbox as outbox_module
+from wherry_shared import sqlite
 from wherry_shared.api.events import Envelope, Replay
 from wherry_shared.bus import Bus, events
 from wherry_shared.bus.transport import EventLog
@@ -108,6 +109,7 @@ async def test_what_is_not_durable_yet_is_synced_by_the_next_write_or_soon(
     await database.write(change(1))
     await database.settle()
     assert not flushes
+    monkeypatch.setattr(sqlite, "SETTLE_SECONDS", 60)  # however slow this machine is, the write below comes in time
     await database.write(change(2), durable=False)
     waits = asyncio.ensure_future(database.settle())
     await asyncio.sleep(0)
@@ -116,6 +118,7 @@ async def test_what_is_not_durable_yet_is_synced_by_the_next_write_or_soon(
     await database.write(change(4))
     await waits
     assert not flushes
+    monkeypatch.setattr(sqlite, "SETTLE_SECONDS", 0.005)
     await database.write(change(5), durable=False)
     await database.settle()
     await database.settle()
