@@ -38,6 +38,7 @@ from wherry_shared.errors import (
 from wherry_shared.runtime import NODE_FILE
 from wherry_shared.values import Descriptor, Platform, check_identifier, now
 
+from . import nearby
 from .container import DEFAULT_SNAPSHOTTER, Container, NewContainer
 from .image import Image
 from .paging import walk as walk
@@ -103,6 +104,7 @@ class Client:
         self.namespaces = bus.proxy(Namespaces)
         self.introspection = bus.proxy(Introspection)
         self._known_namespace = False
+        self._platform: Platform | None = None
 
     async def __aenter__(self) -> Client:
         return self
@@ -135,7 +137,7 @@ class Client:
     ) -> Image:
         """Fetch an image from a registry into content, record it, and with `unpack` make its snapshots.
 
-        platform: one or several, this host's unless given; the other options are those of `wherry.pull.Options`.
+        platform: one or several, the node's unless given; the other options are those of `wherry.pull.Options`.
         insecure: hosts (`host:port`) that may be spoken to in plain http; loopback may always. hosts_dir: where
         mirrors and per-host settings are configured (`WHERRY_CONFIG`). credentials: instead of docker's files.
         What is here is not fetched. What an interrupted pull has fetched stays under its lease, for LEASE_HOURS, and
@@ -150,7 +152,8 @@ class Client:
             from .pull import Options, Pull
             from .registry import Reference, Registry
 
-            wanted = () if platform is None else (platform,) if isinstance(platform, Platform) else tuple(platform)
+            wanted = (platform,) if isinstance(platform, Platform) else tuple(platform or ())
+            wanted = wanted or (await self.platform(),)
             options = Options(
                 wanted, all_platforms, all_metadata, referrers, unpack, discard_unpacked_layers, foreign_layers
             )
@@ -286,7 +289,8 @@ class Client:
         from .archive.exporting import Choice, export_images
 
         found = [await self.image(image) if isinstance(image, str) else image for image in images]
-        choice = Choice(tuple(platforms), all_platforms, docker, foreign_layers)
+        wanted = tuple(platforms) if platforms or all_platforms else (await self.platform(),)
+        choice = Choice(wanted, all_platforms, docker, foreign_layers)
         await export_images(self, found, target, choice, on_progress)
 
     async def convert(
@@ -374,6 +378,15 @@ class Client:
             return {}
         namespace = await self.namespaces.get(self.namespace)
         return {k.removeprefix(DEFAULTS): v for k, v in namespace.labels.items() if k.startswith(DEFAULTS)}
+
+    async def platform(self) -> Platform:
+        """The node's, whose images are wanted where no other platform is named.
+
+        A tenant may not ask a node that is elsewhere, and takes it to be as this host is.
+        """
+        if self._platform is None:
+            self._platform = await nearby.platform_of(self)
+        return self._platform
 
     def watch(
         self,

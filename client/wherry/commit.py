@@ -119,7 +119,7 @@ class Commit:
 
     async def _resolved(self, image: Image, parent: str) -> Resolved | None:
         with suppress(WherryError):  # it is for another platform, or not all here: not this one then
-            resolved = await image.resolve()
+            resolved = await image.resolve(self._container.platform)
             if chain_ids(resolved.config.diff_ids)[-1:] == [parent]:
                 return resolved
         return None

@@ -26,10 +26,11 @@ from wherry_shared.errors import (
     Unavailable,
     WherryError,
 )
-from wherry_shared.values import LABEL_MAX, Mount, check_identifier
+from wherry_shared.values import LABEL_MAX, Mount, Platform, check_identifier
 
 from . import capabilities, limits, restarts, spec, users
 from .logs import LogLine, logs
+from .registry.platforms import describe, parse_platform
 from .spec import Options
 from .stdio import Stdio
 from .task import NewTask, Task
@@ -47,6 +48,8 @@ DEFAULT_SNAPSHOTTER = "overlay"
 NAME_LABEL = "wherry/name"
 # `wherry/join.<kind>`: whose namespace it shares. Its path in the specification is written anew for each task.
 JOIN_LABEL = "wherry/join."
+# Whose of the image's it is, where that was said: `os/architecture[/variant]`.
+PLATFORM_LABEL = "wherry/platform"
 UNDO_SECONDS = 10.0
 _NAMESPACE_FILES = {"network": "net"}
 # An image may not set what steers the runtime or the restart monitor (GHSA-xhf5-7wjv-pqxp).
@@ -112,6 +115,12 @@ class Container:
     def name(self) -> str:
         """What `rename` called it, else its id."""
         return self.record.labels.get(NAME_LABEL) or self.id
+
+    @property
+    def platform(self) -> Platform | None:
+        """Which of the image's platforms it was made for; None: the node's."""
+        text = self.record.labels.get(PLATFORM_LABEL, "")
+        return parse_platform(text) if text else None
 
     async def rename(self, name: str) -> None:
         """Give it a name beside its id; its own id takes the name away.
@@ -297,20 +306,22 @@ class Container:
 class NewContainer:
     """What `client.new_container` answers: `await` it for a Container, or enter it with `async with`.
 
-    image: whose filesystem, environment and command; unpacked where it is not. snapshot: the key of its new writable
+    image: whose filesystem, environment and command; unpacked where it is not. platform: which of the image's, the
+    node's own unless given. snapshot: the key of its new writable
     snapshot (the container's id unless given). runtime: an OCI runtime's name. labels: the container's own.
     join: containers whose namespaces it shares, by kind (`wherry.spec.KINDS`). Everything else as in
     `wherry.spec.Options`. spec: a whole OCI specification of the caller's instead.
     """
 
     def __init__(
-        self, client: Client, id: str, image: Image | None = None, *, snapshot: str = "", snapshotter: str = "",
-        runtime: str = "", labels: dict[str, str] | None = None, join: Mapping[str, str] | None = None,
-        spec: dict[str, Any] | None = None, **options: Any,
+        self, client: Client, id: str, image: Image | None = None, *, platform: Platform | None = None,
+        snapshot: str = "", snapshotter: str = "", runtime: str = "", labels: dict[str, str] | None = None,
+        join: Mapping[str, str] | None = None, spec: dict[str, Any] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         self._client = client
         self._id = check_identifier(id, "container id")
         self._image = image
+        self._platform = platform
         self._snapshot = snapshot or id
         self._snapshotter = snapshotter
         self._runtime = runtime
@@ -335,7 +346,7 @@ class NewContainer:
         if self._image is None:
             defaults = await self._ground()
         else:  # what the image says is read meanwhile, and the image remembers it
-            defaults, _ = await asyncio.gather(self._ground(), self._image.resolve())
+            defaults, _ = await asyncio.gather(self._ground(), self._image.resolve(self._platform))
         if self._join:
             await self._joined()
         runtime = Runtime(name=self._runtime or defaults.get("runtime", DEFAULT_RUNTIME))
@@ -351,7 +362,7 @@ class NewContainer:
 
     async def _from_image(self, image: Image, runtime: Runtime) -> Container:
         client = self._client
-        resolved = await image.resolve()
+        resolved = await image.resolve(self._platform)
         snapshotter = self._snapshotter
         mounts = await self._prepare(image, resolved)
         try:
@@ -393,13 +404,15 @@ class NewContainer:
         try:
             return await self._client.snapshots.prepare(snapshotter, self._snapshot, top, labels)
         except NotFound:
-            await image.unpack(snapshotter)
+            await image.unpack(snapshotter, self._platform)
             return await self._client.snapshots.prepare(snapshotter, self._snapshot, top, labels)
 
     def _all_labels(self, resolved: Resolved) -> dict[str, str]:
         labels = image_labels(resolved.config.labels)
         if signal := self._options.stop_signal or resolved.config.stop_signal:
             labels[STOP_SIGNAL_LABEL] = signal
+        if self._platform is not None:
+            labels[PLATFORM_LABEL] = describe(self._platform)
         return {**labels, **self._labels}
 
     def __await__(self) -> Generator[Any, None, Container]:

@@ -46,8 +46,8 @@ def every(index: documents.Index) -> Sequence[Descriptor]:
     return index.manifests
 
 
-def only(wanted: Iterable[Platform | None]) -> Select:
-    """The best child for each platform (None: this host's). NotFound when there is none for one of them."""
+def only(wanted: Iterable[Platform]) -> Select:
+    """The best child for each platform. NotFound when there is none for one of them."""
     chosen = list(wanted)
 
     def select(index: documents.Index) -> Sequence[Descriptor]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wherry_shared.api.image import Image as Record
-from wherry_shared.errors import AlreadyExists, InvalidArgument
+from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound
 from wherry_shared.streams import read_blob
 from wherry_shared.values import Descriptor, Platform
 
@@ -52,7 +52,7 @@ class Image:
         return self.record.target
 
     async def resolve(self, platform: Platform | None = None) -> Resolved:
-        """The image for a platform (this host's unless given). NotFound when it has none, or not all of it is here."""
+        """The image for a platform (the node's unless given). NotFound when it has none, or not all of it is here."""
         key = platform.model_dump_json() if platform else ""
         if key not in self._resolved:
             self._resolved[key] = await self._resolve(platform)
@@ -65,9 +65,17 @@ class Image:
             if descriptor.media_type not in documents.INDEX_TYPES:
                 manifest = documents.parse_manifest(data, descriptor.media_type, foreign=True)
                 config = documents.parse_config(await read_document(self.client, manifest.config))
+                self._check(config.platform, platform)
                 return Resolved(descriptor, manifest, config)
-            descriptor = platforms.pick(documents.parse_index(data, descriptor.media_type).manifests, platform)
+            wanted = platform or await self.client.platform()
+            descriptor = platforms.pick(documents.parse_index(data, descriptor.media_type).manifests, wanted)
         raise InvalidArgument(f"image {self.name}: indexes are nested deeper than {NESTING_MAX}")
+
+    def _check(self, own: Platform, wanted: Platform | None) -> None:
+        """An image that is no index is of one platform: NotFound where that is not what was asked for."""
+        if wanted is not None and own.os and platforms.rank(own, wanted) is None:
+            names = platforms.describe(own), platforms.describe(wanted)
+            raise NotFound(f"image {self.name} is for {names[0]} and not for {names[1]}")
 
     async def unpack(self, snapshotter: str = "", platform: Platform | None = None) -> str:
         """Make the image's snapshots where they are missing; answers the chain id of the topmost."""

@@ -47,9 +47,9 @@ PROGRESS_BYTES = 1 << 20
 class Options:
     """What of an image is pulled, and what is kept of it.
 
-    platforms: those wanted, () for this host's; all_platforms: every one that there is. all_metadata: the manifests
+    platforms: those wanted; all_platforms: every one that there is. all_metadata: the manifests
     and configs of the other platforms, too. referrers: what refers to the image (signatures, SBOMs), too.
-    unpack: the wanted platforms, of all only this host's. discard_unpacked_layers: layers are not kept once they are
+    unpack: the wanted platforms, also of all. discard_unpacked_layers: layers are not kept once they are
     unpacked. foreign_layers: from the URLs that manifests name.
     """
 
@@ -140,8 +140,8 @@ class Pull:
         if want.referrer:
             return [(child, want) for child in index.manifests]
         if options.all_platforms:
-            host = platforms.choose(index.manifests, missing_ok=True)
-            return [(c, _Want(layers=True, unpack=want.unpack and c in host)) for c in index.manifests]
+            wanted = platforms.choose(index.manifests, options.platforms, missing_ok=True)
+            return [(c, _Want(layers=True, unpack=want.unpack and c in wanted)) for c in index.manifests]
         wanted = platforms.choose(index.manifests, options.platforms)
         found = [(child, want) for child in wanted]
         if options.all_metadata:

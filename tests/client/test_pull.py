@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from aiohttp import web
 from wherry.client import Client, walk
 from wherry.registry import Limits
 from wherry_shared.api.content import CHUNK
+from wherry_shared.api.introspection import Plugin
 from wherry_shared.errors import (
     DataLoss,
     InvalidArgument,
@@ -162,6 +164,27 @@ async def test_platforms_by_name(client: Client, store: Store, trap: Trap) -> No
         await client.pull(f"{trap.address}/team/app:v1", platform=Platform(os="linux", architecture="riscv64"))
     await client.pull(f"{trap.address}/team/app:v1")
     assert (await image.resolve()).descriptor.digest == children[HOST]["digest"]
+
+
+async def test_a_node_elsewhere_is_asked_for_its_platform(
+    client: Client, store: Store, trap: Trap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a node of another architecture than this host can be driven from here: by an admin, who may ask."""
+
+    async def plugins() -> list[Plugin]:
+        other = Platform(os="linux", architecture=OTHERS[0])
+        return [Plugin(type="t", id="without"), Plugin(type="t", id="of", platforms=[other])]
+
+    layout, index, children = several()
+    store.put(layout, index)
+    tenant, admin = client, Client(client.bus, "default", replace(client.address, creds=Path("admin.nk")))
+    monkeypatch.setattr(admin.introspection, "plugins", plugins)
+    assert (await tenant.platform()).architecture == HOST
+    client = tenant.within("default")
+    monkeypatch.setattr(client, "platform", admin.platform)
+    image = await client.pull(f"{trap.address}/team/app:v1")
+    assert await everything(client) == {index["digest"], *parts(layout, children[OTHERS[0]])}
+    assert (await image.resolve()).descriptor.digest == children[OTHERS[0]]["digest"]
 
 
 async def test_all_platforms_are_everything(client: Client, store: Store, trap: Trap) -> None:

@@ -170,6 +170,21 @@ def test_interrupting_twice_ends_what_ignores_it(node: Node, ns: list[str], pull
     assert node.json("ps", *ns, "-a") == [] and node.json("snapshot", "ls", *ns, "kind==active") == []
 
 
+def test_what_its_command_line_left_is_removed(node: Node, ns: list[str], pulled: str) -> None:
+    """`run --rm` in the foreground, killed: by the node then, some time after the end."""
+    with subprocess.Popen(
+        [WHERRY, "run", *ns, "--rm", "--name", "left", pulled, "sh", "-c", "echo up; exec sleep 1000"],
+        stdout=subprocess.PIPE, env={**node.environment, "WHERRY_WARM": "0"},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stdout.readline() == b"up\n"
+        process.kill()
+    assert [row["status"] for row in node.json("ps", *ns)] == ["running"]
+    assert "--rm" in node.run("restart", *ns, "left", check=False).stderr
+    node.run("kill", *ns, "left")
+    eventually(lambda: not node.json("ps", *ns, "-a"), "it stays")
+    assert node.json("snapshot", "ls", *ns, "kind==active") == []
+
+
 def test_detached_life(node: Node, ns: list[str], pulled: str) -> None:
     name = node.run("run", *ns, "-d", "--name", "sleeper", pulled, "sleep", "1000").stdout.strip()
     assert name == "sleeper"

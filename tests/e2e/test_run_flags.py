@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import images
 import pytest
 from node import Node, eventually
 
@@ -280,3 +281,28 @@ def test_a_shim_v2_runs_and_ends(node: Node, ns: list[str], pulled: str) -> None
     flags = ["--runtime", "io.containerd.runc.v2"]
     assert inside(node, ns, pulled, *flags, script="echo by a shim") == "by a shim"
     assert node.json("ps", *ns, "-a") == []
+
+
+def test_a_platform_by_name(node: Node, ns: list[str], registry: images.Registry) -> None:
+    """It is pulled where it is not here, and what is made of it is of that platform, too."""
+    image = f"{registry.address}/test/platforms:latest"
+    registry.push(images.platforms(), "test/platforms")
+    other = next(name for name in ("amd64", "arm64") if name != images.architecture())
+    say = "echo $BUILT_FOR"  # both have this host's busybox
+    assert inside(node, ns, image, script=say) == images.architecture()
+    far = ["--platform", other, "--security-opt", "seccomp=unconfined"]
+    assert node.run("run", *ns, "--rm", *far, "--pull", "never", image, "true", check=False).returncode == 125
+    assert inside(node, ns, image, *far, script=say) == other
+    assert inside(node, ns, image, script=say) == images.architecture()
+
+    node.run("run", *ns, *far, "--name", "far", image, "touch", "/new")
+    node.run("commit", *ns, "far", "made:1")
+    (told,) = node.json("images", "inspect", *ns, "made:1")
+    assert [own["platform"].partition("/v")[0] for own in told["platforms"]] == [f"linux/{other}"]
+    node.run("rm", *ns, "far")
+
+    for reference, platform, why in (
+        (image, "s390x", "s390x"), (image, "a/b/c/d", "not valid"), ("made:1", "s390x", "and not for linux/s390x"),
+    ):  # fmt: skip
+        refused = node.run("create", *ns, "--platform", platform, "--pull", "never", reference, check=False)
+        assert refused.returncode == 1 and why in refused.stderr, refused.stderr

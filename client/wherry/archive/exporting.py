@@ -32,9 +32,9 @@ _LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 class Choice:
     """What of the images is exported.
 
-    platforms, all_platforms: of an index the best image for each platform, or everything that it names; with neither
-    the one for this host. docker: add `manifest.json`, for `docker load`, of the images whose layers are all in the
-    archive. foreign_layers: those that are here, too, although they are not to be handed on.
+    platforms, all_platforms: of an index the best image for each platform, or everything that it names. docker: add
+    `manifest.json`, for `docker load`, of the images whose layers are all in the archive. foreign_layers: those that
+    are here, too, although they are not to be handed on.
     """
 
     platforms: Sequence[Platform] = field(default_factory=tuple)
@@ -45,7 +45,7 @@ class Choice:
     def select(self) -> Select:
         if self.platforms and self.all_platforms:
             raise InvalidArgument("some platforms and all platforms cannot both be exported")
-        return every if self.all_platforms else only(self.platforms or [None])
+        return every if self.all_platforms else only(self.platforms)
 
 
 class Export:

@@ -195,13 +195,13 @@ class Import:
         if _is_runnable(manifest) and len(config.diff_ids) != len(manifest.layers):
             raise InvalidArgument(f"{what}: {len(manifest.layers)} layers, {len(config.diff_ids)} diff ids")
         if self._wishes.platform is not None and graph.target.digest == digest:
-            await self._check_platform(graph)
+            await self._check_platform(graph, self._wishes.platform)
 
-    async def _check_platform(self, graph: Graph) -> None:
+    async def _check_platform(self, graph: Graph, wanted: Platform) -> None:
         """An image that is no index must be of the platform that was asked for."""
         own = await platform_of(self._client, graph, graph.target)
         if own is not None:
-            only([self._wishes.platform])(_as_index(graph.target, own))
+            only([wanted])(_as_index(graph.target, own))
 
     def _select(self) -> Select:
         if self._wishes.all_platforms:

@@ -14,6 +14,8 @@ import typer
 from .common import NamespaceOption, fail, with_client
 
 if TYPE_CHECKING:
+    from wherry_shared.values import Platform
+
     from wherry import Client, Container, Image
 
 SETTINGS = {"ignore_unknown_options": False, "allow_interspersed_args": False}
@@ -156,6 +158,7 @@ ABOUT = [
     many("--log-opt", "max-size=10m or max-file=3, of what it logs in the background."),
     flag("--cidfile", "Write the id into this new file."),
     flag("--pull", "missing, always or never.", "missing"),
+    flag("--platform", "Which of the image's: os/architecture[/variant]; the node's unless given."),
 ]
 FLAGS = [*ABOUT, *PROCESS, *LIMITS, *SECURITY, *NAMESPACES, *STORAGE]
 
@@ -200,6 +203,7 @@ def explain(e: Exception, args: list[str]) -> str:
 async def make(client: Client, reference: str, args: list[str], given: dict[str, Any]) -> Container:
     """The container that the flags describe, from an image that is pulled when it is not there."""
     from wherry import flags, nearby
+    from wherry.registry.platforms import parse_platform
 
     id = given.get("name") or f"{_stem(reference)}-{secrets.token_hex(3)}"
     if given.get("device") or given.get("privileged"):
@@ -217,8 +221,10 @@ async def make(client: Client, reference: str, args: list[str], given: dict[str,
         from wherry.container import check_free
 
         await check_free(client, id)
-    image = await find_image(client, reference, options.get("snapshotter", ""), given.get("pull", "missing"))
-    container = await client.new_container(id, image, args=args, **options)
+    platform = parse_platform(given["platform"]) if given.get("platform") else None
+    pull = given.get("pull", "missing")
+    image = await find_image(client, reference, options.get("snapshotter", ""), pull, platform)
+    container = await client.new_container(id, image, platform=platform, args=args, **options)
     if given.get("cidfile"):
         with open(given["cidfile"], "x") as file:  # noqa: ASYNC230 - a small file of the caller's own
             file.write(container.id)
@@ -231,8 +237,10 @@ def _stem(image: str) -> str:
     return "-".join(words)[:40].rstrip("-") or "container"
 
 
-async def find_image(client: Client, reference: str, snapshotter: str, pull: str = "missing") -> Image:
-    """The image, pulled when it is not there. InvalidArgument: how to pull."""
+async def find_image(
+    client: Client, reference: str, snapshotter: str, pull: str = "missing", platform: Platform | None = None
+) -> Image:
+    """The image, pulled when it is not there, or not for that platform. InvalidArgument: how to pull."""
     from wherry_shared.errors import InvalidArgument, NotFound
 
     from .pull import Bars
@@ -241,9 +249,14 @@ async def find_image(client: Client, reference: str, snapshotter: str, pull: str
         raise InvalidArgument(f"pull {pull[:40]!r} is not missing, always or never")
     try:
         if pull != "always":
-            return await client.image(reference)
+            image = await client.image(reference)
+            if platform is not None:
+                await image.resolve(platform)
+            return image
     except NotFound:
         if pull == "never":
             raise
     with Bars() as bars:
-        return await client.pull(reference, unpack=True, snapshotter=snapshotter, on_progress=bars.on_progress)
+        return await client.pull(
+            reference, unpack=True, snapshotter=snapshotter, platform=platform, on_progress=bars.on_progress
+        )

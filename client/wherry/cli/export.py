@@ -18,7 +18,7 @@ def command(
     archive: Annotated[str, typer.Argument(help="Where to; - is stdout.")],
     names: Annotated[list[str], typer.Argument(help="The images.")],
     namespace: NamespaceOption = "default",
-    platform: Annotated[list[str], typer.Option(help="os/architecture[/variant]; this host's unless given.")] = [],  # noqa: B006
+    platform: Annotated[list[str], typer.Option(help="os/architecture[/variant]; the node's unless given.")] = [],  # noqa: B006
     all_platforms: Annotated[bool, typer.Option("--all-platforms", help="Everything that an index names.")] = False,
     docker: Annotated[bool, typer.Option(help="Add what `docker load` reads.")] = True,
     foreign_layers: ForeignOption = False,

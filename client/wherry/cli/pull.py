@@ -31,7 +31,7 @@ PasswordOption = Annotated[
 ForeignOption = Annotated[bool, typer.Option("--foreign-layers", help="Layers that are not to be handed on, too.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the image's digest only.")]
 PlatformsOption = Annotated[
-    list[str], typer.Option("--platform", help="os/architecture[/variant]; may be repeated. This host's unless given.")
+    list[str], typer.Option("--platform", help="os/architecture[/variant]; may be repeated. The node's unless given.")
 ]
 
 

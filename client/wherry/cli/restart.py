@@ -19,7 +19,7 @@ def command(
     namespace: NamespaceOption = "default",
 ) -> None:
     async def work(client: Client) -> None:
-        from wherry_shared.api.task import REMOVE_LABEL
+        from wherry_shared.api.task import REMOVE_LABEL, REMOVE_VALUES
         from wherry_shared.errors import FailedPrecondition
 
         from .kill import on_each
@@ -27,7 +27,7 @@ def command(
         from .stop import stop
 
         async def one(container: Container) -> None:
-            if container.record.labels.get(REMOVE_LABEL) == "true":
+            if container.record.labels.get(REMOVE_LABEL) in REMOVE_VALUES:
                 raise FailedPrecondition(f"container {container.id} is removed when it stops (--rm)")
             await stop(container, seconds, signal)
             await start(container)

@@ -45,9 +45,10 @@ async def _run(client: Client, reference: str, args: list[str], given: dict[str,
         raise InvalidArgument("--rm with --restart: what is removed is not started again")
     if not detach and given.get("restart", "no") != "no":
         raise InvalidArgument("--restart without --detach: what is started again has other streams than these")
-    if rm and (detach or terminal):
-        # It may end when nobody is here any more: the node removes it.
-        given = {**given, "label": [*given.get("label", ()), f"{REMOVE_LABEL}=true"]}
+    if rm:
+        # It may end when nobody is here any more: the node removes it then.
+        when = "true" if detach or terminal else "later"
+        given = {**given, "label": [*given.get("label", ()), f"{REMOVE_LABEL}={when}"]}
     container = await make(client, reference, args, given)
     if not detach:
         keys = given.get("detach_keys", DETACH_KEYS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint
 
@@ -23,7 +22,6 @@ log = logging.getLogger("wherry.snapshot")
 
 LATER = tuple(entry.module for entry in backends.OWN)
 PLUGIN = "io.containerd.snapshotter.v1"
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 async def build(host: Host) -> SnapshotService:
@@ -36,13 +34,13 @@ async def build(host: Host) -> SnapshotService:
         except (WherryError, OSError, ImportError, AttributeError) as e:
             log.warning("snapshotter %s cannot be had: %s", name, e)
             broken[name] = str(e)
-            host.plugin(type=PLUGIN, id=name, platforms=_platforms(), init_error=str(e))
+            host.plugin(type=PLUGIN, id=name, init_error=str(e))
             continue
         found[name] = Snapshotter(name, rows, backend, host.settings.options.get("sync", "background"))
         host.on_stop(found[name].close)
         await found[name].start(restored=host.settings.restores)
         host.plugin(
-            type=PLUGIN, id=name, platforms=_platforms(), capabilities=sorted(backend.capabilities),
+            type=PLUGIN, id=name, capabilities=sorted(backend.capabilities),
             exports={"root": str(backend.root)},
         )  # fmt: skip
     host.also_serve(SnapshotCollector(rows, found))
@@ -52,11 +50,6 @@ async def build(host: Host) -> SnapshotService:
 def _load(host: Host, name: str, entry_point: EntryPoint) -> Backend:
     factory: Factory = entry_point.load()
     return factory(host.settings.own_root / check_identifier(name, "snapshotter"), host.settings.options)
-
-
-def _platforms() -> list[dict[str, str]]:
-    machine = platform.machine()
-    return [{"os": "linux", "architecture": _ARCHITECTURES.get(machine, machine)}]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Containers that go when their tasks end (`run -d --rm`): the promise is on record with the task, and kept once."""
+"""Containers that go when their tasks end (`run --rm`): the promise is on record with the task, and kept once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import suppress
 from wherry_shared import context
 from wherry_shared.api.container import Container, Containers
 from wherry_shared.api.snapshot import Snapshots
+from wherry_shared.api.task import REMOVE_LABEL
 from wherry_shared.errors import NotFound, WherryError
 from wherry_shared.sqlite import Database
 
@@ -20,6 +21,8 @@ log = logging.getLogger("wherry.task")
 
 # How often it is looked whether a task that has not ended is still there at all.
 LOOK_SECONDS = 60.0
+# So long whoever waits for the end has to remove it themselves (`later`).
+LATER_SECONDS = 10.0
 RETRY_SECONDS = 0.5
 RETRY_MAX = 30.0
 
@@ -59,25 +62,24 @@ class Removals:
         context.enter(context.Context(namespace=namespace))
         while True:
             try:
-                await self._ended(namespace, container)
-                await self._remove(namespace, container, born)
+                task = await self._ended(namespace, container)
+                await self._remove(namespace, container, born, task)
                 return
             except WherryError as e:
                 log.warning("container %s is not removed yet: %s", container, e)
             await asyncio.sleep(pause)
             pause = min(2 * pause, RETRY_MAX)
 
-    async def _ended(self, namespace: str, container: str) -> None:
-        """Return when the task has ended and is deleted, by whomever."""
+    async def _ended(self, namespace: str, container: str) -> Task | None:
+        """The task, when it has ended; None where it is deleted, by whomever."""
         task = self._task(namespace, container)
         while task is not None and self._task(namespace, container) is task:
             if task.process("").ended.is_set():
-                with suppress(NotFound):
-                    await self._supervisor.delete(namespace, container, "", force=False)
-                return
+                return task
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
                     await task.process("").ended.wait()
+        return None
 
     def _task(self, namespace: str, container: str) -> Task | None:
         try:
@@ -85,7 +87,13 @@ class Removals:
         except NotFound:
             return None
 
-    async def _remove(self, namespace: str, container: str, born: str) -> None:
+    async def _remove(self, namespace: str, container: str, born: str, task: Task | None) -> None:
+        with suppress(NotFound):
+            if (await self._containers.get(container)).labels.get(REMOVE_LABEL) == "later":
+                await asyncio.sleep(LATER_SECONDS)
+        if task is not None and self._task(namespace, container) is task:
+            with suppress(NotFound):
+                await self._supervisor.delete(namespace, container, "", force=False)
         with suppress(NotFound):
             record = await self._containers.get(container)
             if born_of(record) == born and self._task(namespace, container) is None:

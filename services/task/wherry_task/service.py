@@ -12,6 +12,7 @@ from wherry_shared.api.container import Containers
 from wherry_shared.api.snapshot import Snapshots
 from wherry_shared.api.task import (
     REMOVE_LABEL,
+    REMOVE_VALUES,
     CheckpointOptions,
     Exit,
     LogWindow,
@@ -75,7 +76,7 @@ class TaskService(Tasks):
         check_arguments(container.spec.get("process"))
         restore = await self._image_of(namespace, container_id, checkpoint)
         creation = Creation(mounts, stdio, restore=restore, options=container.runtime.options)
-        removal = born_of(container) if container.labels.get(REMOVE_LABEL) == "true" else ""
+        removal = born_of(container) if container.labels.get(REMOVE_LABEL) in REMOVE_VALUES else ""
         try:
             pid = await self._supervisor.create(
                 namespace, container_id, container.spec, binary, creation, container.created_at, removal=removal

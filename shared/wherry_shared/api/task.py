@@ -20,7 +20,11 @@ from ..values import Descriptor, Identifier, Model, Mount, Page
 
 Status = Literal["created", "running", "stopped", "paused", "pausing"]
 REMOVE_LABEL = "wherry/remove"
-"""Of a container: `true` has its next task, its snapshot and itself removed when that task has ended."""
+"""Of a container: its next task, its snapshot and itself are removed when that task has ended.
+
+`true`: at once. `later`: some seconds after that, where whoever waits for the end has not done it by then.
+"""
+REMOVE_VALUES = ("true", "later")
 PROCESS_MAX = 16 << 20
 """The most bytes of a process's specification, as content and as the file that the runtime reads."""
 LOG_LABEL = "wherry/log"
