@@ -1,13 +1,21 @@
-"""`python -m power.boot FOLDER MOMENT`: start a node on what the power left, and check it."""
+"""`python -m power.boot FOLDER [MOMENT]`: start a node on what the power left, and check it; without a moment only log
+what its recovery writes, for the next cut."""
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from node import Node
+
+from .disk import logged
+
+# It is ready before all is done: events go again, snapshots are looked for, and the collector looks at all.
+RECOVERY_SECONDS = 3
 
 
 def main(base: Path, moment: str) -> int:
@@ -22,5 +30,18 @@ def main(base: Path, moment: str) -> int:
         node.stop()  # the mounts are this namespace's, and go with it
 
 
+def recover(base: Path) -> int:
+    """As `main` does, on the disk `cut` with a log, which is `recovery` after that."""
+    with logged(base, base / "cut") as (_, log):
+        node = Node(base / "node").start()
+        try:
+            time.sleep(RECOVERY_SECONDS)
+            shutil.copy(log, base / "recovery")
+        finally:
+            node.stop()
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    folder, *moments = sys.argv[1:]
+    sys.exit(main(Path(folder), *moments) if moments else recover(Path(folder)))

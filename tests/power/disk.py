@@ -22,15 +22,20 @@ _FLUSH, _DISCARD = 1, 4
 KEPT = (0.0, 0.5, 0.5, 0.85, 1.0)
 
 
-@contextmanager
-def logged(base: Path, mkfs: str) -> Iterator[tuple[Path, Path]]:
-    """A mounted filesystem and the log of its disk."""
-    image, log, export, mount = (base / name for name in ("image", "log", "export", "mount"))
+def blank(image: Path) -> Path:
+    """An empty disk in that file."""
     with image.open("wb") as file:
         file.truncate(BYTES)
-    log.touch()
+    return image
+
+
+@contextmanager
+def logged(base: Path, image: Path, mkfs: str = "") -> Iterator[tuple[Path, Path]]:
+    """The filesystem of an image (a new one with `mkfs`), mounted, and the log of its disk."""
+    log, export, mount = (base / name for name in ("log", "export", "mount"))
+    log.write_bytes(b"")
     export.touch()
-    mount.mkdir()
+    mount.mkdir(exist_ok=True)
     daemon = subprocess.Popen([
         "qemu-storage-daemon", "--blockdev", f"file,node-name=image,filename={image},discard=unmap",
         "--blockdev", f"file,node-name=log,filename={log}",
@@ -42,7 +47,8 @@ def logged(base: Path, mkfs: str) -> Iterator[tuple[Path, Path]]:
             if daemon.poll() is not None:
                 raise RuntimeError("qemu-storage-daemon does not start")
             time.sleep(0.05)
-        subprocess.run([*mkfs.split(), export], check=True, stdout=subprocess.DEVNULL)
+        if mkfs:
+            subprocess.run([*mkfs.split(), export], check=True, stdout=subprocess.DEVNULL)
         subprocess.run(["mount", "-o", "loop", export, mount], check=True)
         try:
             yield mount, log
@@ -63,16 +69,17 @@ class Entry(NamedTuple):
 
 
 class Log:
-    """The log of a disk, and images of it as it was before an entry. Entries have to be asked for in their order."""
+    """The log of a disk, and images of it as it was before an entry. Entries have to be asked for in their order.
 
-    def __init__(self, path: Path, base: Path) -> None:
+    whole: the disk as it was when the log began; it becomes what is durable.
+    """
+
+    def __init__(self, path: Path, whole: Path) -> None:
         self._file = path.open("rb")
         self.entries = list(self._read(path.stat().st_size))
         self._flushes = [number for number, entry in enumerate(self.entries) if entry.flags & _FLUSH]
-        self._whole = base / "durable"
+        self._whole = whole
         self._applied = 0
-        with self._whole.open("wb") as file:
-            file.truncate(BYTES)
 
     def _read(self, size: int) -> Iterator[Entry]:
         at = SECTOR  # behind the superblock
