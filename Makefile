@@ -21,7 +21,7 @@ fuzz: installed  ## every parser; SECONDS=300 for longer, ARGS="tar_reader filte
 	@$(SUDO) env PYTHONPATH=tests $(PYTHON) -m fuzz --seconds $(SECONDS) $(ARGS)
 
 power: installed  ## cut the power of a loaded node's disk and look what is left; takes qemu-system-common. CUTS=100 ARGS=--keep
-	@$(SUDO) env PYTHONPATH=tests:tests/client $(PYTHON) -m power --seconds $(SECONDS) --cuts $(CUTS) $(ARGS)
+	@$(SUDO) unshare --mount env PYTHONPATH=tests:tests/client $(PYTHON) -m power --seconds $(SECONDS) --cuts $(CUTS) $(ARGS)
 
 check: lint types imports shape  ## with -k each part has its say, whatever the others found
 

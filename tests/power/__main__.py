@@ -1,5 +1,8 @@
 """`python -m power [--seconds N] [--cuts N] [--again N] [--seed N] [--mkfs COMMAND] [--keep]`: see the package. Takes
-root, and Debian's qemu-system-common. Ends with what was lost, and non-zero then."""
+root, and Debian's qemu-system-common. Ends with what was lost, and non-zero then.
+
+In a mount namespace of its own (`make power` does that), lest one that is made meanwhile holds the disk mounted.
+"""
 
 from __future__ import annotations
 
