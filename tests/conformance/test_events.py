@@ -19,6 +19,7 @@ from wherry_shared.api.events import Envelope, Events, Replay
 from wherry_shared.bus import Bus, subjects
 from wherry_shared.bus.credentials import stream_name
 from wherry_shared.bus.events import encode
+from wherry_shared.bus.subjects import TOPIC_MAX
 from wherry_shared.bus.transport import EventLog
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, OutOfRange, PermissionDenied, ResourceExhausted
 from wherry_shared.sqlite import Database
@@ -105,13 +106,32 @@ async def test_a_forwarded_event_stays_as_it_was(house: Bus, events: Events) -> 
 
 
 @pytest.mark.parametrize(
-    "topic", ["", "/", "tasks/exit", "/tasks/", "//exit", "/tasks/*", "/a b", "/tasks/exit/>", "/é"]
+    "topic",
+    [
+        "",
+        "/",
+        "tasks/exit",
+        "/tasks/",
+        "//exit",
+        "/tasks/*",
+        "/a b",
+        "/tasks/exit/>",
+        "/é",
+        "/" + "/".join(["a" * 70] * 60),
+    ],
 )
 async def test_a_bad_topic_is_refused(events: Events, topic: str) -> None:
     for call in (events.publish(topic, {}), events.forward(envelope(topic=topic))):
         with pytest.raises(InvalidArgument, match="topic"):
             await call
     assert (await events.stream()).last == 0
+
+
+async def test_the_longest_topic_fits_into_a_control_line(events: Events) -> None:
+    topic = "/" + "/".join(["a" * 63] * 16)
+    assert len(topic) == TOPIC_MAX
+    await events.publish(topic, {"n": 0})
+    assert [e.topic for e in (await events.replay()).events] == [topic]
 
 
 async def test_an_event_has_an_id_and_a_bounded_size(events: Events) -> None:
@@ -182,6 +202,12 @@ async def test_a_replay_begins_at_a_time(events: Events) -> None:
     await events.forward(envelope(2))
     assert numbers(await events.replay(since=cut, token=at.token)) == [2], "the token wins"
     assert numbers(await events.replay(token=later.token)) == [2]
+
+
+async def test_a_time_that_nats_server_cannot_count_is_before_or_after_all(events: Events) -> None:
+    await events.forward(envelope(0))
+    for year, found in ((1, [0]), (1500, [0]), (1969, [0]), (2262, []), (2300, []), (9999, [])):
+        assert numbers(await events.replay(since=datetime(year, 12, 1, tzinfo=UTC))) == found, year
 
 
 async def test_filters(events: Events, everywhere: Events) -> None:
@@ -337,8 +363,8 @@ async def test_values_that_json_does_not_have_are_refused(events: Events) -> Non
 
 async def test_what_is_forwarded_has_an_id_a_time_and_a_node(events: Events) -> None:
     for bad in (
-        {"id": "line\nbreak"}, {"id": "ü"}, {"node": "a b"}, {"timestamp": TIME.replace(tzinfo=None)},
-        {"timestamp": datetime(1, 1, 1, tzinfo=UTC)},
+        {"id": "line\nbreak"}, {"id": "ü"}, {"id": " "}, {"id": "a "}, {"id": " a"}, {"node": "a b"},
+        {"timestamp": TIME.replace(tzinfo=None)}, {"timestamp": datetime(1, 1, 1, tzinfo=UTC)},
     ):  # fmt: skip
         with pytest.raises(InvalidArgument):
             await events.forward(envelope().model_copy(update=bad))

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from node import WHERRY, Node, eventually
 from wherry.cli.app import make
+from wherry.cli.events import parse_since
+from wherry_shared.errors import InvalidArgument
 
 Run = subprocess.CompletedProcess[str]
 
@@ -251,6 +253,14 @@ def test_events_since(node: Node, ns: list[str], pulled: str) -> None:
     assert topics.count("/tasks/exit") == 1
     filtered = node.run("events", *ns, "--since", "5m", "--no-follow", "--filter", "topic~=^/tasks/").stdout
     assert "/tasks/start" in filtered and "/content/create" not in filtered
+
+
+@pytest.mark.parametrize(
+    "text", ["0001-01-01", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "²s", "9999999d"]
+)
+def test_what_is_no_time_is_said(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="neither like 10m"):
+        parse_since(text)
 
 
 def test_info_names_ten_services(node: Node) -> None:

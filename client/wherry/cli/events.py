@@ -89,7 +89,6 @@ def parse_since(text: str, option: str = "--since") -> datetime:
     try:
         if text[-1:] in units and text[:-1].isdigit():
             return datetime.now(UTC) - timedelta(seconds=int(text[:-1]) * units[text[-1]])
-        at = datetime.fromisoformat(text)
+        return datetime.fromisoformat(text).astimezone(UTC)  # a time without a zone is this host's
     except (ValueError, OverflowError):
         raise InvalidArgument(f"{option} {text!r} is neither like 10m nor an RFC 3339 time") from None
-    return at if at.tzinfo else at.astimezone()

@@ -61,8 +61,11 @@ class Journal:
 
         InvalidArgument: it has no id, time or node that one could go by; and what `append` raises.
         """
-        if not (1 <= len(envelope.id) <= 128 and envelope.id.isascii() and envelope.id.isprintable()):
-            raise InvalidArgument("an event's id has 1 to 128 characters, printable ones of ASCII")
+        known = envelope.id  # it travels as a header's value, of which blanks around it are no part
+        if not (1 <= len(known) <= 128 and known.isascii() and known.isprintable() and known == known.strip()):
+            raise InvalidArgument(
+                "an event's id has 1 to 128 characters, printable ones of ASCII, no blank at its ends"
+            )
         if envelope.timestamp.tzinfo is None or envelope.timestamp < _EARLIEST:
             raise InvalidArgument(
                 f"timestamp {envelope.timestamp.isoformat()} says no time: it needs a zone and a date"

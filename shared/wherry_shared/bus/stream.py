@@ -18,6 +18,8 @@ API_TIMEOUT = 5.0
 BATCH_BYTES = 8 << 20
 DUPLICATE_WINDOW_SECONDS = 600
 _NO_STREAM, _NAME_IN_USE = 10059, 10058
+# nats-server counts nanoseconds from 1970 on in 64 bits: of a time that has no place there it makes another.
+_TIMES = datetime(1970, 1, 1, tzinfo=UTC), datetime(2262, 1, 1, tzinfo=UTC)
 _EPOCH = "wherry-epoch"  # in the stream's metadata: its epoch, besides the time when it was made
 
 
@@ -69,7 +71,8 @@ class JetStreamLog:
         if after or since is None:
             request["seq"] = after + 1
         else:
-            request["start_time"] = since.astimezone(UTC).isoformat().replace("+00:00", "Z")
+            first, last = _TIMES
+            request["start_time"] = min(max(since, first), last).astimezone(UTC).isoformat().replace("+00:00", "Z")
         return await self._batch(request)
 
     async def _batch(self, request: dict[str, Any]) -> list[Stored]:

@@ -18,6 +18,9 @@ EV = "wherry.ev.v1"
 IO = "wherry.io.v1"
 AUDIT = "wherry.audit.v1"
 
+TOPIC_MAX = 1024
+"""nats-server ends a connection that sends a control line of more than 4 KiB, in which the subject stands."""
+
 
 def encode_token(identifier: str, what: str = "identifier") -> str:
     """The token of an identifier. InvalidArgument when it is none."""
@@ -53,9 +56,11 @@ def rpc(node: str, namespace: str, service: str, method: str, instance: str = ""
 
 
 def check_topic(topic: str) -> list[str]:
-    """The components of a containerd topic (`/tasks/exit`). InvalidArgument when it is none."""
+    """The components of a containerd topic (`/tasks/exit`, at most 1024 characters). InvalidArgument: it is none."""
     if not topic.startswith("/") or len(topic) < 2:
         raise InvalidArgument(f"topic {topic[:80]!r} must start with '/' and have a component")
+    if len(topic) > TOPIC_MAX:
+        raise InvalidArgument(f"topic {topic[:80]!r}... is longer than {TOPIC_MAX} characters")
     return [check_identifier(part, "topic component") for part in topic[1:].split("/")]
 
 
