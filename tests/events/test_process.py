@@ -131,6 +131,20 @@ async def test_a_stream_that_was_made_anew_is_another(place: Place, events: Even
     assert (await replay(events))[0] == [1]
 
 
+async def test_a_stream_that_goes_away_is_made_again(place: Place, events: Events) -> None:
+    """Nobody starts the service again for that; events wait in their outboxes as long as there is none."""
+    place.start("audit=3600")
+    await publish(events, 0)
+    _, token = await replay(events)
+    await place.stream("DELETE")
+    async with asyncio.timeout(30):
+        while not await published(events, 1):
+            await asyncio.sleep(0.05)
+    assert (await replay(events))[0] == [1]
+    with pytest.raises(OutOfRange, match="made anew"):
+        await events.replay(token=token)
+
+
 async def test_what_is_kept_is_bounded_and_a_gap_is_told(place: Place, events: Events) -> None:
     """`max_bytes` is a setting that a restart changes, also of a stream that is there."""
     place.start()

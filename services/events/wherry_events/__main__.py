@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from wherry_shared.api.events import Events
 from wherry_shared.bus import subjects
 from wherry_shared.bus.credentials import audit_stream_name, stream_name
-from wherry_shared.bus.transport import EventLog
 from wherry_shared.errors import Unavailable
 from wherry_shared.runtime import Host, run
 
@@ -28,28 +27,35 @@ async def build(host: Host) -> Events:
     node = host.settings.node
     log = host.bus.transport.event_log(stream_name(node), f"{subjects.EV}.{subjects.encode_token(node)}.>")
     options = host.settings.options
-    await _ensure(log, float(options.get("max_age", MAX_AGE_SECONDS)), int(options.get("max_bytes", MAX_BYTES)))
+    age, size = float(options.get("max_age", MAX_AGE_SECONDS)), int(options.get("max_bytes", MAX_BYTES))
+    streams = [(log, age, size)]
     if audit := options.get("audit"):
         subject = f"{subjects.AUDIT}.{subjects.encode_token(node)}.>"
-        await _ensure(host.bus.transport.event_log(audit_stream_name(node), subject), float(audit), AUDIT_MAX_BYTES)
+        streams.append((host.bus.transport.event_log(audit_stream_name(node), subject), float(audit), AUDIT_MAX_BYTES))
+
+    async def make() -> None:
+        for stream, max_age, max_bytes in streams:
+            await stream.ensure(max_age=max_age, max_bytes=max_bytes)
+
+    await _once_it_can(make)
     host.plugin(type="io.containerd.event.v1", id="stream")
     root = host.settings.own_root
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     # Shared: any number of processes may serve one stream.
     kept = Kept(Rows(await host.database(MIGRATIONS, shared=True)))
     await kept.restore(log, host.bus.transport)
-    mark = Mark(log, host.bus.transport, root / "mark")
+    mark = Mark(log, host.bus.transport, root / "mark", make)
     await mark.start()
     host.on_stop(mark.stop)
     return EventsService(Journal(log, host.bus, kept, mark))
 
 
-async def _ensure(log: EventLog, max_age: float, max_bytes: int) -> None:
-    """Make the stream, as soon as JetStream can: it recovers its streams after the server listens."""
+async def _once_it_can(make: Callable[[], Awaitable[None]]) -> None:
+    """Make the streams, as soon as JetStream can: it recovers its streams after the server listens."""
     give_up = asyncio.get_running_loop().time() + JETSTREAM_SECONDS
     while True:
         try:
-            return await log.ensure(max_age=max_age, max_bytes=max_bytes)
+            return await make()
         except Unavailable:
             if asyncio.get_running_loop().time() > give_up:
                 raise

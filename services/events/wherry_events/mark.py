@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,9 +39,16 @@ class _Known(NamedTuple):
 class Mark:
     """Sees to it that the stream's epoch changes when the stream lost its end."""
 
-    def __init__(self, stream: EventLog, transport: Transport, path: Path | None = None) -> None:
-        """path: the file that keeps the mark, once a second; None for a mark that ends with this process."""
+    def __init__(
+        self, stream: EventLog, transport: Transport, path: Path | None = None,
+        make: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:  # fmt: skip
+        """path: the file that keeps the mark, once a second; None for a mark that ends with this process.
+
+        make: makes the stream where it is not there any more: somebody deleted it, or nats-server lost its directory.
+        """
         self._stream = stream
+        self._make = make
         self._transport = transport
         self._path = path
         self._kept = _load(path) if path is not None else None
@@ -138,6 +146,16 @@ class Mark:
                 await self._look()
             except (WherryError, OSError) as error:
                 log.debug("the stream cannot be looked at: %s", error)
+                await self._make_again()
+
+    async def _make_again(self) -> None:
+        """Events wait in outboxes until there is a stream."""
+        if self._make is None or not self._transport.connected:
+            return
+        try:
+            await self._make()
+        except WherryError as error:
+            log.warning("the stream cannot be looked at, and not be made: %s", error)
 
     async def _look(self) -> None:
         """Bring the mark to the stream's end, and keep it."""
