@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 from .errors import InvalidArgument
-from .regexp import compile_regexp
+from .regexp import Effort, compile_regexp
 
 FieldPath = tuple[str, ...]
 Adaptor = Callable[[FieldPath], str | None]
@@ -32,6 +32,8 @@ Adaptor = Callable[[FieldPath], str | None]
 
 TEXT_MAX = 64 * 1024
 """The most characters of all filters of one call together."""
+SELECTORS_MAX = 1024
+"""The most selectors of all of them."""
 
 _Predicate = Callable[[Adaptor], bool]
 _SPACES = re.compile("[\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*")
@@ -48,15 +50,17 @@ _SIMPLE = {"a": 7, "b": 8, "f": 12, "n": 10, "r": 13, "t": 9, "v": 11}
 class Matcher:
     """Whether any filter of a list matches a thing. `everything`: it needs no look at the thing."""
 
-    __slots__ = ("_alternatives", "everything")
+    __slots__ = ("_alternatives", "_effort", "everything")
 
-    def __init__(self, alternatives: list[list[_Predicate]]) -> None:
+    def __init__(self, alternatives: list[list[_Predicate]], effort: Effort) -> None:
         self.everything = not alternatives or not all(alternatives)
         self._alternatives = alternatives
+        self._effort = effort
 
     def __call__(self, adaptor: Adaptor) -> bool:
         if self.everything:
             return True
+        self._effort.work = 0
         for selectors in self._alternatives:
             for selector in selectors:
                 if not selector(adaptor):
@@ -75,11 +79,17 @@ def compile_filters(filters: Sequence[str]) -> Matcher:
     return _compile(tuple(filters))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _compile(filters: tuple[str, ...]) -> Matcher:
     if sum(map(len, filters)) > TEXT_MAX:
         raise InvalidArgument(f"the filters are longer than {TEXT_MAX} characters together")
-    return Matcher([_Parser(text).selectors() if text else [] for text in filters])
+    effort, found, count = Effort(), [], 0
+    for text in filters:
+        found.append(_Parser(text, effort).selectors() if text else [])
+        count += max(1, len(found[-1]))
+        if count > SELECTORS_MAX:
+            raise InvalidArgument(f"the filters have more than {SELECTORS_MAX} selectors together")
+    return Matcher(found, effort)
 
 
 def fields(values: Mapping[str, str], **maps: Mapping[str, str]) -> Adaptor:
@@ -97,9 +107,10 @@ def fields(values: Mapping[str, str], **maps: Mapping[str, str]) -> Adaptor:
 class _Parser:
     """One filter, read from left to right."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, effort: Effort) -> None:
         self._text = text
         self._at = 0
+        self._effort = effort
 
     def selectors(self) -> list[_Predicate]:
         found = [self._selector()]
@@ -119,7 +130,9 @@ class _Parser:
             return _present(tuple(path))
         operator = self._operator()
         value = self._value(alternates=operator == "~=")
-        return _OPERATORS[operator](tuple(path), value)
+        if operator == "~=":
+            return _matches(tuple(path), compile_regexp(value, self._effort))
+        return _COMPARISONS[operator](tuple(path), value)
 
     def _field(self) -> str:
         self._skip_spaces()
@@ -134,7 +147,7 @@ class _Parser:
     def _operator(self) -> str:
         self._skip_spaces()
         match = _OPERATOR.match(self._text, self._at)
-        if match is None or match[0] not in _OPERATORS:
+        if match is None or match[0] not in (*_COMPARISONS, "~="):
             raise self._wrong("expected an operator (==, != or ~=)")
         self._at = match.end()
         return match[0]
@@ -212,9 +225,8 @@ def _differs(path: FieldPath, value: str) -> _Predicate:
     return lambda adaptor: (adaptor(path) or "") != value
 
 
-def _matches(path: FieldPath, pattern: str) -> _Predicate:
-    search = compile_regexp(pattern)
+def _matches(path: FieldPath, search: Callable[[str], bool]) -> _Predicate:
     return lambda adaptor: search(adaptor(path) or "")
 
 
-_OPERATORS: dict[str, Callable[[FieldPath, str], _Predicate]] = {"==": _equal, "!=": _differs, "~=": _matches}
+_COMPARISONS: dict[str, Callable[[FieldPath, str], _Predicate]] = {"==": _equal, "!=": _differs}

@@ -21,17 +21,46 @@ log = logging.getLogger("wherry.filters")
 PATTERN_MAX = 1024
 PROGRAM_MAX = 2048
 """The most instructions of one pattern; `x{1000}` takes a thousand."""
+PROGRAMS_MAX = 2 * PROGRAM_MAX
+"""The same of all patterns that share an Effort."""
 WORK_MAX = 100_000
-"""The most instructions visited for one text where no remembered state helps: some hundredths of a second."""
-_REMEMBERED = 4096
+"""The most instructions visited for one thing, by all patterns that share an Effort: a tenth of a second. Where a
+remembered state helps, sixteen characters count as one."""
+REMEMBERED_MAX = 64 << 10
+"""The most places and transitions that they remember together: some megabytes."""
+_TRANSITION = 8
 _END = ""
 
 
-def compile_regexp(pattern: str) -> Callable[[str], bool]:
+class Effort:
+    """What several patterns take together: whoever may give one may give thousands."""
+
+    __slots__ = ("_automata", "_remembered", "instructions", "work")
+
+    def __init__(self) -> None:
+        self.instructions = 0
+        self.work = 0  # for the thing in hand: set to 0 for the next
+        self._remembered = 0
+        self._automata: list[Automaton] = []
+
+    def share(self, automaton: Automaton) -> None:
+        self._automata.append(automaton)
+
+    def remember(self, places: int) -> None:
+        """Note what one of them remembers; all forget when it is too much."""
+        self._remembered += places
+        if self._remembered > REMEMBERED_MAX:
+            self._remembered = 0
+            for automaton in self._automata:
+                automaton.forget()
+
+
+def compile_regexp(pattern: str, effort: Effort | None = None) -> Callable[[str], bool]:
     """Whether a text has a match anywhere. What is no regular expression of Go's is logged and matches nothing.
 
-    InvalidArgument: the pattern is longer than 1 KiB, or larger than 2048 instructions. The matcher raises
-    ResourceExhausted when pattern and text together take too long.
+    effort: of the patterns that it belongs to, if it stands not alone.
+    InvalidArgument: the pattern is longer than 1 KiB, or larger than 2048 instructions, or all are than 4096. The
+    matcher raises ResourceExhausted when pattern and text together take too long.
     """
     if len(pattern) > PATTERN_MAX:
         raise InvalidArgument(f"the pattern {pattern[:40]!r}... is longer than {PATTERN_MAX} characters")
@@ -40,7 +69,7 @@ def compile_regexp(pattern: str) -> Callable[[str], bool]:
     except BadPattern as e:
         log.warning("pattern %r is no regular expression and matches nothing: %s", pattern, e)
         return lambda text: False
-    return _plain(tree) or Automaton(pattern, tree).search
+    return _plain(tree) or Automaton(pattern, tree, effort).search
 
 
 def _plain(tree: Node) -> Callable[[str], bool] | None:
@@ -69,6 +98,7 @@ class _Instruction:
     look: str = ""
     next: int = 0
     other: int = -1
+    work: int = 1
 
 
 class _State:
@@ -90,25 +120,33 @@ _LOST = _State(frozenset(), "")
 class Automaton:
     """A compiled pattern."""
 
-    def __init__(self, pattern: str, tree: Node) -> None:
+    def __init__(self, pattern: str, tree: Node, effort: Effort | None = None) -> None:
         self._pattern = pattern
         self._program: list[_Instruction] = []
+        self._alone = effort is None
+        self._effort = effort or Effort()
+        self._effort.share(self)
         self._compile(tree)
         self._final = self._add(_Instruction())
         self._looks = any(i.look not in ("", "begin", "end") for i in self._program)
         self._anchored = self._program[0].look == "begin"
-        self._forget()
+        self.forget()
 
     def search(self, text: str) -> bool:
         """Whether the text has a match anywhere."""
-        state, work = self._start, 0
+        state, effort = self._start, self._effort
+        if self._alone:
+            effort.work = 0
+        effort.work += len(text) >> 4
+        if effort.work > WORK_MAX:
+            raise self._too_long()
         for character in text:
             follows = state.next.get(character)
             if follows is None:
                 follows, done = self._step(state, character)
-                work += done
-                if work > WORK_MAX:
-                    raise ResourceExhausted(f"the pattern {self._pattern[:80]!r} takes too long: simplify it")
+                effort.work += done
+                if effort.work > WORK_MAX:
+                    raise self._too_long()
             if follows is _MATCHED:
                 return True
             if follows is _LOST:
@@ -118,15 +156,19 @@ class Automaton:
             state.at_end = self._final in self._reach(state, _END)
         return state.at_end
 
-    def _forget(self) -> None:
+    def _too_long(self) -> ResourceExhausted:
+        return ResourceExhausted(f"the pattern {self._pattern[:80]!r} takes too long: simplify it")
+
+    def forget(self) -> None:
+        """Remember no state any more."""
         self._states: dict[tuple[frozenset[int], str], _State] = {}
-        self._transitions = 0
         self._start = self._state(frozenset((0,)), _END)
 
     def _state(self, places: frozenset[int], before: str) -> _State:
         state = self._states.get((places, before))
         if state is None:
             state = self._states[places, before] = _State(places, before)
+            self._effort.remember(len(places))
         return state
 
     def _step(self, state: _State, character: str) -> tuple[_State, int]:
@@ -140,11 +182,9 @@ class Automaton:
             if not self._anchored:
                 places.add(0)  # a match may begin after any character
             follows = self._state(frozenset(places), self._kind(character)) if places else _LOST
-        self._transitions += 1
-        if self._transitions > _REMEMBERED:
-            self._forget()
         state.next[character] = follows
-        return follows, len(reached)
+        self._effort.remember(_TRANSITION)
+        return follows, sum(self._program[i].work for i in reached)
 
     def _kind(self, character: str) -> str:
         """One character for all that conditions cannot tell from each other."""
@@ -175,13 +215,16 @@ class Automaton:
     def _add(self, instruction: _Instruction) -> int:
         if len(self._program) >= PROGRAM_MAX:
             raise InvalidArgument(f"the pattern {self._pattern[:80]!r} is larger than {PROGRAM_MAX} instructions")
+        self._effort.instructions += 1
+        if self._effort.instructions > PROGRAMS_MAX:
+            raise InvalidArgument(f"the patterns are larger than {PROGRAMS_MAX} instructions together")
         instruction.next = len(self._program) + 1
         self._program.append(instruction)
         return len(self._program) - 1
 
     def _compile(self, node: Node) -> None:
         if isinstance(node, Set):
-            self._add(_Instruction(set=node))
+            self._add(_Instruction(set=node, work=1 + len(node.ranges) // 8))
         elif isinstance(node, Look):
             self._add(_Instruction(look=node.at))
         elif isinstance(node, Sequence):

@@ -230,6 +230,30 @@ async def test_filters(events: Events, everywhere: Events) -> None:
         await events.replay(filters=["topic=x"])
 
 
+async def test_fields_are_as_they_stand_in_the_event(events: Events) -> None:
+    event = {"n": 7, "oom": True, "io": {"terminal": False, "stdin": ""}, "labels": {"a.b/c.d": "x"}, "none": None}
+    await events.publish("/tasks/exit", event)
+    for matching in (
+        "event.oom==true", "event.io.terminal==false", 'event.labels."a.b/c.d"==x', 'event.labels.a."b/c".d==x',
+        "event.io.stdin!=a", "event.n==7",
+    ):  # fmt: skip
+        assert numbers(await events.replay(filters=[matching])) == [7], matching
+    for other in ("event.io.stdin", "event.none", "event.labels.a", "event.io", "event.n.x", "event.oom==True"):
+        assert numbers(await events.replay(filters=[other])) == [], other
+
+
+async def test_who_filters_much_keeps_nobody_waiting(events: Events) -> None:
+    for n in range(200):
+        await events.publish("/a", {"n": n, "padding": "x" * 500})
+    filters = [f"event.padding~=/[xyz]{{40}}{n}$/" for n in range(30)] + ["event.a==b"] * 900
+    looking = asyncio.ensure_future(events.replay(filters=filters))
+    answered = 0
+    while not looking.done():
+        await events.stream()
+        answered += 1
+    assert (await looking).events == [] and answered > 4
+
+
 async def test_what_is_filtered_out_moves_the_token_on(events: Events) -> None:
     for n in range(4):
         await events.forward(envelope(n, topic="/a" if n < 3 else "/b"))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import tracemalloc
+from contextlib import suppress
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from wherry_shared.errors import InvalidArgument, WherryError
+from wherry_shared.errors import InvalidArgument, ResourceExhausted, WherryError
 from wherry_shared.filters import FieldPath, compile_filters, fields
 
 REDIS = fields(
@@ -153,6 +156,31 @@ def test_a_wrong_filter_names_the_position(text: str, position: int) -> None:
 def test_filters_have_a_bound() -> None:
     with pytest.raises(InvalidArgument, match="longer"):
         compile_filters(["name==" + "x" * 40_000] * 2)
+    for many in (["a==b"] * 1025, [",".join(["a==b"] * 1025)]):
+        with pytest.raises(InvalidArgument, match="selectors"):
+            compile_filters(many)
+
+
+def test_patterns_have_bounds_together() -> None:
+    """Each of them is small: all of them would take half a gigabyte, or a minute for each thing."""
+    with pytest.raises(InvalidArgument, match="together"):
+        compile_filters([f"a~=/[xy{n}]{{999}}/" for n in range(5)])
+    matches = compile_filters([f"a~=/[xy]*[xy]{{90}}{n}/" for n in range(40)])
+    with pytest.raises(ResourceExhausted, match="too long"):
+        matches(fields({"a": "xy" * 2000}))
+    assert not matches(fields({"a": "xy"})), "each thing is another"
+
+
+def test_patterns_remember_little_together() -> None:
+    tracemalloc.start()
+    matches = compile_filters([f"a~=/[xy]*x[xy]{{{length}}}z/" for length in range(20, 55)])
+    random = Random(1)
+    for _ in range(10):
+        with suppress(ResourceExhausted):
+            matches(fields({"a": "".join(random.choices("xy", k=200))}))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 << 20
 
 
 def test_a_bad_pattern_is_only_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from wherry_shared.errors import InvalidArgument, ResourceExhausted
-from wherry_shared.regexp import Automaton, compile_regexp
+from wherry_shared.regexp import REMEMBERED_MAX, Automaton, compile_regexp
 from wherry_shared.regexp_syntax import parse
 
 
@@ -167,4 +167,5 @@ def test_many_characters_do_not_fill_the_memory() -> None:
     automaton = Automaton("x+y", parse("x+y"))
     for start in range(0, 0x10000, 1000):
         automaton.search("".join(chr(c) for c in range(start, start + 1000)))
-    assert automaton._transitions <= 4097
+    assert automaton._effort._remembered <= REMEMBERED_MAX
+    assert sum(len(state.next) for state in automaton._states.values()) <= REMEMBERED_MAX // 8

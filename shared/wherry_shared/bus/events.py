@@ -296,7 +296,10 @@ def pattern(node: str, namespace: str, topic: str) -> str:
 
 
 def field_of(envelope: Envelope) -> Callable[[tuple[str, ...]], str | None]:
-    """The fields that filters see: `namespace`, `topic`, `event.<field>` (containerd's event adaptor)."""
+    """The fields that filters see: `namespace`, `topic`, `event.<field>` (containerd's event adaptor).
+
+    Numbers and booleans are as in JSON; an empty text is absent. What is left of a path may be one key with dots.
+    """
 
     def field(path: tuple[str, ...]) -> str | None:
         if path == ("namespace",):
@@ -304,8 +307,15 @@ def field_of(envelope: Envelope) -> Callable[[tuple[str, ...]], str | None]:
         if path == ("topic",):
             return envelope.topic
         value: Any = envelope.event if path[:1] == ("event",) else None
-        for part in path[1:]:
-            value = value.get(part) if isinstance(value, dict) else None
-        return str(value) if isinstance(value, str | int) else None
+        for place, part in enumerate(path[1:], 1):
+            if not isinstance(value, dict):
+                return None
+            if part not in value:
+                value = value.get(".".join(path[place:]))
+                break
+            value = value[part]
+        if isinstance(value, bool):
+            return "true" if value else "false"
+        return str(value) or None if isinstance(value, str | int) else None
 
     return field
