@@ -114,21 +114,24 @@ class Watch:
     async def _read(self) -> Replay:
         """The next window. Gap when the place is lost, or what follows it."""
         if self._begins_now:
+            began = now()
             self._place = self.token = (await self._source.stream()).token
-            self._begins_now = False
+            self._since, self._begins_now = began, False
         try:
             return await self._source.replay(
                 since=None if self._place else self._since, token=self._place, limit=WINDOW, until=self._until,
                 filters=[] if self._caught_up else self._filters,
             )  # fmt: skip
         except OutOfRange as error:
+            # What is there may be read again, but for what came before this watch, and what it has told and forgotten.
+            self._since = max(filter(None, (self._since, self._ear.remembers_since)), default=None)
             self._place, self._caught_up = "", False
             raise Gap(error.message) from None
 
     def _take(self, window: Replay, over: bool) -> None:
         for envelope, token in zip(window.events, window.tokens, strict=True):
             # Live ones come unfiltered, so that all that was heard of is seen to arrive.
-            if self._ear.first(envelope.id) and (not self._caught_up or self._wanted(envelope)):
+            if self._ear.first(envelope) and (not self._caught_up or self._wanted(envelope)):
                 self._ready.append((envelope, token))
         self._place = window.token
         if not self._ready:
@@ -155,18 +158,29 @@ class _Ear:
         self._pattern = events.pattern(client.bus.node, namespace, "")
         self._subscription: Subscription | None = None
         self._heard: OrderedDict[str, float] = OrderedDict()  # since when (the loop's time) it is looked for
-        self._recent: OrderedDict[str, None] = OrderedDict()
+        self._recent: OrderedDict[str, datetime] = OrderedDict()
+        self._forgot = False
         self._more = asyncio.Event()
         self._now = asyncio.get_running_loop().time
         self._pause = 0.0
+        self._later: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
         if self._subscription is None:
             self._subscription = await self._transport.subscribe(self._pattern, self._on_message)
             self._transport.on_state.append(self._on_state)
+            self._look_later()
+
+    def _look_later(self) -> None:
+        """What was told before we listened may get into the stream after we have looked: that takes so long at most."""
+        if self._later is not None:
+            self._later.cancel()
+        self._later = asyncio.get_running_loop().call_later(events.ACK_TIMEOUT, self._more.set)
 
     async def close(self) -> None:
         subscription, self._subscription = self._subscription, None
+        if self._later is not None:
+            self._later.cancel()
         if subscription is not None:
             self._transport.on_state.remove(self._on_state)
             await subscription.unsubscribe()
@@ -181,17 +195,29 @@ class _Ear:
             self._more.set()
 
     def _on_state(self, connected: bool) -> None:
+        self._look_later()
         self._more.set()
 
-    def first(self, event_id: str) -> bool:
+    def first(self, envelope: Envelope) -> bool:
         """The stream has it; whether it was not seen before, in a stream that was read again after a gap."""
-        self._heard.pop(event_id, None)
-        if event_id in self._recent:
+        self._heard.pop(envelope.id, None)
+        if envelope.id in self._recent:
             return False
-        self._recent[event_id] = None
+        self._recent[envelope.id] = envelope.timestamp
         if len(self._recent) > _HEARD_MAX:
             self._recent.popitem(last=False)
+            self._forgot = True
         return True
+
+    @property
+    def remembers_since(self) -> datetime | None:
+        """From when on what the stream got is remembered if it was seen; None where all is.
+
+        Times are the publishers', some of which may be wrong or long ago; the stream got an event after its time.
+        """
+        if not self._forgot:
+            return None
+        return min(sorted(self._recent.values())[len(self._recent) // 4], now())
 
     async def hear(self, until: datetime | None) -> bool:
         """Return True when it is time to look at the stream again, False when `until` has come."""

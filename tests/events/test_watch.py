@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from housebus import NODE, HouseServer
+from housebus import NODE, HouseBus, HouseServer
 from wherry import Client, Gap, Listed, Watch
 from wherry.client import Address
 from wherry_events.journal import Journal
@@ -17,16 +17,20 @@ from wherry_events.metadata import MIGRATIONS, Rows
 from wherry_events.service import EventsService
 from wherry_shared.bus import subjects
 from wherry_shared.bus.credentials import stream_name
+from wherry_shared.bus.stream import JetStreamLog
 from wherry_shared.errors import InvalidArgument
 from wherry_shared.sqlite import Database
+
+
+async def log_of(bus: HouseBus) -> JetStreamLog:
+    return JetStreamLog((await bus.of("events")).transport, stream_name(NODE), f"{subjects.EV}.{NODE}.>")
 
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[Client]:
     with HouseServer(tmp_path / "bus") as server:
         bus = await server.bus()
-        own = await bus.of("events")
-        log = own.transport.event_log(stream_name(NODE), f"{subjects.EV}.{NODE}.>")
+        own, log = await bus.of("events"), await log_of(bus)
         await log.ensure(max_age=3600, max_bytes=1 << 20)
         database = await Database.open(tmp_path / "events.db", MIGRATIONS)
         await bus.serve(EventsService(Journal(log, own, Kept(Rows(database)))))
@@ -105,6 +109,39 @@ async def test_what_expired_is_told_and_the_rest_comes(client: Client) -> None:
         first = await take(watch, 1)
         assert first[0] == kept[0] > 1
         assert await take(watch, 39 - first[0]) == list(range(first[0] + 1, 40))
+
+
+async def test_behind_a_gap_nothing_is_told_that_came_before(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream of which a crash took the end is another one, and has most of its events still."""
+    monkeypatch.setattr("wherry.watch._HEARD_MAX", 10)
+    await publish(client, *range(30))
+    await asyncio.sleep(0.02)
+    async with client.watch() as watch, client.watch(since=datetime.now(UTC) - timedelta(hours=1)) as old:
+        assert await take(old, 30) == list(range(30))
+        first = asyncio.ensure_future(take(watch, 1))
+        await asyncio.sleep(0.1)
+        await publish(client, 30)
+        assert await first == await take(old, 1) == [30]
+        assert isinstance(client.bus, HouseBus)
+        await (await log_of(client.bus)).renew()
+        await publish(client, 31)
+        for one in (watch, old):
+            with pytest.raises(Gap):
+                await take(one, 1)
+            assert await take(one, 1) == [31]
+
+
+async def test_what_was_told_before_one_listens_and_stored_after_one_looked(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nats-server hands an event out before its stream has it: who comes in between hears nothing of it."""
+    monkeypatch.setattr("wherry_shared.bus.events.ACK_TIMEOUT", 0.5)
+    monkeypatch.setattr("wherry.watch._Ear._on_message", lambda ear, message: None)
+    async with client.watch() as watch:
+        first = asyncio.ensure_future(take(watch, 1))
+        await asyncio.sleep(0.1)
+        await publish(client, 0)
+        assert await first == [0]
 
 
 async def test_until(client: Client) -> None:
