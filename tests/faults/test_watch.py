@@ -6,11 +6,12 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
 import wherry
-from node import Node
+from node import WHERRY, Node, eventually
 from wherry_shared import context
 from wherry_shared.errors import WherryError
 
@@ -83,6 +84,33 @@ def test_the_command_line_goes_on_from_its_place(node: Node, namespace: str, tmp
     assert events("--place-file", place) == [namespace]
     assert len(events("--since", "1h", "--until", "2000-01-01T00:00:00Z")) == 0
     assert len(events("--since", "1h", "--filter", 'topic~="^/namespaces/"')) == 2
+
+
+def test_the_place_is_kept_before_anything_is_printed(node: Node, namespace: str, tmp_path: Path) -> None:
+    """What happens between two runs is told by the second, also where the first had nothing to tell."""
+    place = tmp_path / "place"
+    watching = subprocess.Popen([WHERRY, "events", "-n", namespace, "--place-file", str(place)], env=node.environment)
+    try:
+        eventually(place.exists, "there is no place yet")
+    finally:
+        watching.kill()
+        watching.wait()
+    node.run("ns", "create", namespace)
+    told = node.run("events", "-n", namespace, "--no-follow", "--place-file", str(place)).stdout
+    assert "/namespaces/create" in told and len(told.splitlines()) == 1
+    empty = ("events", "-n", f"{namespace}-2", "--no-follow", "--place-file", str(tmp_path / "empty"))
+    assert not node.run(*empty).stdout
+    node.run("ns", "create", f"{namespace}-2")
+    assert "/namespaces/create" in node.run(*empty).stdout
+
+
+def test_what_can_keep_no_place(node: Node, tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    (tmp_path / "words").write_text("somewhere")
+    for bad in (tmp_path, tmp_path / "not there" / "place", tmp_path / "bytes", tmp_path / "words"):
+        done = node.run("events", "--no-follow", "--place-file", str(bad), check=False)
+        assert (done.returncode, done.stdout) == (1, "") and "Traceback" not in done.stderr
+        assert "wherry: invalid argument: " in done.stderr
 
 
 async def _publish(client: wherry.Client, number: int) -> None:

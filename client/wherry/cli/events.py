@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from wherry_shared.errors import InvalidArgument
 
 from .common import Format, FormatOption, NamespaceOption, clean, with_client
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from wherry_shared.api.events import Envelope
 
     from wherry import Client, Watch
+
+IDLE_SECONDS = 1.0
 
 
 def command(
@@ -33,28 +36,27 @@ def command(
 ) -> None:
     start = parse_since(since) if since else None
     end = parse_since(until, "--until") if until else None
-    token = ""
-    if place is not None:
-        with suppress(FileNotFoundError):
-            token = place.read_text().strip()
+    kept = _Place(place)
+    token = kept.read()
 
     async def work(client: Client) -> None:
         watch = client.watch(
             since=start, until=end, token=token, filters=filters, all_namespaces=all_namespaces, follow=follow
         )
         async with watch:
-            await _print_all(watch, place, format)
+            await _print_all(watch, kept, format)
 
     with_client(namespace, work)
 
 
-async def _print_all(watch: Watch, place: Path | None, format: Format) -> None:
+async def _print_all(watch: Watch, place: _Place, format: Format) -> None:
     from wherry import Gap
 
     while True:
         try:
-            envelope = await anext(watch)
+            envelope = await _next(watch, place)
         except StopAsyncIteration:
+            place.begin(watch.token)
             return
         except Gap as gap:
             print(
@@ -62,8 +64,18 @@ async def _print_all(watch: Watch, place: Path | None, format: Format) -> None:
             )
             continue
         _print(envelope, format)
-        if place is not None:
-            _write(place, watch.token)
+        place.write(watch.token)
+
+
+async def _next(watch: Watch, place: _Place) -> Envelope:
+    """The next event. What happens between this run and the next is told, also where this one prints nothing."""
+    coming = asyncio.ensure_future(anext(watch))
+    try:
+        while not (await asyncio.wait([coming], timeout=IDLE_SECONDS))[0]:
+            place.begin(watch.token)
+        return await coming
+    finally:
+        coming.cancel()
 
 
 def _print(e: Envelope, format: Format) -> None:
@@ -74,17 +86,53 @@ def _print(e: Envelope, format: Format) -> None:
         print(clean(f"{stamp} {e.namespace} {e.topic} {json.dumps(e.event)}"), flush=True)
 
 
-def _write(place: Path, token: str) -> None:
-    """Whole or not at all: half a place would be none."""
-    new = place.with_name(place.name + ".new")
-    new.write_text(token + "\n")
-    os.replace(new, place)
+class _Place:
+    """The file that keeps the place, if one is wanted. InvalidArgument where it can be none."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._written = ""
+
+    def read(self) -> str:
+        """The token; "" when there is none yet."""
+        if self._path is not None:
+            try:
+                self._written = self._path.read_text("ascii").strip()
+            except FileNotFoundError:
+                self._check()
+            except (OSError, UnicodeDecodeError) as e:
+                raise self._useless(e) from None
+        return self._written
+
+    def begin(self, token: str) -> None:
+        """Keep a place where none is kept yet."""
+        if not self._written:
+            self.write(token)
+
+    def write(self, token: str) -> None:
+        """Whole or not at all: half a place would be none."""
+        if self._path is None or token in ("", self._written):
+            return
+        new = self._path.with_name(self._path.name + ".new")
+        try:
+            new.write_text(token + "\n")
+            os.replace(new, self._path)
+        except OSError as e:
+            raise self._useless(e) from None
+        self._written = token
+
+    def _check(self) -> None:
+        """Before anything is printed that would be printed again."""
+        parent = self._path.absolute().parent if self._path is not None else Path()
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise self._useless(OSError(0, f"{parent} is not there, or not to be written to"))
+
+    def _useless(self, e: OSError | UnicodeDecodeError) -> InvalidArgument:
+        return InvalidArgument(f"--place-file {self._path}: {getattr(e, 'strerror', None) or e}")
 
 
 def parse_since(text: str, option: str = "--since") -> datetime:
     """A time ago (`10m`) or a time. InvalidArgument otherwise."""
-    from wherry_shared.errors import InvalidArgument
-
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     try:
         if text[-1:] in units and text[:-1].isdigit():
