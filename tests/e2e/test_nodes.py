@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -24,6 +26,51 @@ def test_a_second_node_on_the_same_root_is_refused(node: Node) -> None:
     assert done.returncode == 1
     assert "already runs" in done.stderr and str(node.root) in done.stderr
     assert len(node.services()) == 10
+
+
+def test_a_bus_that_has_not_ended_keeps_the_next_node_off_its_store(tmp_path: Path) -> None:
+    """Two nats-servers would write the same files."""
+    with Node(tmp_path) as made:
+        bus, services = made.pids()["nats-server"], list(made.pids().values())
+        os.kill(bus, signal.SIGSTOP)
+        made.stop(signal.SIGKILL)
+    command = [WHERRY, "up", "--root", made.root, "--state", made.state]
+    try:
+        services.remove(bus)
+        eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in services), "the services do not end", 40)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1 and "has not ended yet" in done.stderr
+    finally:
+        os.kill(bus, signal.SIGKILL)
+    eventually(lambda: not Path(f"/proc/{bus}").exists(), "the bus does not end")
+    with made:
+        assert len(made.services()) == 10
+
+
+def test_a_bus_that_cannot_come_back_is_started_until_it_can(tmp_path: Path) -> None:
+    """Containers and services are not taken down for it."""
+    with Node(tmp_path) as made:
+        port = int(json.loads((made.state / "node.json").read_text())["nats"].rpartition(":")[2])
+        os.kill(made.pid, signal.SIGSTOP)
+        os.kill(made.pids()["nats-server"], signal.SIGKILL)
+        listener = eventually(lambda: _listening(port), "the port is not free")
+        os.kill(made.pid, signal.SIGCONT)
+        eventually(lambda: sum("nats-server ended" in line for line in made.said) >= 3, "it is not tried again")
+        listener.close()
+        eventually(lambda: len(made.services()) == 10, "the bus does not come back", 40)
+        assert sum("nats-server ended" in line for line in made.said) < 20
+
+
+def _listening(port: int) -> socket.socket | None:
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind(("127.0.0.1", port))
+    except OSError:
+        made.close()
+        return None
+    made.listen()
+    return made
 
 
 def test_a_log_level_that_there_is_not(tmp_path: Path) -> None:

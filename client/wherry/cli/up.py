@@ -43,7 +43,7 @@ def command(
             log_level=log_level.upper(),
         )  # fmt: skip
         code = Supervisor(plan, say=_say, beside={"cli": serve}).run()
-    except WherryError as e:
+    except (WherryError, OSError) as e:
         print(f"wherry up: {e}", file=sys.stderr)
         code = 1
     raise typer.Exit(code)

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,14 +68,17 @@ class NatsServer:
             f.write(text)
         os.replace(temporary, self.config)
 
-    def start(self, prepare_child: Callable[[], None]) -> subprocess.Popen[bytes]:
-        """Start the process; `prepare_child` runs in it before the program. Unavailable when it does not listen."""
+    def start(self, prepare_child: Callable[[], None], keep: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+        """Start the process; `prepare_child` runs in it before the program. Unavailable when it does not listen.
+
+        keep: descriptors of locks that it is to hold, too: two servers on one store would be its end.
+        """
         environment = {name: os.environ.get(f"WHERRY_NATS_{name}", value) for name, value in _GO.items()}
         environment["PATH"] = os.defpath
         process = subprocess.Popen(
             [self.binary, "--config", self.config, "--log", self.config.with_name("nats-server.log")],
             env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            preexec_fn=prepare_child,
+            preexec_fn=prepare_child, pass_fds=keep,
         )  # fmt: skip
         give_up = time.monotonic() + START_SECONDS
         while time.monotonic() < give_up:
@@ -91,9 +94,22 @@ class NatsServer:
         raise Unavailable(f"nats-server does not listen on port {self.port} after {START_SECONDS:.0f} s")
 
 
-def reload(process: subprocess.Popen[bytes]) -> None:
-    """Have the server read its users again."""
-    process.send_signal(signal.SIGHUP)
+def reload_running(pid: int, config: Path) -> bool:
+    """Have the server read its users again; False when that process is not the one of this configuration (any more)."""
+    try:
+        process = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        given = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if config.resolve() not in (Path(os.fsdecode(word)).resolve() for word in given if word.endswith(b".conf")):
+            return False
+        signal.pidfd_send_signal(process, signal.SIGHUP)
+    except OSError:
+        return False
+    finally:
+        os.close(process)
+    return True
 
 
 def find_binary() -> Path:

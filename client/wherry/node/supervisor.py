@@ -94,6 +94,8 @@ class Supervisor:
         self._locks: list[int] = []
         self._wake_read, self._wake_write = -1, -1
         self._stopping = 0
+        self._nats_started = self._nats_due = 0.0
+        self._nats_backoff = BACKOFF_FIRST
         self._probe = 0
         self._held: list[bytes] = []
         self._url = ""
@@ -171,7 +173,9 @@ class Supervisor:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise FailedPrecondition(f"a node already runs on {directory}") from None
+            raise FailedPrecondition(
+                f"a node already runs on {directory}, or a process of one has not ended yet"
+            ) from None
         self._locks.append(fd)
 
     def _hand_over(self, creds: Path, services: Sequence[str]) -> None:
@@ -216,15 +220,20 @@ class Supervisor:
         plan = self._plan
         url = plan.nats
         if self._server is not None:
-            self._nats = self._server.start(_detach_from_terminal)
+            self._nats = self._server.start(_detach_from_terminal, self._locks)
             url = self._server.url
         known: dict[str, object] = {"nats": url, "node": plan.node, "root": str(plan.root), "pid": os.getpid()}
         if self._nats is not None:
             known["nats_pid"] = self._nats.pid
         self._url = url
         temporary = plan.state / f"{NODE_FILE}.new"
-        temporary.write_text(json.dumps(known))
-        os.replace(temporary, plan.state / NODE_FILE)
+        try:
+            temporary.write_text(json.dumps(known))
+            os.replace(temporary, plan.state / NODE_FILE)
+        except OSError as e:  # a full disk, say; all that is new in it is a pid
+            if not self._children:
+                raise
+            _complain(f"{temporary}: {e.strerror}")
 
     # ---- children
 
@@ -313,7 +322,11 @@ class Supervisor:
                 if not child.pid and child.due <= now:
                     child.pid, child.started = child.start(), now
             self._reap()
+            if self._server is not None and self._nats is None and self._nats_due <= time.monotonic():
+                self._restart_nats()
             waiting = [c.due - now for c in self._children.values() if not c.pid]
+            if self._server is not None and self._nats is None:
+                waiting.append(self._nats_due - now)
             select.select([self._wake_read], [], [], max(0.0, min([1.0, *waiting])))
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake_read, 4096)
@@ -335,7 +348,7 @@ class Supervisor:
         if self._nats is not None and pid == self._nats.pid:
             self._nats.returncode = code
             if not self._stopping:
-                self._restart_nats(code)
+                self._schedule_nats(f"nats-server {_how(code)}; starting it again")
             return
         for child in self._children.values():
             if child.pid == pid:
@@ -351,13 +364,25 @@ class Supervisor:
         if not self._stopping:
             _complain(f"{child.name} {_how(code)}; starting it again")
 
-    def _restart_nats(self, code: int) -> None:
-        _complain(f"nats-server {_how(code)}; starting it again")
+    def _schedule_nats(self, why: str) -> None:
+        """At once after a long life, else later and later."""
+        now = time.monotonic()
+        if now - self._nats_started > STEADY_SECONDS:
+            self._nats_backoff, self._nats_due = BACKOFF_FIRST, now
+        else:
+            self._nats_due = now + self._nats_backoff
+            self._nats_backoff = min(self._nats_backoff * 2, BACKOFF_MAX)
+        self._nats = None
+        _complain(why)
+
+    def _restart_nats(self) -> None:
+        """Containers and services wait for it; what keeps it from starting, a full disk say, is no reason to end."""
+        self._nats_started = time.monotonic()
         try:
             self._run_nats()
-        except WherryError as e:
-            _complain(str(e))
-            self._stopping = signal.SIGTERM
+        except (WherryError, OSError) as e:
+            self._nats_started = time.monotonic()
+            self._schedule_nats(f"{e}; trying again")
 
     # ---- the end
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wherry_shared.bus.transport import EventLog, LogState, Transport
-from wherry_shared.errors import WherryError
+from wherry_shared.errors import Unavailable, WherryError
 
 log = logging.getLogger(__name__)
 
@@ -144,9 +144,11 @@ class Mark:
             await asyncio.sleep(SECONDS)
             try:
                 await self._look()
-            except (WherryError, OSError) as error:
+            except Unavailable as error:
                 log.debug("the stream cannot be looked at: %s", error)
                 await self._make_again()
+            except (WherryError, OSError) as error:
+                log.debug("the stream cannot be looked at: %s", error)
 
     async def _make_again(self) -> None:
         """Events wait in outboxes until there is a stream."""
