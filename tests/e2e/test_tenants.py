@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import wherry
-from node import Node
+from node import WHERRY, Node, eventually
 from wherry.spec import MOUNTS, Options, User, make
 from wherry_shared.errors import InvalidArgument, PermissionDenied, WherryError
 from wherry_shared.values import Descriptor, Mount
@@ -122,3 +124,32 @@ async def test_content_is_not_shared_between_namespaces(tenant: wherry.Client, n
     with pytest.raises(wherry.NotFound):
         await tenant.diff.apply(layer, mounts)
     await tenant.snapshots.remove("overlay", "spy")
+
+
+def test_tenants_that_are_made_at_the_same_moment(node: Node, namespace: str) -> None:
+    names = [f"{namespace}-{n}" for n in range(6)]
+    making = [
+        subprocess.Popen([WHERRY, "auth", "tenant", name], env=node.environment, stdout=subprocess.PIPE)
+        for name in names
+    ]
+    assert [process.wait(30) for process in making] == [0] * len(names)
+    for name in names:
+        own = {**node.environment, "WHERRY_CREDS": str(node.state / "creds" / f"tenant-{name}.nk")}
+        ps = ("ps", "-n", name)
+        eventually(
+            lambda own=own, ps=ps: not node.run(*ps, env=own, check=False).returncode, f"{name} is not let in", 5
+        )
+
+
+def test_a_tenant_of_a_node_that_is_down(tmp_path: Path) -> None:
+    """A process that has got the number of its nats-server since then is not hung up on."""
+    with subprocess.Popen(["sleep", "60"]) as other:
+        for pid in (other.pid, 1 << 22):
+            (tmp_path / "node.json").write_text(json.dumps({"node": "n1", "nats": "", "nats_pid": pid}))
+            done = subprocess.run(
+                [WHERRY, "auth", "tenant", "somebody", "--state", tmp_path], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 1 and "will know 'somebody' when it is started" in done.stderr
+        assert other.poll() is None
+        other.kill()
+    assert (tmp_path / "creds" / "tenant-somebody.nk").exists()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -25,9 +23,11 @@ def tenant(namespace: str, state: StateOption = Path("/run/wherry")) -> None:
         node = json.loads((state / NODE_FILE).read_text())
     except (OSError, ValueError):
         raise Unavailable(f"no node runs on {state}") from None
+    from wherry.node.server import reload_running
+
     credentials.issue(state / "creds", node["node"], [namespace])
-    if "nats_pid" in node:
-        os.kill(node["nats_pid"], signal.SIGHUP)
+    if "nats_pid" in node and not reload_running(node["nats_pid"], state / "nats.conf"):
+        raise Unavailable(f"no node runs on {state}: it will know {namespace!r} when it is started")
     print(state / "creds" / f"{credentials.tenant(namespace)}.nk")
 
 

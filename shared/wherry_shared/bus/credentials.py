@@ -7,6 +7,7 @@ allow-lists only, generated from the contracts.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import json
@@ -129,8 +130,18 @@ def issue(directory: Path, node: str, tenants: Iterable[str] = (), leaves: Itera
 
     leaves: nodes whose nats-servers may join this one. Users that exist keep their seeds, tenants and leaves issued
     before stay. Writes `<directory>/*.nk`, `identities.json` (who owns which inbox) and `nats-users.conf` (nkeys and
-    permissions, for nats-server to include).
+    permissions, for nats-server to include). Who does that at the same moment waits.
     """
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _issue(directory, node, tenants, leaves)
+    finally:
+        os.close(lock)
+
+
+def _issue(directory: Path, node: str, tenants: Iterable[str], leaves: Iterable[str]) -> None:
     known = {i["namespace"] for i in _read_identities(directory).values() if i["role"] == "tenant"}
     users: list[tuple[Identity, dict[str, Any]]] = [
         (Identity(name, "service"), service_permissions(name, node)) for name in CALLS
