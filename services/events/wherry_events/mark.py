@@ -98,8 +98,8 @@ class Mark:
 
     async def state(self) -> LogState:
         """The stream's state; its epoch is another one when it has lost what it was known to have."""
+        known = self._known  # before it is asked: what is acknowledged meanwhile, its answer may not have yet
         state = await self._stream.state()
-        known = self._known
         if known is None or known.epoch != state.epoch:
             await self._begin(state)
         elif state.last < known.sequence or self._doubtful:
@@ -108,7 +108,8 @@ class Mark:
         return state
 
     async def _check(self) -> LogState:
-        state, known = await self._stream.state(), self._known
+        known = self._known
+        state = await self._stream.state()
         if known is None or known.epoch != state.epoch:
             return state
         self._doubtful = False
