@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wherry
 from node import Node, eventually
+from wherry.doctor.afar import restart_policies
+from wherry.doctor.findings import Patient
 
 Report = dict[str, Any]
 ON_THE_NODE = {
     "programs", "kernel", "room", "time", "databases", "outboxes", "leases", "permissions", "direct path", "put aside",
     "blobs", "monitors", "left over", "mounts",
 }  # fmt: skip
-FROM_AFAR = {"services", "clock", "plugins", "images", "containers", "events"}
+FROM_AFAR = {"services", "clock", "plugins", "images", "containers", "restarts", "events"}
 
 
 @pytest.fixture(scope="module")
@@ -401,6 +404,32 @@ def test_a_mount_of_no_snapshot(node: Node, namespace: str, container: str, tmp_
     assert broken(report) == ["directory 999999 of snapshotter overlay is mounted, and is no snapshot's"]
     found = next(f for f in report["findings"] if f["part"] == "mounts")
     assert found["why"] == f"{target} in the mount namespace of process {holder.pid}"
+
+
+async def test_a_container_that_nobody_starts_again(
+    node: Node, namespace: str, busybox_ref: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wherry.doctor.afar.LATE_SECONDS", 0.0)
+    for name, policy in (("kept", "always"), ("failed", "on-failure"), ("ended", "on-failure"), ("stopped", "always")):
+        end = "exit 3" if name == "failed" else "sleep 1000"
+        node.run("create", "-n", namespace, "--restart", policy, "--name", name, busybox_ref, "sh", "-c", end)
+    async with wherry.connect(state=str(node.state), namespace=namespace) as client:
+        with node.standing_still("keeper"):
+            node.run("start", "-n", namespace, "failed")
+            assert node.run("wait", "-n", namespace, "failed").stdout.strip() == "3"
+            node.run("start", "-n", namespace, "stopped", "kept")
+            node.run("kill", "-n", namespace, "stopped")
+            assert await _restarts(client) == ["failed"]
+        with node.standing_still("keeper", signal.SIGKILL):
+            pass
+        node.run("rm", "-f", "-n", namespace, "failed")
+        assert await _restarts(client) == []
+    put_away(node, namespace, "kept", "ended", "stopped")
+
+
+async def _restarts(client: wherry.Client) -> list[str]:
+    found = await restart_policies(Patient(client, None))
+    return [finding.what.split()[1] for finding in found]
 
 
 def test_it_is_healthy_again(node: Node) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import suppress
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,7 @@ from ..client import Client
 from ..graph import Survey
 from ..paging import walk
 from ..registry.platforms import is_attestation
+from ..restarts import STATUS, policy_of
 from ..together import each
 from ..usage import SNAPSHOTTER_PLUGIN
 from .findings import Check, Finding, Patient
@@ -31,6 +34,7 @@ READ_SECONDS = 10.0
 # Its windows are of what is looked at, not of what is sent.
 NO_EVENT = 'topic=="/none"'
 _NAMED_MAX = 5
+LATE_SECONDS = 90.0
 
 
 async def services(patient: Patient) -> Iterable[Finding]:
@@ -229,6 +233,40 @@ async def _is_orphan(client: Client, id: str) -> bool:
     return False
 
 
+async def restart_policies(patient: Patient) -> Iterable[Finding]:
+    """What is to be started again is, by somebody: the keeper waits for a minute at most."""
+    client = patient.bus
+    up_since = now() - timedelta(seconds=min((s.uptime for s in await client.introspection.services()), default=0.0))
+    late = now() - timedelta(seconds=LATE_SECONDS)
+    found = []
+    for namespace in await namespaces(client):
+        within = client.within(namespace)
+        for record in await walk(within.containers.walk, spec=False, filters=[f'labels."{STATUS}"']):
+            since = await _stopped_since(within, record, up_since)
+            if since is not None and since < late:
+                found.append(_not_restarted(namespace, record.id, since))
+    return found
+
+
+async def _stopped_since(client: Client, record: Container, up_since: datetime) -> datetime | None:
+    """Since when it waits for being started again; None when it does not."""
+    policy, ended, status = policy_of(record.labels), max(record.updated_at or up_since, up_since), None
+    with suppress(NotFound):
+        task = await client.tasks.get(record.id)
+        if task.status != "stopped":
+            return None
+        ended, status = max(task.exited_at or up_since, up_since), task.exit_status
+    return ended if policy is not None and policy.wants(record.labels, status, boot=False) else None
+
+
+def _not_restarted(namespace: str, id: str, since: datetime) -> Finding:
+    return Finding(
+        "broken", "restarts", f"container {id} of namespace {namespace} is to run, and nobody starts it again",
+        f"it does not run since {since.isoformat(timespec='seconds')}",
+        "`wherry up` does that, or `wherry keep` (the unit wherry-keeper); its log says what keeps it from it",
+    )  # fmt: skip
+
+
 async def events(patient: Patient) -> Iterable[Finding]:
     """The stream of events is there, and has no holes; it is read through, for as long as READ_SECONDS."""
     source = patient.bus.bus.proxy(Events)
@@ -284,5 +322,6 @@ CHECKS = (
     Check("plugins", plugins, ("introspection", "namespace")),
     Check("images", images, ("namespace", "image", "content")),
     Check("containers", containers, ("namespace", "container", "task", "snapshot")),
+    Check("restarts", restart_policies, ("introspection", "namespace", "container", "task")),
     Check("events", events, ("events",)),
 )
