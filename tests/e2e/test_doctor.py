@@ -19,9 +19,11 @@ from typing import Any
 
 import pytest
 import wherry
+import wherry.doctor
 from node import Node, eventually
 from wherry.doctor.afar import restart_policies
-from wherry.doctor.findings import Patient
+from wherry.doctor.findings import Check, Patient
+from wherry_shared.errors import DeadlineExceeded
 
 Report = dict[str, Any]
 ON_THE_NODE = {
@@ -151,6 +153,17 @@ def test_a_service_that_hangs(node: Node) -> None:
     assert broken(report) == ["image does not answer"]
     assert {"part": "images", "why": "image does not answer"} in report["left_out"]
     assert {"services", "containers", "databases"} <= set(report["looked_at"])
+
+
+async def test_a_service_that_is_there_and_does_not_do_its_work(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def look(patient: Patient) -> list[wherry.doctor.Finding]:
+        raise DeadlineExceeded("image.walk: no answer within the deadline")
+
+    monkeypatch.setattr("wherry.doctor.CHECKS", (Check("images", look, ("image",)),))
+    report = await wherry.doctor.examine(state=str(node.state))
+    (finding,) = report.findings
+    assert not report.healthy and finding.what == "images cannot be looked at" and "image" in finding.todo
+    assert [left.part for left in report.left_out] == ["images"]
 
 
 def test_a_node_that_was_never_there(node: Node, tmp_path: Path) -> None:

@@ -16,7 +16,16 @@ from wherry_shared import context
 from wherry_shared.api import contracts
 from wherry_shared.boot import boot_id
 from wherry_shared.bus import discovery
-from wherry_shared.errors import FailedPrecondition, PermissionDenied, Unauthenticated, Unavailable, WherryError
+from wherry_shared.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+    WherryError,
+)  # fmt: skip
 from wherry_shared.runtime import NODE_FILE
 
 from ..client import DEFAULT_STATE, connect
@@ -31,6 +40,8 @@ __all__ = ["Finding", "LeftOut", "Report", "examine"]
 
 CALL_SECONDS, CHECK_SECONDS = 5.0, 60.0
 PARALLEL = 4
+# What answers so is broken, and not just out of sight.
+_BROKEN = (DeadlineExceeded, Unavailable, DataLoss, Internal)
 ANSWER_SECONDS, SECOND_ANSWER_SECONDS = 0.25, 1.0
 CHECKS: tuple[Check, ...] = (*afar.CHECKS, *host.CHECKS, *files.CHECKS, *leftovers.CHECKS)
 
@@ -124,6 +135,8 @@ async def _look(patient: Patient, report: Report) -> None:
         try:
             with context.use(timeout=CHECK_SECONDS):
                 return list(await check.look(patient)), ""
+        except _BROKEN as e:
+            return [_unanswered(check, e)] if patient.client is not None else [], str(e)
         except (WherryError, OSError, sqlite3.Error) as e:
             return [], str(e)
 
@@ -133,6 +146,12 @@ async def _look(patient: Patient, report: Report) -> None:
             report.left_out.append(LeftOut(check.part, reason))
         else:
             report.looked_at.append(check.part)
+
+
+def _unanswered(check: Check, e: WherryError) -> Finding:
+    """Its services are there, and do not do what was asked of them."""
+    whose = f"the logs of {', '.join(check.needs)}" if check.needs else "the services' logs"
+    return Finding("broken", check.part, f"{check.part} cannot be looked at", str(e), f"look at {whose}")
 
 
 def _reason(check: Check, patient: Patient) -> str:
