@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,18 @@ async def test_a_service_that_is_there_and_does_not_do_its_work(node: Node, monk
     (finding,) = report.findings
     assert not report.healthy and finding.what == "images cannot be looked at" and "image" in finding.todo
     assert [left.part for left in report.left_out] == ["images"]
+
+
+async def test_a_clock_that_is_far_behind_the_nodes(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request from here is late there, which is said at once, and not waited for."""
+    here, began = time.time, time.monotonic()
+    monkeypatch.setattr(time, "time", lambda: here() - 1000)
+    monkeypatch.setattr("wherry.doctor.afar.now", lambda: datetime.fromtimestamp(time.time(), UTC))
+    report = await wherry.doctor.examine(state=str(node.state))
+    told = {finding.part: finding for finding in report.findings if finding.severity == "broken"}
+    assert told["clock"].what == "the node's clock is 1000 s off this one's"
+    assert "do the clocks agree?" in told["images"].why
+    assert time.monotonic() - began < 20
 
 
 def test_a_node_that_was_never_there(node: Node, tmp_path: Path) -> None:

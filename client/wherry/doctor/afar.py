@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -9,12 +10,13 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
+from wherry_shared import context
 from wherry_shared.api import contracts
 from wherry_shared.api.container import Container
 from wherry_shared.api.events import Events, Gap
 from wherry_shared.api.image import Image as Record
 from wherry_shared.api.introspection import Plugin
-from wherry_shared.errors import InvalidArgument, NotFound, OutOfRange, Unimplemented, WherryError
+from wherry_shared.errors import DeadlineExceeded, InvalidArgument, NotFound, OutOfRange, Unimplemented, WherryError
 from wherry_shared.values import now
 
 from ..client import Client
@@ -28,7 +30,7 @@ from .findings import Check, Finding, Patient
 
 # An answer of these says that something is wrong with the service or its files, not with the request.
 ALARMING = ("Internal", "DataLoss")
-SKEW_WARNING, SKEW_BROKEN = 2.0, 60.0
+SKEW_WARNING, SKEW_BROKEN, FAR_SECONDS = 2.0, 60.0, 86400.0
 SERVICE_PLUGIN = "io.wherry.service.v1"
 READ_SECONDS = 10.0
 # Its windows are of what is looked at, not of what is sent.
@@ -85,7 +87,15 @@ def _service(name: str, version: str, answer: dict[str, Any]) -> Iterable[Findin
 async def clock(patient: Patient) -> Iterable[Finding]:
     """Leases, deadlines and events go by the time."""
     before = now()
-    told = (await patient.bus.introspection.server()).time
+    # To a clock that is far ahead a request from here is late, unless its deadline is far off.
+    far = context.enter(context.current()._replace(deadline=time.time() + FAR_SECONDS))
+    try:
+        async with asyncio.timeout(READ_SECONDS):
+            told = (await patient.bus.introspection.server()).time
+    except TimeoutError:
+        raise DeadlineExceeded("introspection.server: no answer") from None
+    finally:
+        context.leave(far)
     after = now()
     if told is None:
         return []

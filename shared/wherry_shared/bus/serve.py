@@ -217,8 +217,14 @@ class Server:
             self._send(back, error_answer(e))
             return
         ctx = request.context
-        if ctx.deadline and ctx.deadline <= time.time():
-            return  # its caller has given up: no command runs late
+        late = time.time() - ctx.deadline if ctx.deadline else -1.0
+        if late >= 0:  # no command runs late; its caller has given up, or goes by another clock, which it has to know
+            error = DeadlineExceeded(
+                f"{request.name}: the deadline was {late:.1f} s before it came; do the clocks agree?"
+            )
+            self._card.refuse(error)
+            self._send(back, error_answer(error))
+            return
         kept = self._answers.kept(ctx.key) if ctx.key else None
         if kept is not None:
             self._send(back, kept)
