@@ -28,12 +28,12 @@ class Place:
         self.house = HouseServer(root / "bus", tenants=["default"])
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *settings: str) -> None:
+    def start(self, *settings: str, stderr: int | None = None) -> None:
         arguments = ["--node", NODE, "--root", self.root / "lib", "--state", self.root / "run"]
         arguments += ["--nats", self.house.nats.url, "--creds", self.house.creds]
         for setting in settings:
             arguments += ["--set", setting]
-        self.process = subprocess.Popen([sys.executable, "-m", "wherry_events", *map(str, arguments)])
+        self.process = subprocess.Popen([sys.executable, "-m", "wherry_events", *map(str, arguments)], stderr=stderr)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         assert self.process is not None
@@ -158,6 +158,17 @@ async def test_what_is_kept_is_bounded_and_a_gap_is_told(place: Place, events: E
     assert 0 < len(kept) <= 5
     with pytest.raises(OutOfRange, match="events after this token are no longer kept"):
         await events.replay(token=token)
+
+
+@pytest.mark.parametrize(
+    "setting", ["max_age=7d", "max_age=0", "max_age=nan", "max_bytes=1e9", "max_bytes=-5", "audit=yes"]
+)
+def test_a_setting_that_is_no_number(place: Place, setting: str) -> None:
+    place.start(setting, stderr=subprocess.PIPE)
+    assert place.process is not None
+    _, said = place.process.communicate(timeout=20)
+    name, _, value = setting.partition("=")
+    assert said.decode().splitlines()[-1].startswith(f"wherry-events: {name} {value!r} is no whole number")
 
 
 async def test_the_last_token_before_everything_went_still_holds(place: Place, events: Events) -> None:

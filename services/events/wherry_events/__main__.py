@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from wherry_shared.api.events import Events
 from wherry_shared.bus import subjects
 from wherry_shared.bus.credentials import audit_stream_name, stream_name
-from wherry_shared.errors import Unavailable
+from wherry_shared.errors import InvalidArgument, Unavailable
 from wherry_shared.runtime import Host, run
 
 from .journal import Journal
@@ -19,6 +19,7 @@ from .service import EventsService
 
 MAX_AGE_SECONDS = 7 * 24 * 3600
 MAX_BYTES, AUDIT_MAX_BYTES = 256 << 20, 64 << 20
+MIN_BYTES = 64 << 10
 JETSTREAM_SECONDS = 15.0
 
 
@@ -27,11 +28,12 @@ async def build(host: Host) -> Events:
     node = host.settings.node
     log = host.bus.transport.event_log(stream_name(node), f"{subjects.EV}.{subjects.encode_token(node)}.>")
     options = host.settings.options
-    age, size = float(options.get("max_age", MAX_AGE_SECONDS)), int(options.get("max_bytes", MAX_BYTES))
+    age, size = _setting(options, "max_age", MAX_AGE_SECONDS, 1), _setting(options, "max_bytes", MAX_BYTES, MIN_BYTES)
     streams = [(log, age, size)]
-    if audit := options.get("audit"):
+    if options.get("audit"):
         subject = f"{subjects.AUDIT}.{subjects.encode_token(node)}.>"
-        streams.append((host.bus.transport.event_log(audit_stream_name(node), subject), float(audit), AUDIT_MAX_BYTES))
+        audit = host.bus.transport.event_log(audit_stream_name(node), subject)
+        streams.append((audit, _setting(options, "audit", 0, 1), AUDIT_MAX_BYTES))
 
     async def make() -> None:
         for stream, max_age, max_bytes in streams:
@@ -60,6 +62,14 @@ async def _once_it_can(make: Callable[[], Awaitable[None]]) -> None:
             if asyncio.get_running_loop().time() > give_up:
                 raise
             await asyncio.sleep(0.1)
+
+
+def _setting(options: Mapping[str, str], name: str, default: int, least: int) -> int:
+    """A setting that is a whole number, of seconds or bytes. InvalidArgument when it is none."""
+    text = options.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) >= least):
+        raise InvalidArgument(f"{name} {text!r} is no whole number of at least {least}")
+    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
