@@ -59,6 +59,11 @@ def check_identifier(value: str, what: str = "identifier") -> str:
     return value
 
 
+def is_identifier(value: str) -> bool:
+    """Whether it is one."""
+    return len(value) <= IDENTIFIER_MAX and _is_identifier(value) is not None
+
+
 def check_digest(value: str) -> str:
     """`value` if it is `sha256:` or `sha512:` with exact lower-case hex, else InvalidArgument."""
     if not _is_digest(value):

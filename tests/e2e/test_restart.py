@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wherry
 from node import WHERRY, Node, eventually
 
 
@@ -141,3 +143,22 @@ def test_a_restart_of_what_nobody_leaves_in_the_background(node: Node, namespace
         done = node.run("run", "-n", namespace, *flags, busybox_ref, "true", check=False)
         assert done.returncode == 125 and "restart" in done.stderr
     assert node.json("ps", "-a", "-n", namespace) == []
+
+
+async def test_ends_that_a_tenant_makes_up(node: Node, namespace: str, run: Any) -> None:
+    """Events of its own namespace are its to publish, whatever they say: others' containers are started again."""
+    node.run("auth", "tenant", namespace, "--state", str(node.state))
+    await asyncio.sleep(0.5)
+    keeper = node.pids()["keeper"]
+    creds = str(node.state / "creds" / f"tenant-{namespace}.nk")
+    async with wherry.connect(state=str(node.state), namespace=namespace, creds=creds) as tenant:
+        for event in ({}, {"id": None, "container_id": None}, {"id": [1], "container_id": [1]}, {"container_id": "a"}):
+            await tenant.events.publish("/tasks/exit", event)
+        for number in range(20):
+            await tenant.events.publish("/tasks/exit", {"id": f"a b {number}", "container_id": f"a b {number}"})
+    said = len(node.said)
+    id = run("always", "exit 0")
+    eventually(lambda: count(node, namespace, id) >= 2, "it is not started again")
+    assert node.pids()["keeper"] == keeper
+    assert not [line for line in node.said[said:] if "a b" in line]
+    node.run("rm", "-f", "-n", namespace, id)

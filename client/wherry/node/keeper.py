@@ -16,6 +16,7 @@ from pathlib import Path
 from wherry_shared.api.events import Envelope
 from wherry_shared.errors import NotFound, WherryError
 from wherry_shared.runtime import log_to_stderr, run_loop
+from wherry_shared.values import is_identifier
 
 import wherry
 from wherry.paging import walk
@@ -58,6 +59,8 @@ async def keep(state: Path, *, boot: bool, node: str = "", mark: Path | None = N
                     keeper.stop()
         except WherryError as e:  # an end may have been missed
             log.info("everything is looked at again: %s", e)
+        except Exception:  # whatever it is, other services may live in this process
+            log.exception("everything is looked at again")
         await asyncio.sleep(1.0)
 
 
@@ -81,8 +84,10 @@ class Keeper:
     async def follow(self, ends: AsyncIterable[Envelope]) -> None:
         """Consider each that ends. Unavailable, ResourceExhausted: some may have been missed."""
         async for end in ends:
-            if end.event.get("id") == end.event.get("container_id"):
-                self._consider((end.namespace, str(end.event["container_id"])))
+            id = end.event.get("container_id")
+            # Whoever has a namespace may publish what he likes in it.
+            if isinstance(id, str) and id == end.event.get("id") and is_identifier(id):
+                self._consider((end.namespace, id))
 
     def stop(self) -> None:
         self._again.clear()
