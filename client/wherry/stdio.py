@@ -19,9 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from wherry_shared.api.task import Stdio as Paths
+from wherry_shared.errors import Unavailable
+
+from .outgoing import write_all, write_now
 
 Sink = Callable[[bytes], None]
 CHUNK = 64 << 10
+# How often it is looked whether output waits for its reader here.
+LOOK_SECONDS = 0.25
 COLLECT_MAX = 16 << 20
 
 
@@ -87,6 +92,7 @@ class Pipes:
         self._directory: Path | None = None
         self._readers: list[_Reader] = []
         self._writer: _Writer | None = None
+        self._parted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.paths = Paths(terminal=stdio.terminal)
         if stdio.stdin is not None or stdio.stdout is not None or stdio.stderr is not None:
             self._make(state, f"{namespace}:{name}")
@@ -119,14 +125,16 @@ class Pipes:
             reader.listen()
 
     async def parted(self) -> None:
-        """Only over the bus can a process be left, or its streams be lost."""
-        await asyncio.get_running_loop().create_future()
+        """Raise BrokenPipeError when nobody reads our own output any more, Unavailable when it cannot be written.
+
+        Only over the bus can a process be left."""
+        await asyncio.shield(self._parted)
 
     def start(self, on_stdin_end: Callable[[], None]) -> None:
         """Open this side; `on_stdin_end` is called once when the caller's stdin has ended."""
         for path, sink in ((self.paths.stdout, self._stdio.stdout), (self.paths.stderr, self._stdio.stderr)):
             if path and sink is not None:
-                self._readers.append(_Reader(path, sink))
+                self._readers.append(_Reader(path, sink, self._parted))
         if self.paths.stdin and self._stdio.stdin is not None:
             self._writer = _Writer(self.paths.stdin, self._stdio.stdin, on_stdin_end)
 
@@ -136,30 +144,61 @@ class Pipes:
             self._writer.close()
 
     async def drained(self, patience: float = 10.0) -> None:
-        """Return when every output has ended, or after `patience` seconds (something else holds it open)."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(patience):
-                for reader in self._readers:
-                    await reader.ended.wait()
+        """Return when every output has ended, or after `patience` seconds (something else holds it open).
+
+        The time in which it waits for whoever reads it from us does not count.
+        """
+        loop = asyncio.get_running_loop()
+        for reader in self._readers:
+            while not reader.ended.is_set() and patience > 0:
+                begun, held = loop.time(), reader.held
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(patience, LOOK_SECONDS)):
+                        await reader.ended.wait()
+                if not (held or reader.held):
+                    patience -= loop.time() - begun
 
     def close(self) -> None:
         """Let go of the FIFOs and remove them."""
         for reader in self._readers:
             reader.close()
+        forget(self._parted)
         if self._writer is not None:
             self._writer.close()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
 
-class _Reader:
-    """FIFO -> descriptor or callback, whenever there is something."""
+def part(parted: asyncio.Future[None], e: OSError) -> None:
+    """Our own output cannot be written any more."""
+    if not parted.done():
+        gone = isinstance(e, BrokenPipeError)
+        parted.set_exception(e if gone else Unavailable(f"the output cannot be written: {e.strerror}"))
 
-    def __init__(self, path: str, sink: int | Sink) -> None:
+
+def forget(future: asyncio.Future[None]) -> None:
+    """Nobody asks any more how it comes out."""
+    if future.done() and not future.cancelled():
+        future.exception()  # whoever wanted to know has asked
+    future.cancel()
+
+
+class _Reader:
+    """FIFO -> descriptor or callback, whenever there is something. parted: is told when nobody reads the descriptor,
+    and then what comes is dropped."""
+
+    def __init__(self, path: str, sink: int | Sink, parted: asyncio.Future[None]) -> None:
         # Without a writer yet, a FIFO opened like this gives no event and no end: it waits.
         self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-        self._sink = sink
+        self._sink: int | Sink | None = sink
+        self._parted = parted
+        self._giving: asyncio.Task[None] | None = None
         self.ended = asyncio.Event()
+
+    @property
+    def held(self) -> bool:
+        """Whether what was read waits for room in the descriptor."""
+        return self._giving is not None
 
     def listen(self) -> None:
         if not self.ended.is_set():
@@ -176,28 +215,38 @@ class _Reader:
             self.close()
         elif callable(self._sink):
             self._sink(data)
-        else:
-            write_all(self._sink, data)
+        elif self._sink is not None:
+            self._put(self._sink, data)
+
+    def _put(self, sink: int, data: bytes) -> None:
+        try:
+            rest = write_now(sink, data)
+        except OSError as e:
+            self._part(e)
+            return
+        if rest:
+            asyncio.get_running_loop().remove_reader(self._fd)
+            self._giving = asyncio.get_running_loop().create_task(self._give(sink, rest))
+
+    async def _give(self, sink: int, rest: memoryview) -> None:
+        try:
+            await write_all(sink, rest)
+        except OSError as e:
+            self._part(e)
+        self._giving = None
+        self.listen()
+
+    def _part(self, e: OSError) -> None:
+        self._sink = None
+        part(self._parted, e)
 
     def close(self) -> None:
+        if self._giving is not None:
+            self._giving.cancel()
         if not self.ended.is_set():
             asyncio.get_running_loop().remove_reader(self._fd)
             os.close(self._fd)
             self.ended.set()
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """Write to the caller's own descriptor; a closed one (a pipe to `head`) ends quietly."""
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[os.write(fd, view) :]
-        except BlockingIOError:
-            import select
-
-            select.select([], [fd], [])
-        except BrokenPipeError:
-            return
 
 
 class _Writer:

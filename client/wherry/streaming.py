@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import secrets
+import select
 import stat
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,7 +25,8 @@ from wherry_shared.errors import (
 )
 
 from .nearby import is_here
-from .stdio import CHUNK, Pipes, Sink, Stdio, write_all
+from .outgoing import ready, write_all
+from .stdio import CHUNK, Pipes, Sink, Stdio, forget, part
 
 if TYPE_CHECKING:
     from .client import Client
@@ -64,6 +66,7 @@ class Streaming:
         self._joining = joining
         self._after = "" if joining else "start"
         self._moved = 0
+        self._held = False  # what came waits for whoever reads it from us
         self._tasks: list[asyncio.Task[None]] = []
         self._output: asyncio.Task[None] | None = None
         self._runs = asyncio.Event()  # before, there may be what its runtime wrote of a failure: it is in the error
@@ -96,24 +99,23 @@ class Streaming:
         self.started()
 
     async def parted(self) -> None:
-        """Return when the detach keys were typed; raise what ended the streams before the process."""
+        """Return when the detach keys were typed; raise what ended the streams before the process, and
+        BrokenPipeError when nobody reads our own output any more."""
         await asyncio.shield(self._parted)
 
     async def drained(self, patience: float = DRAIN_SECONDS) -> None:
-        """Return when all output has come, or nothing has for `patience` seconds."""
+        """Return when all output has come, or nothing has for `patience` seconds, although it was asked for."""
         while self._output is not None and not self._output.done():
             before = self._moved
             done, _ = await asyncio.wait([self._output], timeout=patience)
-            if not done and self._moved == before:
+            if not done and self._moved == before and not self._held:
                 return
 
     def close(self) -> None:
         """Let go; the process goes on."""
         for task in self._tasks:
             task.cancel()
-        if self._parted.done() and not self._parted.cancelled():
-            self._parted.exception()  # whoever wanted to know has asked
-        self._parted.cancel()
+        forget(self._parted)
 
     def _run(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._guarded(work))
@@ -144,16 +146,21 @@ class Streaming:
             if got.ended:
                 return
 
-    @staticmethod
-    async def _put(sink: int | Sink | None, lost: int, data: bytes) -> None:
+    async def _put(self, sink: int | Sink | None, lost: int, data: bytes) -> None:
         if sink is None or not (lost or data):
             return
         if lost:
             data = marker(lost) + data
         if callable(sink):
             sink(data)
-        else:
-            await asyncio.to_thread(write_all, sink, data)
+            return
+        self._held = True
+        try:
+            await write_all(sink, data)
+        except OSError as e:  # what comes is dropped
+            part(self._parted, e)
+        finally:
+            self._held = False
 
     async def _outlasting(self, call: Callable[[], Awaitable[T]]) -> T:
         """Make a call until it is answered, through restarts of services and bus; Unavailable when that takes long."""
@@ -251,7 +258,7 @@ async def _chunks(source: int | bytes) -> AsyncGenerator[bytes, None]:
     waits = _can_be_polled(source)
     while True:
         if waits:
-            await _readable(source)
+            await ready(source, select.EPOLLIN)
             data = os.read(source, CHUNK)
         else:
             data = await asyncio.to_thread(os.read, source, CHUNK)
@@ -263,13 +270,3 @@ async def _chunks(source: int | bytes) -> AsyncGenerator[bytes, None]:
 def _can_be_polled(fd: int) -> bool:
     mode = os.fstat(fd).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(fd)
-
-
-async def _readable(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(fd, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(fd)

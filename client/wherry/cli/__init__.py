@@ -66,6 +66,7 @@ def main() -> None:
 
         show(arguments[1:])
         return
+    _open_all()
     from .warm import hand_over
 
     code = hand_over(arguments)
@@ -74,6 +75,17 @@ def main() -> None:
     from .app import run
 
     run(arguments)
+
+
+def _open_all() -> None:
+    """Have descriptors 0 to 2 be ours: where we were started without one, our own sockets would get its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.stat(number)
+        except OSError:
+            if os.open(os.devnull, os.O_RDWR) == number:  # the lowest that is free
+                os.set_inheritable(number, True)
+                setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def load(verb: str) -> Any:

@@ -39,8 +39,9 @@ async def attended(
     """See a process through: answers its exit code, or None when the detach keys were typed.
 
     start: it is made and is to be started first. raw: keystrokes go to it as they are. sized: it has a terminal, which
-    is to be as large as ours. signals: those that we get go to it; at the second interrupt it is killed. Else they
-    end the attendance, with 128 and the signal's number.
+    is to be as large as ours. signals: those that we get go to it; at the second interrupt it is killed, and at the
+    third we go, whoever still has output to take. Else they end the attendance, with 128 and the signal's number, as
+    a closed pipe always does (SIGPIPE).
     """
     with _raw(raw), _signals(process, wanted=signals) as told:
         if start:
@@ -57,6 +58,8 @@ async def attended(
                     return 128 + told.result()
                 parting.result()
                 return None
+            except BrokenPipeError:
+                return 128 + signal.SIGPIPE
             finally:
                 for each in (ending, parting):
                     each.cancel()
@@ -117,9 +120,10 @@ def _signals(process: Process, *, wanted: bool) -> Iterator[asyncio.Future[int]]
         def pass_on(number: int) -> None:
             got.append(number)
             # The first process of a container gets only signals that it handles; whoever asks twice means it.
-            if got.count(signal.SIGINT) + got.count(signal.SIGTERM) > 1:
-                number = signal.SIGKILL
-            run(_kill(process, number))
+            asked = got.count(signal.SIGINT) + got.count(signal.SIGTERM)
+            run(_kill(process, signal.SIGKILL if asked > 1 else number))
+            if asked > 2:
+                take(number)
 
         def take(number: int) -> None:
             if not told.done():

@@ -1,0 +1,84 @@
+"""Output of an ended process that waits for whoever reads it from us."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from wherry.outgoing import write_all
+from wherry.stdio import Pipes, Stdio
+from wherry.streaming import Streaming
+from wherry_shared.api.task import Output
+
+SIZE = 200_000  # more than two pipes hold
+
+
+class _Tasks:
+    """Everything that a process wrote, in one answer, and its end."""
+
+    async def output(self, *_: Any) -> Output:
+        return Output(stdout=bytes(SIZE), next="e.r.1", ended=True)
+
+
+async def _fifo(stdio: Stdio, state: Path) -> Pipes:
+    pipes = Pipes(stdio, state, "default", "c")
+    pipes.start(lambda: None)
+    container = os.open(pipes.paths.stdout, os.O_WRONLY)
+    pipes.started()
+
+    async def write() -> None:
+        try:
+            await write_all(container, bytes(SIZE))
+        finally:
+            os.close(container)
+
+    pipes.writing = asyncio.create_task(write())  # type: ignore[attr-defined]
+    return pipes
+
+
+async def _bus(stdio: Stdio, state: Path) -> Streaming:
+    client: Any = SimpleNamespace(tasks=_Tasks())
+    streams = Streaming(client, "c", "", stdio)
+    streams.begin()
+    streams.started()
+    return streams
+
+
+@pytest.mark.parametrize("way", [_fifo, _bus])
+async def test_a_reader_that_looks_away_misses_nothing(way: Any, tmp_path: Path) -> None:
+    """Whoever reads `exec ... | less` has turned to something else for longer than is waited for a process."""
+    ours, theirs = os.pipe()
+    streams = await way(Stdio(None, theirs, None), tmp_path)
+    drained = asyncio.create_task(streams.drained(0.1))
+    turns = 0
+    for _ in range(20):  # and nothing else stands still meanwhile
+        await asyncio.sleep(0.05)
+        turns += 1
+    assert turns == 20 and not drained.done()
+    taking = asyncio.create_task(asyncio.to_thread(_all_of, ours))
+    await asyncio.wait_for(drained, 20)
+    streams.close()
+    os.close(theirs)
+    assert len(await taking) == SIZE
+
+
+@pytest.mark.parametrize("way", [_fifo, _bus])
+async def test_a_reader_that_has_gone_is_told_of(way: Any, tmp_path: Path) -> None:
+    """And the process is not held up."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    streams = await way(Stdio(None, theirs, None), tmp_path)
+    with pytest.raises(BrokenPipeError):
+        await asyncio.wait_for(streams.parted(), 20)
+    await asyncio.wait_for(streams.drained(), 20)
+    streams.close()
+    os.close(theirs)
+
+
+def _all_of(fd: int) -> bytes:
+    with open(fd, "rb") as pipe:
+        return pipe.read()

@@ -1,0 +1,95 @@
+"""What a command line in the foreground does to, and bears from, whoever is at the other end of its own streams."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+from node import WHERRY, Node, eventually
+from terminals import Terminal
+
+
+@pytest.fixture
+def running(node: Node, namespace: str, busybox_ref: str) -> Iterator[list[str]]:
+    """The first arguments of an exec in a container that runs."""
+    node.run("run", "-n", namespace, "-d", "--name", "c", busybox_ref, "sleep", "1000")
+    yield ["exec", "-n", namespace, "c"]
+    node.run("rm", "-n", namespace, "-f", "c")
+
+
+@contextlib.contextmanager
+def command(node: Node, way: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The command line, and the reading end of a pipe that it writes into."""
+    ours, theirs = os.pipe()
+    environment = {**node.environment, "WHERRY_STDIO": way}
+    process = subprocess.Popen([WHERRY, *arguments], env=environment, stdin=subprocess.DEVNULL, stdout=theirs)
+    os.close(theirs)
+    try:
+        yield process, ours
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+WAYS = pytest.mark.parametrize("way", ["fifo", "bus"])
+
+
+@WAYS
+def test_a_stopped_reader_keeps_nobody_from_interrupting(node: Node, running: list[str], way: str) -> None:
+    with command(node, way, *running, "yes") as (process, pipe):
+        os.read(pipe, 1)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 128 + signal.SIGINT
+    eventually(lambda: "yes" not in node.run("top", *running[1:]).stdout, "it goes on")
+
+
+@WAYS
+def test_a_reader_that_has_gone_ends_it(node: Node, running: list[str], way: str) -> None:
+    """`exec ... | head -1`, of what would never end by itself."""
+    with open(os.devnull) as nothing, command(node, way, *running, "yes") as (process, pipe):
+        os.read(pipe, 1)
+        os.dup2(nothing.fileno(), pipe)  # it is closed
+        assert process.wait(10) == 128 + signal.SIGPIPE
+    eventually(lambda: "yes" not in node.run("top", *running[1:]).stdout, "it goes on")
+
+
+def test_a_full_disk_under_our_output(node: Node, running: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = node.run(*running, "echo", "x", check=False, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 125 and "No space left on device" in done.stderr
+
+
+def test_a_terminal_is_left_as_it_was(node: Node, running: list[str]) -> None:
+    """Non-blocking, it would fail whatever runs in it next."""
+    with Terminal([WHERRY, running[0], "-it", *running[1:], "true"], node.environment) as terminal:
+        assert terminal.process.wait(20) == 0
+        assert not fcntl.fcntl(terminal._slave, fcntl.F_GETFL) & os.O_NONBLOCK
+
+
+CLOSED = pytest.mark.parametrize("warm", ["0", "1"])
+
+
+@CLOSED
+@pytest.mark.parametrize(
+    ("closed", "script", "wanted"),
+    [("<&-", "cat; echo e >&2", (b"", b"e\n")), (">&-", "echo o; echo e >&2", (b"", b"e\n")),
+     ("2>&-", "echo o; echo e >&2", (b"o\n", b"")), ("<&- >&- 2>&-", "echo o", (b"", b""))],
+)  # fmt: skip
+def test_closed_descriptors(
+    node: Node, running: list[str], closed: str, script: str, wanted: tuple[bytes, bytes], warm: str
+) -> None:
+    """As some daemons start their children: nothing else may take their numbers."""
+    line = [WHERRY, running[0], "-i", *running[1:], "sh", "-c", f"{script}; exit 3"]
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", *line], env={**node.environment, "WHERRY_WARM": warm},
+        stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (3, *wanted)
