@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from wherry_shared import context
-from wherry_shared.api.task import Exit, ProcessInfo, Stats
+from wherry_shared.api.task import KEPT_MAX, Exit, ProcessInfo, Stats
 from wherry_shared.api.task import Process as State
 from wherry_shared.api.task import Stdio as Paths
 from wherry_shared.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable, WherryError
@@ -170,11 +170,12 @@ class Task(Process):
 
     async def exec(
         self, args: Sequence[str], *, stdio: Stdio | None = None, user: str = "", cwd: str = "",
-        env: Sequence[str] = (), privileged: bool = False, start: bool = True,
+        env: Sequence[str] = (), privileged: bool = False, start: bool = True, kept: int = -1,
     ) -> Process:  # fmt: skip
         """Add another process to the container and, unless told not to, start it; `wait` for it, then `delete` it.
 
-        What is not given is the container's own. privileged: with every capability.
+        What is not given is the container's own. privileged: with every capability. kept: after so many seconds in
+        which nobody has asked how it ended, the node deletes it.
         """
         container = await self.client.container(self.container_id)
         process = await container.process(
@@ -186,7 +187,7 @@ class Task(Process):
         try:
             added.carry()
             async with handed(self.client, process) as (given, digest):
-                await self.client.tasks.exec(self.container_id, exec_id, given, pipes.paths, digest)
+                await self.client.tasks.exec(self.container_id, exec_id, given, pipes.paths, digest, kept)
             if start:
                 await added.start()
         except BaseException:
@@ -199,7 +200,7 @@ class Task(Process):
     async def run(self, args: Sequence[str], *, stdin: bytes | None = None, **options: Any) -> Completed:
         """Run a command in the container to its end and answer what it wrote."""
         out, err = Collected(), Collected()
-        process = await self.exec(args, stdio=Stdio(stdin, out, err), **options)
+        process = await self.exec(args, stdio=Stdio(stdin, out, err), **{"kept": KEPT_MAX, **options})
         try:
             status = await process.wait()
         finally:

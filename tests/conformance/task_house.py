@@ -29,6 +29,7 @@ from wherry_task.backends.oci import OciLauncher
 from wherry_task.backends.shim import ShimLauncher
 from wherry_task.bundles import Bundles
 from wherry_task.checkpoints import Checkpoints
+from wherry_task.lingering import Lingering
 from wherry_task.processes import Processes
 from wherry_task.service import TaskService
 from wherry_task.stdio.streams import Streams
@@ -71,14 +72,17 @@ class House:
         await self.supervisor.recover()
         checkpoints = Checkpoints(self.root / "checkpoints", self.bus.proxy(Content))
         await asyncio.to_thread(checkpoints.sweep, self.supervisor.waits)
+        self.lingering = Lingering(self.supervisor)
+        self.lingering.recover()
         self.service = TaskService(
             self.supervisor, self.bus.proxy(Containers), self.bus.proxy(Snapshots), self.state, checkpoints,
-            Processes(self.bus.proxy(Content)), self.allowed,
+            Processes(self.bus.proxy(Content)), self.allowed, lingering=self.lingering,
         )  # fmt: skip
         self.server = await self.bus.serve(self.service)
 
     async def stop_tasks(self, *, everything: bool = False) -> None:
         await self.server.drain(2.0)
+        await self.lingering.stop()
         await self.supervisor.stop(everything=everything)
         await self.outbox.stop()
         await self.database.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ import pytest
 from contentd import Replica, digest_of
 from task_house import RUNTIMES, SH, House, exec_of, house_of
 from wherry_shared import context
-from wherry_shared.api.task import PROCESS_MAX
+from wherry_shared.api.task import PROCESS_MAX, Stdio
 from wherry_shared.bus import Bus
 from wherry_shared.contract import pack
-from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
+from wherry_shared.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted, WherryError
 from wherry_shared.streams import write_blob
 
 MIB = 1 << 20
@@ -129,3 +130,67 @@ async def test_more_arguments_than_the_kernel_takes(house: House, replica: Repli
     await house.tasks.start(id, "last")
     assert await house.exit(id, "last") != 0
     await house.tasks.delete(id, "last")
+
+
+def files_of(house: House, id: str) -> list[str]:
+    bundle = house.state / "tasks" / "default" / id
+    places = [*bundle.glob("process-*.json"), *bundle.glob("exits/exec-*"), *bundle.glob("io/exec-*")]
+    return [str(path.relative_to(bundle)) for path in places]
+
+
+async def test_what_nobody_comes_back_for_goes(house: House) -> None:
+    """Once it has ended, and its time is over; also where the service was another one meanwhile."""
+    id = await house.running("/bin/sleep", "1000")
+    out = Stdio(stdin="bus://", stdout="bus://", stderr="bus://")
+    for name, kept in (("at-once", 0), ("later", 2), ("never", -1)):
+        await house.tasks.exec(id, name, exec_of("sleep", "0.5"), out, kept=kept)
+        await house.tasks.start(id, name)
+    await house.tasks.exec(id, "over-a-restart", exec_of("cat"), out, kept=1)
+    await house.tasks.start(id, "over-a-restart")
+    assert await house.exit(id, "never") == 0
+    assert await house.exit(id, "later") == 0
+    async with asyncio.timeout(10):
+        while "at-once" in house.supervisor.task("default", id).processes:
+            await asyncio.sleep(0.05)
+    await house.stop_tasks()
+    await house.start_tasks()
+    assert (await house.tasks.get(id, "over-a-restart")).status == "running"
+    await house.tasks.input(id, "w", 0, b"", "over-a-restart", eof=True)
+    async with asyncio.timeout(20):
+        while set(house.supervisor.task("default", id).processes) != {"", "never"}:
+            await asyncio.sleep(0.05)
+    with pytest.raises(NotFound):
+        await house.tasks.get(id, "later")
+    await house.tasks.delete(id, "never")
+    assert files_of(house, id) == []
+
+
+async def test_whoever_asks_keeps_it(house: House) -> None:
+    id = await house.running("/bin/sleep", "1000")
+    await house.tasks.exec(id, "asked", exec_of("true"), kept=1)
+    await house.tasks.start(id, "asked")
+    for _ in range(6):
+        assert await house.exit(id, "asked") == 0
+        await asyncio.sleep(0.4)
+
+
+async def test_what_is_never_started_goes(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wherry_task.lingering.START_SECONDS", 0.5)
+    id = await house.running("/bin/sleep", "1000")
+    await house.tasks.exec(id, "added", exec_of("true"), kept=0)
+    async with asyncio.timeout(10):
+        while len(house.supervisor.task("default", id).processes) > 1:
+            await asyncio.sleep(0.05)
+    assert files_of(house, id) == []
+
+
+async def test_what_does_not_start_leaves_no_file(house: House) -> None:
+    id = await house.running("/bin/sleep", "1000")
+    for name in ("one", "two"):
+        await house.tasks.exec(id, name, exec_of("true") | {"args": ["/nonexistent"]})
+        with pytest.raises(WherryError):
+            await house.tasks.start(id, name)
+        await house.tasks.delete(id, name, force=True)
+    await house.tasks.exec(id, "three", exec_of("true"))
+    await house.tasks.delete(id, "three")
+    assert files_of(house, id) == []

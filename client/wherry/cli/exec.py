@@ -35,6 +35,8 @@ def command(
     codes: list[int] = []
 
     async def work(client: Client) -> None:
+        from wherry_shared.api.task import KEPT_MAX
+
         from wherry import Stdio, flags
         from wherry.container import find
 
@@ -44,7 +46,7 @@ def command(
         stdio = Stdio(terminal=tty) if detach else stdio_of(interactive, tty, detach_keys)
         process = await task.exec(
             args, stdio=stdio, user=user, cwd=workdir, env=flags.environment(env_file, env), privileged=privileged,
-            start=detach,
+            start=detach, kept=0 if detach else KEPT_MAX,
         )  # fmt: skip
         codes.append(0 if detach else await _foreground(process, raw=tty and interactive, terminal=tty))
 

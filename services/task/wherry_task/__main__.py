@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from wherry_shared.api.container import Containers
 from wherry_shared.api.content import Content
@@ -19,6 +19,7 @@ from .backends.oci import OciLauncher
 from .backends.shim import ShimLauncher
 from .bundles import Bundles
 from .checkpoints import Checkpoints
+from .lingering import Lingering
 from .processes import Processes
 from .recovery import remove_unused_fifos
 from .removals import Removals
@@ -39,7 +40,11 @@ async def build(host: Host) -> Tasks:
     launcher = Launchers(OciLauncher(state), ShimLauncher(state))
     supervisor = Supervisor(database, launcher, Bundles(state), Streams(host.settings.own_root / "logs"))
     await supervisor.recover()
-    await asyncio.to_thread(remove_unused_fifos, host.settings.state / "fifo", supervisor.stdio())
+
+    async def sweep_fifos() -> None:
+        await asyncio.to_thread(remove_unused_fifos, host.settings.state / "fifo", supervisor.stdio())
+
+    await sweep_fifos()
 
     async def stop() -> None:
         await supervisor.stop(everything=host.immediate_stop)
@@ -54,14 +59,17 @@ async def build(host: Host) -> Tasks:
     removals = Removals(database, supervisor, containers, snapshots)
     removals.recover()
     host.on_stop(removals.stop)
+    lingering = Lingering(supervisor)
+    lingering.recover()
+    host.on_stop(lingering.stop)
     content = host.bus.proxy(Content)
     checkpoints = Checkpoints(host.settings.own_root / "checkpoints", content)
     await asyncio.to_thread(checkpoints.sweep, supervisor.waits)
     service = TaskService(
         supervisor, containers, snapshots, host.settings.state, checkpoints, Processes(content), allowed, loggers,
-        removals,
+        removals, lingering,
     )  # fmt: skip
-    sweeping = asyncio.get_running_loop().create_task(_sweep(service))
+    sweeping = asyncio.get_running_loop().create_task(_sweep(service.sweep_logs, sweep_fifos))
 
     async def stop_sweeping() -> None:
         sweeping.cancel()
@@ -70,13 +78,14 @@ async def build(host: Host) -> Tasks:
     return service
 
 
-async def _sweep(service: TaskService) -> None:
+async def _sweep(*places: Callable[[], Awaitable[object]]) -> None:
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
-        try:
-            await service.sweep_logs()
-        except (WherryError, OSError) as e:
-            log.error("sweeping logs: %s", e)
+        for sweep in places:
+            try:
+                await sweep()
+            except (WherryError, OSError) as e:
+                log.error("sweeping: %s", e)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

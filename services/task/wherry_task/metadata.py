@@ -25,6 +25,7 @@ MIGRATIONS = (
         namespace TEXT NOT NULL, container TEXT NOT NULL, born TEXT NOT NULL,
         PRIMARY KEY (namespace, container, born)) WITHOUT ROWID;
     """,
+    "ALTER TABLE processes ADD COLUMN kept INTEGER NOT NULL DEFAULT -1;",
 )
 
 
@@ -41,7 +42,8 @@ class TaskRow:
 
 @dataclass
 class ProcessRow:
-    """A process as it stands on disk. spec: the file in the bundle that holds an exec's OCI process."""
+    """A process as it stands on disk. spec: the file in the bundle that holds an exec's OCI process. kept: for how many
+    seconds one of exec stays after its end, while nobody asks about it; -1: until it is deleted."""
 
     exec: str
     pid: int
@@ -50,6 +52,7 @@ class ProcessRow:
     stdio: Stdio
     exit_status: int | None = None
     exited_ns: int | None = None
+    kept: int = -1
 
     @property
     def exited_at(self) -> datetime | None:
@@ -64,7 +67,7 @@ def tasks(database: Database) -> list[TaskRow]:
 def processes(database: Database, namespace: str, container: str) -> list[ProcessRow]:
     """Every process of a task, the init ("") first."""
     rows = database.all(
-        "SELECT exec, pid, status, spec, stdio, exit_status, exited_ns FROM processes"
+        "SELECT exec, pid, status, spec, stdio, exit_status, exited_ns, kept FROM processes"
         " WHERE namespace = ? AND container = ? ORDER BY exec",
         (namespace, container),
     )
@@ -72,8 +75,8 @@ def processes(database: Database, namespace: str, container: str) -> list[Proces
 
 
 def _process(row: Any) -> ProcessRow:
-    exec_id, pid, status, spec, stdio, exit_status, exited_ns = row
-    return ProcessRow(exec_id, pid, status, spec, Stdio(**json.loads(stdio)), exit_status, exited_ns)
+    exec_id, pid, status, spec, stdio, exit_status, exited_ns, kept = row
+    return ProcessRow(exec_id, pid, status, spec, Stdio(**json.loads(stdio)), exit_status, exited_ns, kept)
 
 
 def put_task(tx: Transaction, row: TaskRow) -> None:
@@ -88,11 +91,11 @@ def put_process(tx: Transaction, namespace: str, container: str, row: ProcessRow
     """Record a process, or its new state."""
     tx.execute(
         "INSERT OR REPLACE INTO processes"
-        " (namespace, container, exec, pid, status, spec, stdio, exit_status, exited_ns)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " (namespace, container, exec, pid, status, spec, stdio, exit_status, exited_ns, kept)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             namespace, container, row.exec, row.pid, row.status, row.spec, row.stdio.model_dump_json(),
-            row.exit_status, row.exited_ns,
+            row.exit_status, row.exited_ns, row.kept,
         ),
     )  # fmt: skip
 

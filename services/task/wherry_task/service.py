@@ -11,6 +11,7 @@ from wherry_shared import context
 from wherry_shared.api.container import Containers
 from wherry_shared.api.snapshot import Snapshots
 from wherry_shared.api.task import (
+    KEPT_MAX,
     REMOVE_LABEL,
     REMOVE_VALUES,
     CheckpointOptions,
@@ -31,6 +32,7 @@ from wherry_shared.values import Descriptor, Mount, Page
 from . import admission, runtimes
 from .backends import Creation
 from .checkpoints import Checkpoints
+from .lingering import Lingering
 from .processes import Processes, check_arguments
 from .removals import Removals, born_of
 from .stdio import rights
@@ -43,7 +45,7 @@ class TaskService(Tasks):
     def __init__(
         self, supervisor: Supervisor, containers: Containers, snapshots: Snapshots, state: Path,
         checkpoints: Checkpoints, processes: Processes, allowed: Collection[str], loggers: Collection[str] = (),
-        removals: Removals | None = None,
+        removals: Removals | None = None, lingering: Lingering | None = None,
     ) -> None:  # fmt: skip
         self._supervisor = supervisor
         self._containers = containers
@@ -54,6 +56,7 @@ class TaskService(Tasks):
         self._allowed = allowed
         self._loggers = loggers
         self._removals = removals
+        self._lingering = lingering or Lingering(supervisor)
 
     async def create(
         self, container_id: str, mounts: list[Mount] = [], stdio: Stdio = Stdio(), runtime: str = "",
@@ -152,7 +155,8 @@ class TaskService(Tasks):
             await self._checkpoints.leave(room)
 
     async def exec(
-        self, container_id: str, exec_id: str, process: dict[str, Any], stdio: Stdio = Stdio(), digest: str = ""
+        self, container_id: str, exec_id: str, process: dict[str, Any], stdio: Stdio = Stdio(), digest: str = "",
+        kept: int = -1,
     ) -> None:  # fmt: skip
         namespace, identity = context.namespace(), context.current().identity
         self._supervisor.once()
@@ -162,7 +166,8 @@ class TaskService(Tasks):
         async with self._processes.given(process, digest) as given:
             admission.check_process(identity, given)
             check_arguments(given)
-            await self._supervisor.exec(namespace, container_id, exec_id, given, stdio)
+            await self._supervisor.exec(namespace, container_id, exec_id, given, stdio, kept=min(kept, KEPT_MAX))
+            self._lingering.expect(namespace, container_id, exec_id)
 
     async def pause(self, container_id: str) -> None:
         self._supervisor.once()

@@ -172,8 +172,10 @@ class Supervisor:
 
             return await self._database.mutate(record, durable=False)
 
-    async def exec(self, namespace: str, container: str, exec_id: str, spec: dict[str, Any], stdio: Stdio) -> None:
-        """Add a process; `start` starts it."""
+    async def exec(
+        self, namespace: str, container: str, exec_id: str, spec: dict[str, Any], stdio: Stdio, *, kept: int = -1
+    ) -> None:  # fmt: skip
+        """Add a process; `start` starts it. kept: see ProcessRow."""
         task = self.task(namespace, container)
         async with task.lock:
             status = task.process("").row.status
@@ -188,17 +190,17 @@ class Supervisor:
                 (task.bundle.path / name).write_bytes(document)
             except OSError as e:
                 raise ResourceExhausted(f"process {exec_id}: {e.strerror}") from None
-            self.streams.make((namespace, container, exec_id), task.bundle.path, stdio)
-            row = ProcessRow(exec_id, 0, "created", name, stdio)
+            row = ProcessRow(exec_id, 0, "created", name, stdio, kept=kept)
 
             def record(tx: Transaction) -> None:
                 metadata.put_process(tx, namespace, container, row)
                 tx.publish("/tasks/exec-added", {"container_id": container, "exec_id": exec_id})
 
             try:
+                self.streams.make((namespace, container, exec_id), task.bundle.path, stdio)
                 await self._database.mutate(record, durable=False)
             except BaseException:
-                self.streams.retire((namespace, container, exec_id))
+                self._forget(task, Running(row))
                 raise
             task.processes[exec_id] = Running(row)
 
@@ -324,9 +326,14 @@ class Supervisor:
             return gone
 
         answer = await self._database.mutate(record, frees=True, durable=False)
+        self._forget(task, process)
+        return answer
+
+    def _forget(self, task: Task, process: Running) -> None:
+        """A process of exec that is on record no more."""
         task.processes.pop(process.row.exec, None)
         self.streams.retire((*task.key, process.row.exec))
-        return answer
+        (task.bundle.path / process.row.spec).unlink(missing_ok=True)
 
     async def _delete_exec(self, task: Task, process: Running) -> Exit:
         namespace, container = task.key
@@ -342,9 +349,7 @@ class Supervisor:
             return exit
 
         answer = await self._database.mutate(record, frees=True, durable=False)
-        task.processes.pop(process.row.exec, None)
-        self.streams.retire((*task.key, process.row.exec))
-        (task.bundle.path / process.row.spec).unlink(missing_ok=True)
+        self._forget(task, process)
         return answer
 
     async def _delete_task(self, task: Task, process: Running) -> Exit:
@@ -402,7 +407,9 @@ class Supervisor:
 
     def get(self, namespace: str, container: str, exec_id: str) -> Process:
         """The state of a process."""
-        return describe(container, self.task(namespace, container).process(exec_id).row)
+        process = self.task(namespace, container).process(exec_id)
+        process.asked = time.monotonic()
+        return describe(container, process.row)
 
     def walk(self, namespace: str, after: str, limit: int) -> Page[Process]:
         """The inits, in order of their containers."""
@@ -414,6 +421,7 @@ class Supervisor:
     async def wait(self, namespace: str, container: str, exec_id: str, patience: float) -> Exit | None:
         """The end of a process, as soon as there is one; None after `patience` seconds."""
         process = self.task(namespace, container).process(exec_id)
+        process.asked = time.monotonic()
         if not process.ended.is_set():
             try:
                 async with asyncio.timeout(max(0.0, min(patience, 20.0))):
@@ -512,6 +520,10 @@ class Supervisor:
         """Whether the container has a task that was not started yet."""
         task = self._tasks.get((namespace, container))
         return task is not None and task.process("").row.status == "created"
+
+    def execs(self) -> list[tuple[str, str, str]]:
+        """Every process of exec: namespace, container, id."""
+        return [(*task.key, name) for task in self._tasks.values() for name in task.processes if name]
 
     def stdio(self) -> list[Stdio]:
         """The streams of every process."""

@@ -16,11 +16,13 @@ Key = tuple[str, str]
 
 class Running:
     """One process that the supervisor knows: its row, and who waits for its end. untold: it was started, and the
-    service died before it could say so; who asks again is answered then."""
+    service died before it could say so; who asks again is answered then. asked: when somebody last wanted to know of it
+    (time.monotonic)."""
 
     def __init__(self, row: ProcessRow) -> None:
         self.row = row
         self.untold = False
+        self.asked = 0.0
         self.ended = asyncio.Event()
         if row.exit_status is not None:
             self.ended.set()

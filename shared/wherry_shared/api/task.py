@@ -27,6 +27,8 @@ REMOVE_LABEL = "wherry/remove"
 REMOVE_VALUES = ("true", "later")
 PROCESS_MAX = 16 << 20
 """The most bytes of a process's specification, as content and as the file that the runtime reads."""
+KEPT_MAX = 3600
+"""The most seconds that a process of exec is kept after its end for somebody who may come back, if not for ever."""
 LOG_LABEL = "wherry/log"
 """Of a container: the options of the log that it writes in the background (`max_size=BYTES&max_files=N`)."""
 
@@ -424,12 +426,14 @@ class Tasks(Contract, Protocol, service="task", version="1.1.0", events=EVENTS):
     )  # fmt: skip
     async def exec(
         self, container_id: Identifier, exec_id: Identifier, process: dict[str, Any], stdio: Stdio = Stdio(),
-        digest: str = "",
+        digest: str = "", kept: int = -1,
     ) -> None:  # fmt: skip
         """Add a process (an OCI `process`) to a running task; `start` starts it. The terminal flag of `stdio` wins.
 
         digest: of the process (msgpack, up to 16 MiB) in content, where it is too long for a request; `process` is
-        empty then, and the blob is not needed any more once this is answered.
+        empty then, and the blob is not needed any more once this is answered. kept: for how many seconds (KEPT_MAX at
+        most) the process stays when it has ended and nobody waits for it or asks; then it is deleted. -1: it stays
+        until somebody deletes it.
         """
         ...
 
