@@ -73,7 +73,7 @@ class Process:
         if self._pipes is not None:
             self._pipes.started()
         if self._stdin_ended:
-            await self._close_stdin()
+            self._close_stdin_soon()
         return self.pid
 
     @property
@@ -146,6 +146,8 @@ class Process:
 
     def detach(self) -> None:
         """Let go of stdio; the process goes on."""
+        for work in self._background:
+            work.cancel()
         if self._pipes is not None:
             self._pipes.close()
             self._pipes = None
@@ -161,8 +163,18 @@ class Process:
     async def _close_stdin(self) -> None:
         if self._pipes is not None:
             self._pipes.end_stdin()
-        with contextlib.suppress(WherryError):  # it has ended meanwhile
-            await self.client.tasks.close_stdin(self.container_id, self.exec_id)
+        pause = 0.05
+        while True:
+            try:
+                await self.client.tasks.close_stdin(self.container_id, self.exec_id)
+            except (Unavailable, DeadlineExceeded):
+                # Who reads to the end of its input would never end itself, were it not told of that.
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 1.0)
+                continue
+            except WherryError:
+                pass  # it has ended meanwhile
+            return
 
 
 class Task(Process):

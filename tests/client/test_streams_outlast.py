@@ -1,4 +1,4 @@
-"""Output of an ended process that waits for whoever reads it from us."""
+"""Streams that outlast: output of an ended process whose reader is slow, the end of input while the node is away."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pytest
 from wherry.outgoing import write_all
 from wherry.stdio import Pipes, Stdio
 from wherry.streaming import Streaming
+from wherry.task import Process
 from wherry_shared.api.task import Output
+from wherry_shared.errors import Unavailable
 
 SIZE = 200_000  # more than two pipes hold
 
@@ -77,6 +79,32 @@ async def test_a_reader_that_has_gone_is_told_of(way: Any, tmp_path: Path) -> No
     await asyncio.wait_for(streams.drained(), 20)
     streams.close()
     os.close(theirs)
+
+
+class _Away:
+    """A node that is away for a moment, once the process runs."""
+
+    told = 0
+
+    async def start(self, *_: Any) -> int:
+        return 7
+
+    async def close_stdin(self, *_: Any) -> None:
+        self.told += 1
+        if self.told < 3:
+            raise Unavailable("the process is not connected to NATS")
+
+
+async def test_the_end_of_stdin_is_told_whatever_is_away(tmp_path: Path) -> None:
+    client: Any = SimpleNamespace(tasks=_Away())
+    process = Process(client, "c", "", Pipes(Stdio(b"in"), tmp_path, "default", "c"))
+    process.carry()
+    await process.start()
+    async with asyncio.timeout(20):
+        while process._background or not process._stdin_ended:
+            await asyncio.sleep(0.01)
+    assert client.tasks.told == 3
+    process.detach()
 
 
 def _all_of(fd: int) -> bytes:
