@@ -187,7 +187,7 @@ class Convert:
 
     def _manifest(self, document: dict[str, Any], manifest: documents.Manifest) -> dict[str, str]:
         own = [manifest.config, *manifest.layers]
-        values = [document["config"], *document.get("layers", [])]
+        values = [document["config"], *(document.get("layers") or ())]
         for value, old in zip(values, own, strict=True):
             new = self._done.get(old.digest)
             if new is not None:
@@ -198,7 +198,7 @@ class Convert:
 
     async def _index(self, graph: Graph, document: dict[str, Any], descriptor: Descriptor) -> dict[str, str]:
         kept = {child.digest for child in graph.children[descriptor.digest]}
-        values = [value for value in document.get("manifests", []) if value["digest"] in kept]
+        values = [value for value in document.get("manifests") or () if value["digest"] in kept]
         by_digest = {child.digest: child for child in graph.children[descriptor.digest]}
         # What a build tool says of an image names it by digest, so images come first.
         for value in sorted(values, key=lambda value: is_attestation(by_digest[value["digest"]])):
@@ -207,7 +207,8 @@ class Convert:
             if subject in self._done:
                 value["annotations"][_SUBJECT] = self._done[subject].digest
             value.update(mediaType=new.media_type, digest=new.digest, size=new.size)
-        document["manifests"] = values
+        if values:  # a list that is null stays so
+            document["manifests"] = values
         self._retype(document)
         return labels.children([_as_descriptor(value) for value in values])
 

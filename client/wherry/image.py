@@ -59,14 +59,22 @@ class Image:
         return self._resolved[key]
 
     async def _resolve(self, platform: Platform | None) -> Resolved:
+        descriptor, manifest = await self.manifest(platform)
+        config = documents.parse_config(await read_document(self.client, manifest.config))
+        if descriptor == self.target:
+            self._check(config.platform, platform)
+        return Resolved(descriptor, manifest, config)
+
+    async def manifest(self, platform: Platform | None = None) -> tuple[Descriptor, documents.Manifest]:
+        """The manifest for a platform, and its descriptor, whatever its config is: of an artifact that is no image's.
+
+        NotFound as for `resolve`.
+        """
         descriptor = self.target
         for _ in range(NESTING_MAX):
             data = await read_document(self.client, descriptor)
             if descriptor.media_type not in documents.INDEX_TYPES:
-                manifest = documents.parse_manifest(data, descriptor.media_type, foreign=True)
-                config = documents.parse_config(await read_document(self.client, manifest.config))
-                self._check(config.platform, platform)
-                return Resolved(descriptor, manifest, config)
+                return descriptor, documents.parse_manifest(data, descriptor.media_type, foreign=True)
             wanted = platform or await self.client.platform()
             descriptor = platforms.pick(documents.parse_index(data, descriptor.media_type).manifests, wanted)
         raise InvalidArgument(f"image {self.name}: indexes are nested deeper than {NESTING_MAX}")

@@ -21,6 +21,7 @@ from wherry_shared.errors import (
 from wherry_shared.streams import BlobWriter, write_blob
 from wherry_shared.values import Descriptor, Platform
 
+from .graph import CONFIG_TYPES
 from .image import NESTING_MAX, Image, Resolved, read_document
 from .progress import OnProgress, Progress
 from .registry import Registry, documents, labels, platforms
@@ -47,9 +48,9 @@ PROGRESS_BYTES = 1 << 20
 class Options:
     """What of an image is pulled, and what is kept of it.
 
-    platforms: those wanted; all_platforms: every one that there is. all_metadata: the manifests
-    and configs of the other platforms, too. referrers: what refers to the image (signatures, SBOMs), too.
-    unpack: the wanted platforms, also of all. discard_unpacked_layers: layers are not kept once they are
+    platforms: those wanted; all_platforms: every one that there is. all_metadata: the manifests and configs of the
+    other platforms, too. referrers: what refers to the image (signatures, SBOMs), too. unpack: the wanted platforms,
+    also of all, if they are images and no artifacts. discard_unpacked_layers: layers are not kept once they are
     unpacked. foreign_layers: from the URLs that manifests name.
     """
 
@@ -127,7 +128,7 @@ class Pull:
         else:
             foreign = self._options.foreign_layers or not want.unpack
             manifest = documents.parse_manifest(data, descriptor.media_type, foreign=foreign)
-            keep_layers = not self._options.discard_unpacked_layers or not want.unpack
+            keep_layers = not self._options.discard_unpacked_layers or not self._snapshotter_for(manifest, want)
             kept = labels.children((manifest.config, *manifest.layers), layers=keep_layers)
             self._group.create_task(self._image(descriptor, manifest, want))
         if self._options.referrers and want.layers and not want.referrer:
@@ -158,7 +159,7 @@ class Pull:
 
     async def _image(self, descriptor: Descriptor, manifest: documents.Manifest, want: _Want) -> None:
         """A manifest's config and layers, and its snapshots."""
-        unpack = self._snapshotter if want.unpack else ""
+        unpack = self._snapshotter_for(manifest, want)
         layers = [
             layer for layer in manifest.layers
             if want.layers and (unpack or self._options.foreign_layers or not documents.is_foreign(layer.media_type))
@@ -173,6 +174,10 @@ class Pull:
         if unpack:
             resolved = Resolved(descriptor, manifest, await self._config(manifest))
             await Unpack(self._client, resolved, unpack, ready=self._ready, on_progress=self._report).run()
+
+    def _snapshotter_for(self, manifest: documents.Manifest, want: _Want) -> str:
+        """Which snapshotter unpacks a manifest's layers; "" for none: an artifact's are no file system."""
+        return self._snapshotter if want.unpack and manifest.config.media_type in CONFIG_TYPES else ""
 
     async def _config(self, manifest: documents.Manifest) -> documents.ImageConfig:
         digest = manifest.config.digest

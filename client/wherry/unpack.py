@@ -18,6 +18,7 @@ from wherry_shared.errors import AlreadyExists, DataLoss, FailedPrecondition, In
 from wherry_shared.values import Descriptor
 
 from .progress import OnProgress, Progress, silent
+from .together import together
 
 if TYPE_CHECKING:
     from .client import Client
@@ -78,7 +79,7 @@ class Unpack:
         self._sent = [loop.create_future() for _ in self._chain]
         for done in (*self._committed[:first], *self._sent[:first]):
             done.set_result(None)
-        async with asyncio.TaskGroup() as group:
+        async with together() as group:
             for index in range(first, len(self._chain)):
                 group.create_task(self._layer(index, group))
         await self._label_config()

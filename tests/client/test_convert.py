@@ -19,7 +19,7 @@ from wherry_shared.errors import DataLoss, InvalidArgument, NotFound
 from wherry_shared.streams import read_blob
 from wherry_shared.values import Platform
 
-from .image_house import INDEX, LAYER, Layout, digest_of, dump, everything, house, small, tar_of
+from .image_house import INDEX, LAYER, MANIFEST, Layout, digest_of, dump, everything, house, small, tar_of
 
 NAME = "docker.io/library/small:1"
 DOCKER = "application/vnd.docker"
@@ -170,6 +170,18 @@ async def test_wishes_that_are_none(client: Client, bad: dict[str, Any]) -> None
     await imported(client, *small())
     with pytest.raises(InvalidArgument):
         await client.convert("small:1", "other:1", **bad)
+
+
+async def test_lists_that_are_null(client: Client) -> None:
+    layout = Layout()
+    document = {"schemaVersion": 2, "mediaType": MANIFEST, "config": layout.config([]), "layers": None}
+    manifest = layout.blob(MANIFEST, dump(document))
+    empty = layout.blob(INDEX, dump({"schemaVersion": 2, "mediaType": INDEX, "manifests": None}))
+    layout.name(manifest, full="docker.io/library/bare:1")
+    layout.name(empty, full="docker.io/library/none:1")
+    await client.import_images(io.BytesIO(layout.tar()))
+    assert (await client.convert("bare:1", "b:1", compression="zstd")).target.digest == manifest["digest"]
+    assert (await client.convert("none:1", "n:1", compression="zstd")).target.digest == empty["digest"]
 
 
 async def test_many_layers_with_little_memory(client: Client) -> None:

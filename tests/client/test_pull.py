@@ -459,3 +459,17 @@ async def test_layers_are_discarded_only_when_they_are_unpacked(client: Client, 
     with pytest.raises(InvalidArgument, match="unpacked"):
         await client.pull(f"{trap.address}/team/app:v1", discard_unpacked_layers=True)
     assert store.log == []
+
+
+@pytest.mark.parametrize("discard", [False, True])
+async def test_an_artifact_is_pulled_and_not_unpacked(client: Client, store: Store, trap: Trap, discard: bool) -> None:
+    layout = Layout()
+    config, text = layout.blob("application/vnd.example.config", b"not JSON"), layout.blob("text/plain", b"hello")
+    document = {"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [text]}
+    manifest = layout.blob(MANIFEST, dump(document))
+    store.put(layout, manifest)
+    await client.pull(
+        f"{trap.address}/team/app:v1", unpack=True, snapshotter="overlay", discard_unpacked_layers=discard
+    )
+    assert set(layout.blobs) == {blob.digest for blob in await walk(client.content.walk)}
+    assert {config["digest"], text["digest"]} <= set((await labels(client, manifest["digest"])).values())

@@ -261,9 +261,10 @@ async def import_images(
 
 async def _unpack(image: Image, snapshotter: str, platform: Platform | None) -> None:
     try:
-        await image.resolve(platform)
+        _, manifest = await image.manifest(platform)
     except NotFound:
         if platform is not None:
             raise
         return  # an image for other hosts: nothing to run here
-    await image.unpack(snapshotter, platform)
+    if manifest.config.media_type in CONFIG_TYPES:  # an artifact is no file system
+        await image.unpack(snapshotter, platform)

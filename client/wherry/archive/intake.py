@@ -101,7 +101,7 @@ class Intake:
             follow(entry.name, entry.link, entry.kind)
             self._count()
             self.links[entry.name] = (entry.link, entry.kind)
-        elif entry.kind == "file" and entry.size and not _NEEDLESS.match(entry.name):
+        elif entry.kind == "file" and not _NEEDLESS.match(entry.name):
             await self._file(reader, entry, group)
 
     async def _file(self, reader: Reader, entry: Entry, group: asyncio.TaskGroup) -> None:
