@@ -337,6 +337,15 @@ class mounted:  # noqa: N801 - used as a function
         subprocess.run(["umount", self._at], check=True)
 
 
+def test_a_whiteout_where_the_parents_have_a_symbolic_link_leaves_no_name_behind(tmp_path: Path, upper: Path) -> None:
+    lower = tmp_path / "lower"
+    tree(lower, "real/x", "real/y")
+    (lower / "link").symlink_to("real")
+    put(archive(entry(b"link/.wh.x"), entry(b"real/.wh.x")), upper, parents=(str(lower),))
+    with mounted(tmp_path, upper, lower) as merged:
+        assert os.listdir(merged / "link") == [] and os.listdir(merged / "real") == ["y"]
+
+
 def test_an_opaque_root_hides_the_parents(tmp_path: Path, upper: Path) -> None:
     near, far = tree(tmp_path / "near", "n/x", "both/near"), tree(tmp_path / "far", "f/x", "both/far", "gone")
     os.mknod(near / "gone", stat.S_IFCHR, 0)

@@ -49,6 +49,21 @@ class Parents:
             return None
         return fd
 
+    def shine_through(self, path: bytes) -> bool:
+        """Whether overlayfs lays a directory `path` over one of the parents'. It follows no symbolic link for that."""
+        for index, root in enumerate(self._roots):
+            try:
+                fd = openat2(root, path, _DIRECTORY | os.O_NOFOLLOW, NO_SYMLINKS | BENEATH)
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    continue
+                if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                    return False
+                raise
+            os.close(fd)
+            return not any(self._ends_above(nearer, path) for nearer in range(index))
+        return False
+
     def top_level(self) -> Iterator[bytes]:
         """The names at the root of the parents, each once, without what a nearer parent has removed."""
         seen: set[bytes] = set()

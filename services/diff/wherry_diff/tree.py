@@ -312,10 +312,7 @@ class Tree:
         if not path or (not self._parents and not self._hidden(path)):
             return True
         if self._merged[0] != path:
-            below = None if self._hidden(path) else self._parents.directory(path)
-            if below is not None:
-                os.close(below)
-            self._merged = path, below is not None
+            self._merged = path, not self._hidden(path) and self._parents.shine_through(path)
         return self._merged[1]
 
     def opaque(self, fd: int, path: bytes) -> None:
