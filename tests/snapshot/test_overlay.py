@@ -102,6 +102,37 @@ def test_a_rebased_root_takes_its_parents_owner_unless_its_layer_said_one(backen
     assert owners == [(1000, 1000), (5, 6)]
 
 
+def test_whiteouts_of_a_rebased_layer_that_hide_nothing_are_gone(backend: OverlayBackend, tmp_path: Path) -> None:
+    def whiteout(path: Path) -> None:
+        os.mknod(path, 0o600 | 0o020000, os.makedev(0, 0))
+
+    trees = {}
+    for number in (1, 2, 3):
+        backend.create(snapshot(number), never)
+        trees[number] = Path(backend.tree(number))
+    (trees[1] / "both").mkdir()
+    (trees[1] / "both/old").touch()
+    (trees[1] / "file").touch()
+    (trees[1] / "gone").mkdir()
+    (trees[1] / "link").symlink_to("both")
+    whiteout(trees[2] / "gone")
+    for name in ("both", "file", "gone", "link", "own", "own/deep"):
+        (trees[3] / name).mkdir()
+        whiteout(trees[3] / name / "old")
+    whiteout(trees[3] / "top")
+    usage = backend.seal(snapshot(3, "active", 2, 1), True, never)
+    assert usage == backend.usage(snapshot(3), never)
+    left = sorted(str(path.relative_to(trees[3])) for path in trees[3].rglob("*") if path.is_char_device())
+    assert left == ["both/old", "top"]
+    shown = [f"lowerdir={trees[3]}:{trees[2]}:{trees[1]}", tmp_path / "merged"]
+    (tmp_path / "merged").mkdir()
+    subprocess.run(["mount", "-t", "overlay", "-o", shown[0], "none", shown[1]], check=True)
+    try:
+        assert all(path.lstat() for path in (tmp_path / "merged").rglob("*"))
+    finally:
+        subprocess.run(["umount", shown[1]], check=True)
+
+
 def test_a_kernel_loads_overlay_when_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a boot nobody has mounted one yet, and Debian's kernel has it as a module."""
     real, asked = Path.read_text, []

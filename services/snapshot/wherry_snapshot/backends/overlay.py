@@ -9,7 +9,7 @@ from pathlib import Path
 from wherry_shared.api.snapshot import UPPERDIR_LABEL, Usage
 from wherry_shared.values import Mount
 
-from . import REMAP_IDS, Check, Snapshot, idmap
+from . import REMAP_IDS, Check, Snapshot, idmap, trees
 from .layered import Layered, bind
 
 
@@ -57,9 +57,15 @@ class OverlayBackend(Layered):
         return Mount(type="overlay", source="overlay", options=options)
 
     def seal(self, snapshot: Snapshot, rebase: bool, check: Check) -> Usage:
-        if rebase:
-            self.rebase(snapshot, self._owner(snapshot), check)
-        return self.usage(snapshot, check)
+        if not rebase:
+            return self.usage(snapshot, check)
+        self.rebase(snapshot, self._owner(snapshot), check)
+        own, marked = self.tree(snapshot.number), list[str]()
+        usage = trees.measure(own, check, marked=marked)
+        # The layer was extracted before anyone knew what it would stand on.
+        if marked and trees.remove_idle_whiteouts(own, marked, [self.tree(n) for n in snapshot.parents]):
+            return self.usage(snapshot, check)
+        return usage
 
     def shown_labels(self, number: int) -> Mapping[str, str]:
         return {UPPERDIR_LABEL: self.tree(number)} if self._tell else {}

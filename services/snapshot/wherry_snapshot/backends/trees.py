@@ -12,8 +12,8 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
 from wherry_shared.api.snapshot import Usage
 from wherry_shared.errors import Aborted, FailedPrecondition
@@ -181,12 +181,17 @@ def _step_into(place: Descent, visitor: Visitor) -> None:
 
 
 class _Measure(Visitor):
-    """Counts inodes once each, and those not at all that `known` has with the same time of change."""
+    """Counts inodes once each, and those not at all that `known` has with the same time of change.
 
-    def __init__(self, fd: int, known: Mapping[int, int]) -> None:
+    marked: gets the paths of whiteouts.
+    """
+
+    def __init__(self, fd: int, known: Mapping[int, int], marked: list[str] | None = None) -> None:
         self.size = 0
         self.inodes = 0
         self._known = known
+        self._marked = marked
+        self._at: list[str] = []
         self._linked: set[int] = set()
         self._count(os.fstat(fd))
 
@@ -197,7 +202,15 @@ class _Measure(Visitor):
                 self._count(st)
             if stat.S_ISDIR(st.st_mode):
                 below.append(name)
+            elif self._marked is not None and stat.S_ISCHR(st.st_mode) and not st.st_rdev:
+                self._marked.append("/".join([*self._at, name]))
         return below
+
+    def entered(self, name: str, fd: int) -> None:
+        self._at.append(name)
+
+    def left(self, name: str, fd: int) -> None:
+        self._at.pop()
 
     def _count(self, st: os.stat_result) -> None:
         if st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
@@ -230,11 +243,13 @@ def _entries(fd: int) -> Iterator[tuple[str, os.stat_result]]:
                 yield entry.name, entry.stat(follow_symlinks=False)
 
 
-def measure(path: os.PathLike[str] | str, check: Check, origin: os.PathLike[str] | str = "") -> Usage:
+def measure(
+    path: os.PathLike[str] | str, check: Check, origin: os.PathLike[str] | str = "", marked: list[str] | None = None
+) -> Usage:
     """Bytes on disk and inodes of a tree with its root; each inode once. Aborted when it keeps being moved about.
 
     origin: what the tree was copied from with its inode numbers and times of change, as btrfs does; only what was
-    changed since is counted, a file as a whole.
+    changed since is counted, a file as a whole. marked: gets the paths of its whiteouts.
     """
     known: dict[int, int] = {}
     if origin:
@@ -244,7 +259,9 @@ def measure(path: os.PathLike[str] | str, check: Check, origin: os.PathLike[str]
         known = changes.at
     for _ in range(ROUNDS):
         with trusted_directory(path) as fd:
-            found = _Measure(fd, known)
+            if marked is not None:
+                marked.clear()
+            found = _Measure(fd, known, marked)
             try:
                 walk(os.dup(fd), found, check)
                 return Usage(size=found.size, inodes=found.inodes)
@@ -302,6 +319,45 @@ def remove_whiteouts(path: os.PathLike[str] | str, check: Check) -> None:
     """Remove the whiteouts of a layer that stands on nothing: character devices 0:0 (the kernel's overlayfs.rst)."""
     with trusted_directory(path) as fd:
         walk(os.dup(fd), _Whiteouts(), check)
+
+
+def remove_idle_whiteouts(
+    path: os.PathLike[str] | str, marked: Sequence[str], parents: Sequence[os.PathLike[str] | str]
+) -> int:
+    """Remove those of a layer's whiteouts whose directory is laid over none of the parents'; answers how many.
+
+    They hide nothing, and the kernel lists them there as names that cannot be looked up. parents: the nearest first.
+    """
+    idle: dict[str, bool] = {"": False}
+    removed = 0
+    with ExitStack() as stack:
+        own, *lower = [stack.enter_context(trusted_directory(each)) for each in (path, *parents)]
+        for name in marked:
+            directory, _, base = name.rpartition("/")
+            if directory not in idle:
+                idle[directory] = not _is_laid_over(lower, directory)
+            if idle[directory]:
+                fd = openat2(own, directory, _DIRECTORY, _RESOLVE)
+                try:
+                    _unlink_whiteout(fd, base)
+                finally:
+                    os.close(fd)
+                removed += 1
+    return removed
+
+
+def _is_laid_over(parents: Sequence[int], directory: str) -> bool:
+    for parent in parents:
+        try:
+            os.close(openat2(parent, directory, _DIRECTORY, _RESOLVE))
+        except OSError as e:
+            if e.errno == errno.ENOENT:
+                continue
+            if e.errno in _NOT_OURS:  # a file, a link or a whiteout ends what is laid over each other
+                return False
+            raise
+        return True
+    return False
 
 
 # ---- its end
