@@ -147,14 +147,26 @@ class Commit:
         if self._wish.pause:
             with suppress(NotFound):
                 running = (await tasks.get(id)).status == "running"
-        if running:
-            await tasks.pause(id)
+        if not running:
+            yield
+            return
+        pausing = asyncio.ensure_future(tasks.pause(id))
         try:
+            await asyncio.shield(pausing)
             yield
         finally:
-            if running:
-                with suppress(NotFound, FailedPrecondition):  # it was killed meanwhile
-                    await asyncio.shield(tasks.resume(id))
+            await asyncio.shield(self._go_on(pausing))
+
+    async def _go_on(self, pausing: asyncio.Future[None]) -> None:
+        """Resume what was paused, also by a request whose answer nobody awaited."""
+        try:
+            await pausing
+        except (NotFound, FailedPrecondition):
+            return  # it does not run, or somebody else has paused it
+        except WherryError:
+            pass  # nobody knows
+        with suppress(NotFound, FailedPrecondition):  # it was killed meanwhile
+            await self._client.tasks.resume(self._container.id)
 
     # ---- documents
 

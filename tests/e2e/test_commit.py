@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 from collections.abc import Iterator
 
 import pytest
-from node import Node, eventually
+from node import WHERRY, Node, eventually
 
 SCRIPT = """
 set -e
@@ -113,6 +115,27 @@ def test_commit_of_a_running_one_goes_on_afterwards(node: Node, ns: list[str], b
     (row,) = node.json("ps", *ns)
     assert row["status"] == "running"
     node.run("rm", *ns, "-f", "loop")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_commit_that_is_told_to_end_leaves_nothing_paused(
+    node: Node, ns: list[str], busybox_ref: str, number: signal.Signals
+) -> None:
+    node.run("pull", *ns, busybox_ref)
+    node.run("run", *ns, "-d", "--name", "goes-on", busybox_ref, "sleep", "600")
+    node.run("exec", *ns, "goes-on", "dd", "if=/dev/urandom", "of=/big", "bs=1M", "count=300")
+
+    def status() -> str:
+        (row,) = node.json("ps", *ns)
+        return str(row["status"])
+
+    process = subprocess.Popen([WHERRY, "commit", *ns, "goes-on", "made:1"], env=node.environment, process_group=0)
+    eventually(lambda: status() == "paused", "it is not paused")
+    process.send_signal(number)
+    assert process.wait(20) == (130 if number == signal.SIGINT else -number)
+    assert status() == "running"
+    assert not views(node, ns, []) and not node.json("lease", "ls", *ns) and not node.json("content", "ingests", *ns)
+    node.run("rm", *ns, "-f", "goes-on")
 
 
 def test_commit_of_a_commit(node: Node, ns: list[str], busybox_ref: str) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
@@ -36,12 +39,17 @@ def labels_of(given: Sequence[str]) -> dict[str, str]:
 
 
 def with_client(namespace: str, work: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
-    """Connect, do the work, disconnect."""
+    """Connect, do the work, disconnect. Told to end meanwhile, it ends as an interrupt would end it: what was begun
+    is taken back, and no container stays paused.
+    """
     import uvloop
 
     import wherry
 
+    got: list[signal.Signals] = []
+
     async def main() -> T:
+        _cancelled_by(got)
         async with wherry.connect(namespace=namespace) as client:
             return await work(client)
 
@@ -49,6 +57,34 @@ def with_client(namespace: str, work: Callable[[Client], Coroutine[Any, Any, T]]
         return uvloop.run(main())
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    finally:
+        if got:
+            _end_by(got[0])
+
+
+def _cancelled_by(got: list[signal.Signals]) -> None:
+    """Let the first of the signals that end us cancel the task in hand, and note it; the second one ends us at once."""
+    import asyncio
+
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+    def end(number: signal.Signals) -> None:
+        got.append(number)
+        loop.remove_signal_handler(number)
+        if task is not None:
+            task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # else it is ignored: nohup
+            loop.add_signal_handler(number, end, number)
+
+
+def _end_by(number: signal.Signals) -> None:
+    """Whoever waits for us sees what ended us."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def show(rows: Sequence[dict[str, Any]], columns: Sequence[str], how: Format) -> None:
