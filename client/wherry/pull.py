@@ -26,7 +26,7 @@ from .image import NESTING_MAX, Image, Resolved, read_document
 from .progress import OnProgress, Progress
 from .registry import Registry, documents, labels, platforms
 from .registry.reference import Reference
-from .together import together
+from .together import each, together
 from .unpack import Unpack, chain_ids
 
 if TYPE_CHECKING:
@@ -172,8 +172,26 @@ class Pull:
         else:
             await self._fetch([manifest.config, *layers], "layer", config=manifest.config.digest)
         if unpack:
-            resolved = Resolved(descriptor, manifest, await self._config(manifest))
-            await Unpack(self._client, resolved, unpack, ready=self._ready, on_progress=self._report).run()
+            await self._unpack(Resolved(descriptor, manifest, await self._config(manifest)), unpack)
+
+    async def _unpack(self, image: Resolved, snapshotter: str) -> None:
+        unpack = Unpack(self._client, image, snapshotter, ready=self._ready, on_progress=self._report)
+        try:
+            await unpack.run()
+        except (DataLoss, InvalidArgument):  # what is rotten may also look like an archive that is none
+            rotten = [layer for layer in image.manifest.layers if await self._is_rotten(layer)]
+            if not rotten:
+                raise
+            await each(lambda layer: self._stream(layer, "layer"), rotten)
+            await unpack.run()
+
+    async def _is_rotten(self, layer: Descriptor) -> bool:
+        """Whether its bytes were here before the pull and are not what they were; content puts them aside then."""
+        try:
+            await self._content.verify(layer.digest)
+        except DataLoss:
+            return True
+        return False
 
     def _snapshotter_for(self, manifest: documents.Manifest, want: _Want) -> str:
         """Which snapshotter unpacks a manifest's layers; "" for none: an artifact's are no file system."""

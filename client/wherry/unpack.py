@@ -14,8 +14,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from wherry_shared.api.snapshot import REBASE_LABEL, REF_LABEL
-from wherry_shared.errors import AlreadyExists, DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
-from wherry_shared.values import Descriptor
+from wherry_shared.errors import (
+    AlreadyExists,
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unimplemented,
+)
+from wherry_shared.values import Descriptor, Mount
 
 from .progress import OnProgress, Progress, silent
 from .together import together
@@ -69,7 +77,7 @@ class Unpack:
     async def run(self) -> str:
         """Unpack what is missing; answers the topmost chain id ("" for an image without layers).
 
-        DataLoss: a layer's content is not what the config says.
+        DataLoss: a layer's content is not what the config says. InvalidArgument, ResourceExhausted: it can be none.
         """
         if not self._chain:
             return ""
@@ -138,13 +146,19 @@ class Unpack:
                 await asyncio.shield(ready)
             async with self._slots:
                 self._on_progress(Progress(layer.digest, "unpacking", "layer", 0, layer.size))
-                applied = await self._client.diff.apply(layer, mounts, standalone=parent is None)
+                applied = await self._apply(layer, mounts, standalone=parent is None)
             if applied.digest != diff_id:
                 raise DataLoss(f"layer {layer.digest} unpacks to {applied.digest}, and the config says {diff_id}")
         except BaseException:
             await asyncio.shield(self._discard(key))
             raise
         return key
+
+    async def _apply(self, layer: Descriptor, mounts: list[Mount], *, standalone: bool) -> Descriptor:
+        try:
+            return await self._client.diff.apply(layer, mounts, standalone=standalone)
+        except (DataLoss, InvalidArgument, ResourceExhausted) as e:
+            raise type(e)(f"layer {layer.digest}: {e.message}") from None
 
     async def _discard(self, key: str) -> None:
         with contextlib.suppress(NotFound):

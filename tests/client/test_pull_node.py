@@ -57,6 +57,21 @@ def test_layers_that_are_discarded_leave_an_image_that_runs(node: Node, registry
     assert node.run("run", "-n", "discard", "--rm", reference).stdout.strip() == "19"
 
 
+def test_a_pull_heals_a_layer_that_has_become_rotten(node: Node, registry: images.Registry) -> None:
+    image = images.layers()
+    reference = registry.push(image, "rot/layers", "v1")
+    node.run("pull", "-n", "rot", "-q", "--no-unpack", reference)
+    digest = image.layers()[3]["digest"]
+    path = node.root / "content/blobs" / digest.replace(":", "/")
+    data = path.read_bytes()
+    path.write_bytes(data[:-20] + b"\xff" + data[-19:])
+    refused = node.run("run", "-n", "rot", "--rm", reference, check=False)
+    assert refused.returncode and digest in refused.stderr
+    node.run("pull", "-n", "rot", "-q", reference)
+    assert path.read_bytes() == data
+    assert node.run("run", "-n", "rot", "--rm", reference).stdout.strip() == "19"
+
+
 def test_pull_tag_and_push_by_hand(node: Node, registry: images.Registry, tmp_path: Path) -> None:
     image = images.platforms()
     reference = registry.push(image, "team/several", "v1")

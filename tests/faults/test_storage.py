@@ -149,9 +149,8 @@ async def test_a_rotten_layer_is_not_unpacked_and_the_next_pull_heals_it(half: H
         image = await client.pull(_reference(trap))
         layer = (await image.resolve()).manifest.layers[0].digest
         flip(half.blob(layer))
-        with pytest.raises((DataLoss, ExceptionGroup)) as caught:
+        with pytest.raises(DataLoss, match=layer):
             await image.unpack(OVERLAY)
-        assert layer in str(_first(caught.value))
         assert (await client.snapshots.walk(OVERLAY)).items == []
         with pytest.raises(DataLoss, match=layer):
             await client.content.verify(layer)
@@ -159,12 +158,6 @@ async def test_a_rotten_layer_is_not_unpacked_and_the_next_pull_heals_it(half: H
         await client.content.verify(layer)
         await image.unpack(OVERLAY)
     await whole(client, half, chain)
-
-
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def flip(path: Path) -> None:
@@ -255,9 +248,8 @@ async def test_a_disk_without_inodes(tmp_path: Path, mounts: Mounts) -> None:
             other.name(other.image([tar_of({"small": b"x"})], HOST), full="docker.io/library/small:1")
             small = await bring(client, other)
             _take_inodes(fillers, leave=1500)
-            with pytest.raises((ResourceExhausted, ExceptionGroup)) as caught:
+            with pytest.raises(ResourceExhausted):
                 await image.unpack(OVERLAY)
-            assert isinstance(_first(caught.value), ResourceExhausted), caught.value
             with pytest.raises(NotFound):
                 await client.snapshots.stat(OVERLAY, chain)
             _take_inodes(fillers, leave=0)
