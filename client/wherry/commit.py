@@ -372,6 +372,8 @@ def _plain(descriptor: Descriptor) -> dict[str, Any]:
     document: dict[str, Any] = {
         "mediaType": descriptor.media_type, "digest": descriptor.digest, "size": descriptor.size
     }  # fmt: skip
+    if descriptor.urls:  # where a layer is that is not handed on
+        document["urls"] = descriptor.urls
     if descriptor.annotations:
         document["annotations"] = descriptor.annotations
     return document

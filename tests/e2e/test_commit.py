@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import signal
 import subprocess
+import tarfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from node import WHERRY, Node, eventually
@@ -149,6 +154,41 @@ def test_commit_of_a_commit(node: Node, ns: list[str], busybox_ref: str) -> None
     assert node.run("diff", *ns, "made:0", "made:2").stdout.splitlines() == ["D /f0", "A /f2"]
     for step in range(3):
         node.run("rm", *ns, f"c{step}")
+
+
+def test_a_layer_of_elsewhere_keeps_its_urls(node: Node, ns: list[str], busybox_ref: str, tmp_path: Path) -> None:
+    node.run("pull", *ns, busybox_ref)
+    node.run("export", *ns, "--no-docker", str(tmp_path / "plain.tar"), busybox_ref)
+    with tarfile.open(tmp_path / "plain.tar") as archive:
+        files = {m.name: archive.extractfile(m).read() for m in archive.getmembers() if m.isfile()}  # type: ignore[union-attr]
+    index = json.loads(files["index.json"])
+    while "layers" not in (document := json.loads(files[blob_of(index["manifests"][0])])):
+        index = document
+    kind = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
+    document["layers"][0] |= {"mediaType": kind, "urls": ["https://elsewhere.example/layer"]}
+    raw = json.dumps(document).encode()
+    target = {
+        "mediaType": document["mediaType"], "digest": f"sha256:{hashlib.sha256(raw).hexdigest()}", "size": len(raw),
+        "annotations": {"io.containerd.image.name": "docker.io/library/foreign:1"},
+    }  # fmt: skip
+    files[blob_of(target)] = raw
+    files["index.json"] = json.dumps({"schemaVersion": 2, "manifests": [target]}).encode()
+    with tarfile.open(tmp_path / "foreign.tar", "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    node.run("import", *ns, str(tmp_path / "foreign.tar"))
+    node.run("images", "rm", *ns, busybox_ref)
+    node.run("run", *ns, "--name", "own", "foreign:1", "touch", "/here")
+    digest = node.run("commit", *ns, "-q", "own", "made:1").stdout.strip()
+    made = json.loads(node.run("content", "get", *ns, digest).stdout)
+    assert made["layers"][0]["urls"] == ["https://elsewhere.example/layer"]
+    node.run("rm", *ns, "own")
+
+
+def blob_of(descriptor: dict[str, Any]) -> str:
+    return f"blobs/{descriptor['digest'].replace(':', '/')}"
 
 
 def test_what_cannot_be_committed_is_named(node: Node, ns: list[str], busybox_ref: str) -> None:
