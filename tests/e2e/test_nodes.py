@@ -84,6 +84,22 @@ def test_a_log_level_that_there_is_not(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_a_root_that_can_be_none(tmp_path: Path) -> None:
+    (tmp_path / "read-only").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", tmp_path / "read-only"], check=True)
+    (tmp_path / "file").touch()
+    try:
+        for root in (tmp_path / "file", tmp_path / "read-only", tmp_path / "read-only" / "root"):
+            done = subprocess.run(
+                [WHERRY, "up", "--root", root, "--state", tmp_path / "state"],
+                capture_output=True, text=True, timeout=30, check=False,
+            )  # fmt: skip
+            assert done.returncode == 1
+            assert str(root) in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
+    finally:
+        subprocess.run(["umount", tmp_path / "read-only"], check=True)
+
+
 def test_two_nodes_do_not_disturb_each_other(node: Node, busybox_ref: str, namespace: str, tmp_path: Path) -> None:
     with Node(tmp_path, "--node", "other") as other:
         for each in (node, other):

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from wherry_shared.bus import credentials
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
+from wherry_shared.files import os_errors
 from wherry_shared.runtime import NODE_FILE, run_together
 
 from . import owners
@@ -159,9 +160,10 @@ class Supervisor:
         os.umask(0o077)
         shared_mode = 0o711 if self._plan.user else 0o700
         for directory in (self._plan.root, self._plan.state):
-            directory.mkdir(parents=True, exist_ok=True)
-            directory.chmod(shared_mode)
-            self._lock(directory)
+            with os_errors(str(directory)):
+                directory.mkdir(parents=True, exist_ok=True)
+                directory.chmod(shared_mode)
+                self._lock(directory)
         creds = self._plan.state / "creds"
         credentials.issue(creds, self._plan.node)
         if self._plan.user:
