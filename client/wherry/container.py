@@ -26,7 +26,7 @@ from wherry_shared.errors import (
     Unavailable,
     WherryError,
 )
-from wherry_shared.values import LABEL_MAX, Mount, Platform, check_identifier
+from wherry_shared.values import LABEL_MAX, Mount, Platform, check_identifier, check_labels
 
 from . import capabilities, limits, restarts, spec, users
 from .logs import LogLine, logs
@@ -325,7 +325,7 @@ class NewContainer:
         self._snapshot = snapshot or id
         self._snapshotter = snapshotter
         self._runtime = runtime
-        self._labels = labels or {}
+        self._labels = check_labels(labels or {})
         self._join = dict(join or {})
         self._spec = spec
         self._options = Options(**options)

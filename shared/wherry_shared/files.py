@@ -13,12 +13,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import DataLoss, Internal, NotFound, PermissionDenied, ResourceExhausted, WherryError
+from .errors import (
+    DataLoss,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    WherryError,
+)
 
 TEMPORARY = ".tmp-"
 """What the name of an unfinished file starts with; one that is left behind by a crash may be removed."""
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NO_SUCH_FILE = frozenset({errno.EISDIR, errno.ENAMETOOLONG})
 _DAMAGED = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG})
 
 
@@ -38,6 +48,8 @@ def atomic_file(path: Path, *, mode: int = 0o600) -> Iterator[BinaryIO]:
     The name is taken durably (fsync of the file, rename, fsync of the directory). `mode` is exact, whatever the
     umask. Raises what `os_errors` says.
     """
+    if not path.name:
+        raise InvalidArgument(f"{path}: is a directory")
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
     with os_errors(str(path)):
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -97,7 +109,8 @@ def os_errors(what: str) -> Iterator[None]:
     """Raise the system's refusals as errors of the house, in `what`'s name; errors of the house pass.
 
     ResourceExhausted: no space, inodes or quota left. DataLoss: the disk or the filesystem is damaged. NotFound,
-    PermissionDenied: as they say. Internal: anything else.
+    PermissionDenied: as they say. InvalidArgument: what was named is a directory, or too long a name.
+    FailedPrecondition: the filesystem is read-only. Internal: anything else.
     """
     try:
         yield
@@ -116,4 +129,8 @@ def translate(e: OSError, what: str) -> WherryError:
         return NotFound(f"{what}: not found")
     if isinstance(e, PermissionError):
         return PermissionDenied(f"{what}: {reason.lower()}")
+    if e.errno in _NO_SUCH_FILE:
+        return InvalidArgument(f"{what}: {reason.lower()}")
+    if e.errno == errno.EROFS:
+        return FailedPrecondition(f"{what}: {reason.lower()}")
     return Internal(f"{what}: {reason}")

@@ -285,3 +285,29 @@ def test_docker_archives_mean_the_same_to_containerd(
     theirs = ctr("images", "ls", "name==docker.io/library/dockers:1").splitlines()[1].split()[2]
     other = ["-n", f"{ns[1]}-d"]
     assert node.run("import", *other, str(docker)).stdout.split() == ["docker.io/library/dockers:1", theirs]
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["import", ".."], ["import", "/"], ["import", LONG], ["export", "/", "busybox:1"],
+        ["export", LONG, "busybox:1"], ["import", "--label", "=x", "/dev/null"],
+        ["import", "--label", LONG, "/dev/null"], ["create", "-l", "=x", "busybox:1"],
+        ["create", "-l", LONG, "busybox:1"], ["content", "ingest", "/"], ["content", "ingest", LONG],
+        ["content", "label", "sha256:" + "0" * 64, "=x"], ["content", "get", "-o", "/", "IMAGE"],
+        ["pull", "--hosts-dir", LONG, "127.0.0.1:1/none:1"], ["lease", "create", "--hours", "nan"],
+        ["lease", "create", "--hours", "inf"], ["lease", "create", "--hours", "-1"],
+    ],
+    ids=lambda words: "-".join(word[:12].replace("/", "root") for word in words),
+)  # fmt: skip
+def test_words_that_mean_nothing_are_refused_in_a_line(
+    node: Node, namespace: str, ns: list[str], busybox: str, words: list[str]
+) -> None:
+    digest = node.json("images", *ns)[0]["digest"]
+    where = {**node.environment, "WHERRY_NAMESPACE": namespace}
+    done = node.run(*[digest if word == "IMAGE" else word for word in words], check=False, env=where)
+    assert done.returncode in (1, 125) and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("wherry: ") and "internal" not in done.stderr, done.stderr

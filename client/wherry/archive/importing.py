@@ -17,7 +17,7 @@ from wherry_shared.errors import (
     Unimplemented,
 )
 from wherry_shared.streams import write_blob
-from wherry_shared.values import Descriptor, Platform
+from wherry_shared.values import Descriptor, Platform, check_labels
 
 from ..compression import decompress, through
 from ..graph import CONFIG_TYPES, Graph, Select, Survey, every, keep, only, platform_of
@@ -68,6 +68,7 @@ class Import:
     def __init__(self, client: Client, wishes: Wishes, on_progress: OnProgress = silent) -> None:
         if wishes.platform is not None and wishes.all_platforms:
             raise InvalidArgument("one platform and all platforms cannot both be imported")
+        check_labels(dict(wishes.labels))
         self._client = client
         self._wishes = wishes
         self._on_progress = on_progress

@@ -34,8 +34,10 @@ FormatOption = Annotated[Format, typer.Option("--format", help="Print a table or
 
 
 def labels_of(given: Sequence[str]) -> dict[str, str]:
-    """`KEY=VALUE` arguments as labels; an empty value is one, too."""
-    return dict(text.partition("=")[::2] for text in given)
+    """`KEY=VALUE` arguments as labels; an empty value is one, too. InvalidArgument: no label can be so."""
+    from wherry_shared.values import check_labels
+
+    return check_labels(dict(text.partition("=")[::2] for text in given))
 
 
 def with_client(namespace: str, work: Callable[[Client], Coroutine[Any, Any, T]]) -> T:

@@ -11,6 +11,7 @@ from .common import Format, FormatOption, NamespaceOption, age, show, with_clien
 if TYPE_CHECKING:
     from wherry import Client
 
+HOURS_MAX = 1_000_000
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 TypeArgument = Annotated[str, typer.Argument(metavar="TYPE", help="content, ingests, images or snapshots/SNAPSHOTTER")]
 
@@ -50,8 +51,11 @@ def create(
         from datetime import timedelta
 
         from wherry_shared.api.lease import EXPIRE_LABEL
+        from wherry_shared.errors import InvalidArgument
         from wherry_shared.values import now
 
+        if not 0 <= hours <= HOURS_MAX:
+            raise InvalidArgument(f"{hours} hours are not from 0 to {HOURS_MAX}")
         labels = {"containerd.io/gc.flat": "true"} if flat else {}
         if hours:
             labels[EXPIRE_LABEL] = (now() + timedelta(hours=hours)).isoformat(timespec="seconds")

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, PermissionDenied
+from wherry_shared.files import os_errors
 
 from .hosts import DEFAULT_ENDPOINT, HostRules, Origin
 from .reference import DEFAULT_REGISTRY
@@ -110,10 +111,12 @@ class Mirrors:
         for directory in self._directories:
             for name in _folders(registry):
                 folder = directory / name
-                if not folder.is_dir():
-                    continue
                 file = folder / "hosts.toml"
-                if not file.is_file():
+                with os_errors(str(folder)):
+                    there, configured = folder.is_dir(), file.is_file()
+                if not there:
+                    continue
+                if not configured:
                     return [replace(own, tls=_loose(folder))]
                 endpoints = _File(file, registry, own).endpoints()
                 self._rules.allow([e.origin for e in endpoints if e.configured])
