@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -86,6 +87,7 @@ class Convert:
         self._client = client
         self._wish = wish.check()
         self._on_progress = on_progress
+        self._token = secrets.token_hex(8)
         # Old digest -> new descriptor, of everything that is done.
         self._done: dict[str, Descriptor] = {}
 
@@ -131,8 +133,8 @@ class Convert:
         self._on_progress(Progress(layer.digest, "converting", "layer", 0, layer.size))
         kind: Any = self._wish.compression
         work = Recompress(layer.digest, diff_id.partition(":")[0], kind, self._wish.level)
-        ref = f"convert-{kind}-{self._wish.level}-{layer.digest}"
-        async with BlobWriter(self._client.content, ref, truncate=True) as writer:
+        ref = f"convert-{self._token}-{layer.digest}"  # our own: others may convert the same layer
+        async with BlobWriter(self._client.content, ref) as writer:
             try:
                 bytes_in = read_blob(self._client.content, layer.digest)
                 async with aclosing(bytes_in), aclosing(through(bytes_in, work)) as bytes_out:

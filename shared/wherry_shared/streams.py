@@ -304,7 +304,11 @@ class BlobWriter:
         """
         await self._out.flush()
         expected = expected or self._expected
-        info = await self._commit(size or self._total or self.offset, expected, labels or {})
+        try:
+            info = await self._commit(size or self._total or self.offset, expected, labels or {})
+        except AlreadyExists:  # the ingest is gone: who has the ref from now on is somebody else, and keeps it
+            await self._end()
+            raise
         await self._end()
         return info
 

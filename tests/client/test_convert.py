@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import hashlib
 import io
 import json
+import os
 import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -76,6 +78,15 @@ async def test_it_repeats(client: Client, tmp_path: Path) -> None:
     async with house(tmp_path / "other") as other:
         await imported(other, *small())
         assert (await other.convert("small:1", "a:1", compression="zstd")).target == first.target
+
+
+async def test_several_at_once(client: Client) -> None:
+    layout = Layout()
+    layers = [tar_of({f"{name}": os.urandom(3 << 20)}) for name in range(3)]
+    await imported(client, layout, layout.image(layers))
+    made = await asyncio.gather(*(client.convert("small:1", f"n:{n}", compression="zstd") for n in range(5)))
+    assert len({image.target.digest for image in made}) == 1
+    assert await walk(client.leases.walk) == [] and await client.content.statuses() == []
 
 
 async def test_there_and_back(client: Client) -> None:

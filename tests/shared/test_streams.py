@@ -312,6 +312,20 @@ async def test_a_writer_waits_for_the_ref(content: Content) -> None:
     assert (await second.commit()).digest == digest_of(b"one two")
 
 
+@both_ways
+async def test_a_commit_of_what_exists_lets_go_of_nobody_elses_ingest(content: Content, local: bool) -> None:
+    await write_blob(content, "other", DATA, expected=DIGEST)
+    async with BlobWriter(content, "r", local=local) as first:
+        await first.write(DATA)
+        with pytest.raises(AlreadyExists):
+            await first.commit()
+        second = await BlobWriter(content, "r", local=local).__aenter__()
+    with pytest.raises(Unavailable, match="'r'"):
+        await BlobWriter(content, "r", patience=0.1).__aenter__()
+    await second.write(b"two")
+    assert (await second.commit()).digest == digest_of(b"two")
+
+
 @pytest.mark.parametrize("when", [f"write at {2 * CHUNK}", f"write at {2 * CHUNK}!", "write at 0", "write at 0!"])
 @pytest.mark.parametrize("error", [Unavailable("gone"), OutOfRange("lost"), NotFound("not open here")])
 async def test_a_chunk_that_gets_lost_is_sent_again(
