@@ -64,6 +64,16 @@ def test_stdin_and_what_must_be(node: Node, ns: list[str]) -> None:
     assert node.run("content", "abort", *ns, "s", check=False).returncode == 1
 
 
+def test_what_nobody_can_go_on_with_is_not_kept(node: Node, ns: list[str]) -> None:
+    data = os.urandom(100_000)
+    short = bytes_of(node, "ingest", *ns, "--size", "7", data=data)
+    assert short.returncode == 1 and node.json("content", "ingests", *ns) == []
+    wrong = bytes_of(node, "ingest", *ns, "--digest", digest_of(data), data=data[:-1] + b"x")
+    assert wrong.returncode == 1 and node.json("content", "ingests", *ns) == []
+    done = bytes_of(node, "ingest", *ns, "--digest", digest_of(data), data=data)
+    assert done.stdout.decode().strip() == digest_of(data), done.stderr
+
+
 def test_labels(node: Node, ns: list[str]) -> None:
     digest = bytes_of(node, "ingest", *ns, "-l", "a=1", "-", data=b"data").stdout.decode().strip()
     node.run("content", "label", *ns, digest, "a=", "containerd.io/gc.root=true")

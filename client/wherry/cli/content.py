@@ -118,14 +118,13 @@ def ingest(
         from wherry_shared.errors import AlreadyExists
         from wherry_shared.files import os_errors
 
-        name = ref or (f"ingest-{digest}" if digest else _own_ref())
         given = labels_of(labels)
         await client.ensure_namespace()
         with os_errors(str(source or "stdin")):
             file = sys.stdin.buffer if source in (None, Path("-")) else source.open("rb")
         with file:
             try:
-                print((await _ingest(client, name, file, digest, expected_size, given)).digest)
+                print((await _ingest(client, ref, file, digest, expected_size, given)).digest)
             except AlreadyExists:
                 if not digest:
                     raise
@@ -143,12 +142,22 @@ def _own_ref() -> str:
 async def _ingest(
     client: Client, ref: str, file: BinaryIO, digest: str, expected_size: int, labels: dict[str, str]
 ) -> Info:
+    import asyncio
+
+    from wherry_shared.errors import FailedPrecondition, InvalidArgument
     from wherry_shared.streams import BlobWriter
 
-    async with BlobWriter(client.content, ref, total=expected_size, expected=digest) as writer:
-        if not writer.complete:
-            await _fill(writer, file)
-        return await writer.commit(expected_size, digest, labels)
+    name = ref or (f"ingest-{digest}" if digest else _own_ref())
+    async with BlobWriter(client.content, name, total=expected_size, expected=digest) as writer:
+        try:
+            if not writer.complete:
+                await _fill(writer, file)
+            return await writer.commit(expected_size, digest, labels)
+        except BaseException as e:
+            # Nobody knows a ref of ours to go on with; and wrong bytes are nothing to go on from.
+            if not ref and (not digest or isinstance(e, FailedPrecondition | InvalidArgument)):
+                await asyncio.shield(writer.abort())
+            raise
 
 
 async def _fill(writer: BlobWriter, file: BinaryIO) -> None:
