@@ -22,7 +22,7 @@ from wherry_shared.streams import BlobWriter, read_blob, write_blob
 from wherry_shared.values import Descriptor, Platform
 
 from .compression import PIECE, Kind, compressor, decompress, through
-from .graph import CONFIG_TYPES, Graph, Survey, every, only
+from .graph import Graph, Survey, every, only
 from .image import Image, read_document
 from .progress import OnProgress, Progress, silent
 from .registry import documents, labels
@@ -114,7 +114,7 @@ class Convert:
         """Rewrite all layers that are not as wished, side by side: compressors work without the interpreter's lock."""
         jobs: dict[str, tuple[Descriptor, str]] = {}
         for manifest in graph.manifests.values():
-            if manifest.config.media_type not in CONFIG_TYPES:
+            if manifest.config.media_type not in documents.CONFIG_TYPES:
                 continue
             config = documents.parse_config(await read_document(self._client, manifest.config))
             if len(config.diff_ids) != len(manifest.layers):

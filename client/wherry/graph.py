@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["index", "manifest", "config", "layer", "blob"]
 
-CONFIG_TYPES = frozenset(
-    {"application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"}
-)  # fmt: skip
 PARTS_MAX = 20_000
 """The most blobs of one image, all platforms together."""
 DOCUMENTS_MAX = 64 << 20
@@ -235,7 +232,7 @@ async def platform_of(client: Client, graph: Graph, child: Descriptor) -> Platfo
     if child.platform is not None:
         return child.platform
     manifest = graph.manifests[child.digest]
-    if manifest.config.media_type not in CONFIG_TYPES:
+    if manifest.config.media_type not in documents.CONFIG_TYPES:
         return None
     config = documents.parse_config(await read_document(client, manifest.config))
     return config.platform if config.platform.os else None

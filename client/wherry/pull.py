@@ -21,7 +21,6 @@ from wherry_shared.errors import (
 from wherry_shared.streams import BlobWriter, write_blob
 from wherry_shared.values import Descriptor, Platform
 
-from .graph import CONFIG_TYPES
 from .image import NESTING_MAX, Image, Resolved, read_document
 from .progress import OnProgress, Progress
 from .registry import Registry, documents, labels, platforms
@@ -195,7 +194,7 @@ class Pull:
 
     def _snapshotter_for(self, manifest: documents.Manifest, want: _Want) -> str:
         """Which snapshotter unpacks a manifest's layers; "" for none: an artifact's are no file system."""
-        return self._snapshotter if want.unpack and manifest.config.media_type in CONFIG_TYPES else ""
+        return self._snapshotter if want.unpack and manifest.config.media_type in documents.CONFIG_TYPES else ""
 
     async def _config(self, manifest: documents.Manifest) -> documents.ImageConfig:
         digest = manifest.config.digest

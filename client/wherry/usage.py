@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from wherry_shared.errors import InvalidArgument, NotFound, WherryError
 from wherry_shared.values import Descriptor, Platform
 
-from .graph import CONFIG_TYPES, Graph, Part, Survey, missing_below, platform_of
+from .graph import Graph, Part, Survey, missing_below, platform_of
 from .image import Image, read_document
 from .registry import documents
 from .registry.platforms import is_attestation
@@ -104,7 +104,7 @@ class Inspect:
     async def _platform(self, graph: Graph, descriptor: Descriptor) -> PlatformState:
         manifest = graph.manifests[descriptor.digest]
         config = None
-        if manifest.config.media_type in CONFIG_TYPES:
+        if manifest.config.media_type in documents.CONFIG_TYPES:
             try:
                 config = documents.parse_config(await read_document(self._client, manifest.config))
             except NotFound:

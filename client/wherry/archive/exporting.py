@@ -12,7 +12,7 @@ from wherry_shared.errors import InvalidArgument
 from wherry_shared.streams import read_blob
 from wherry_shared.values import Descriptor, Platform
 
-from ..graph import CONFIG_TYPES, Graph, Select, Survey, every, only
+from ..graph import Graph, Select, Survey, every, only
 from ..image import Image
 from ..progress import OnProgress, Progress, silent
 from ..registry import documents
@@ -126,7 +126,7 @@ class Export:
 def _loadable(child: Descriptor, graph: Graph) -> bool:
     manifest = graph.manifests[child.digest]
     whole = all(layer.digest in graph.parts for layer in manifest.layers)
-    return whole and manifest.config.media_type in CONFIG_TYPES and not is_attestation(child)
+    return whole and manifest.config.media_type in documents.CONFIG_TYPES and not is_attestation(child)
 
 
 def _name(digest: str) -> str:

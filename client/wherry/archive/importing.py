@@ -20,7 +20,7 @@ from wherry_shared.streams import write_blob
 from wherry_shared.values import Descriptor, Platform, check_labels
 
 from ..compression import decompress, through
-from ..graph import CONFIG_TYPES, Graph, Select, Survey, every, keep, only, platform_of
+from ..graph import Graph, Select, Survey, every, keep, only, platform_of
 from ..image import Image, read_document
 from ..progress import OnProgress, Progress, silent
 from ..registry import documents
@@ -189,7 +189,7 @@ class Import:
         refuse_checkpoint(manifest.annotations, what, manifest.config.media_type)
         for layer in manifest.layers:
             refuse_checkpoint(layer.annotations, what, layer.media_type)
-        if manifest.config.media_type not in CONFIG_TYPES:
+        if manifest.config.media_type not in documents.CONFIG_TYPES:
             return  # an artifact: to be kept, not to be run
         config = documents.parse_config(await read_document(self._client, manifest.config), f"config of {what}")
         refuse_checkpoint(config.labels, what)
@@ -267,5 +267,5 @@ async def _unpack(image: Image, snapshotter: str, platform: Platform | None) -> 
         if platform is not None:
             raise
         return  # an image for other hosts: nothing to run here
-    if manifest.config.media_type in CONFIG_TYPES:  # an artifact is no file system
+    if manifest.config.media_type in documents.CONFIG_TYPES:  # an artifact is no file system
         await image.unpack(snapshotter, platform)

@@ -29,6 +29,10 @@ DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 INDEX_TYPES = frozenset({OCI_INDEX, DOCKER_LIST})
 MANIFEST_TYPES = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})
+CONFIG_TYPES = frozenset(
+    {"application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"}
+)  # fmt: skip
+"""What the config of an image is, and not that of an artifact."""
 _GENERIC = frozenset({"", "application/json", "application/octet-stream", "text/plain"})
 _SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+"
 _FOREIGN = (

@@ -6,14 +6,10 @@ from collections.abc import Iterable, Mapping
 
 from wherry_shared.values import LABEL_MAX, Descriptor
 
-from .documents import INDEX_TYPES, MANIFEST_TYPES
+from .documents import CONFIG_TYPES, INDEX_TYPES, MANIFEST_TYPES
 
 REF_LABEL = "containerd.io/gc.ref.content"
 SOURCE_LABEL = "containerd.io/distribution.source"
-_CONFIGS = frozenset({
-    "application/vnd.oci.image.config.v1+json",
-    "application/vnd.docker.container.image.v1+json",
-})  # fmt: skip
 _LAYERS = ("application/vnd.oci.image.layer.", "application/vnd.docker.image.rootfs.")
 
 
@@ -38,7 +34,7 @@ def children(descriptors: Iterable[Descriptor], *, layers: bool = True) -> dict[
 def _group(media_type: str) -> str:
     if media_type in INDEX_TYPES | MANIFEST_TYPES:
         return "m."
-    if media_type in _CONFIGS:
+    if media_type in CONFIG_TYPES:
         return "config"
     return "l." if media_type.startswith(_LAYERS) else ""
 
