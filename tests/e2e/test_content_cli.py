@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-from node import WHERRY, Node
+from node import WHERRY, Node, eventually
 
 
 @pytest.fixture
@@ -72,6 +73,30 @@ def test_what_nobody_can_go_on_with_is_not_kept(node: Node, ns: list[str]) -> No
     assert wrong.returncode == 1 and node.json("content", "ingests", *ns) == []
     done = bytes_of(node, "ingest", *ns, "--digest", digest_of(data), data=data)
     assert done.stdout.decode().strip() == digest_of(data), done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_silent_pipe_holds_nobody_up(node: Node, ns: list[str], number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [WHERRY, "content", "ingest", *ns], stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=node.environment
+    )
+    assert process.stdin is not None
+    process.stdin.write(b"x" * 100_000)
+    process.stdin.flush()
+    eventually(lambda: bool(node.json("content", "ingests", *ns)), "it does not begin")
+    process.send_signal(number)
+    assert process.wait(5) == (130 if number == signal.SIGINT else -number)
+    assert process.communicate()[1] == b"" and node.json("content", "ingests", *ns) == []
+
+
+def test_a_reader_that_stands_still_is_not_waited_for(node: Node, ns: list[str], busybox_ref: str) -> None:
+    node.run("pull", *ns, "--no-unpack", "-q", busybox_ref)
+    process = subprocess.Popen([WHERRY, "export", *ns, "-", busybox_ref], stdout=subprocess.PIPE, env=node.environment)
+    assert process.stdout is not None
+    process.stdout.read(100)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) == -signal.SIGTERM
+    process.stdout.close()
 
 
 def test_labels(node: Node, ns: list[str]) -> None:

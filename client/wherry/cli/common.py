@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from wherry import Client
 
 T = TypeVar("T")
+
+CHUNK = 1 << 20
+# So soon a reader of a silent pipe notices that it is to stop.
+PATIENCE_MS = 200
+# For what is to be taken back. Then a thread may sit at a pipe that nobody reads: it is not waited for.
+END_SECONDS = 10.0
 
 
 class Format(enum.StrEnum):
@@ -73,6 +79,7 @@ def _cancelled_by(got: list[signal.Signals]) -> None:
     def end(number: signal.Signals) -> None:
         got.append(number)
         loop.remove_signal_handler(number)
+        loop.call_later(END_SECONDS, _end_by, number)
         if task is not None:
             task.cancel()
 
@@ -87,6 +94,26 @@ def _end_by(number: signal.Signals) -> None:
         sys.stdout.flush()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+async def waiting_reads(fd: int) -> AsyncIterator[bytes]:
+    """What comes from a pipe or a terminal, so that an interrupt is heeded while nothing does: no thread of it waits
+    for long.
+    """
+    import asyncio
+
+    while (chunk := await asyncio.to_thread(_read, fd)) != b"":
+        if chunk:
+            yield chunk
+
+
+def _read(fd: int) -> bytes | None:
+    """What there is, b"" at the end, None when nothing came yet."""
+    import select
+
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return os.read(fd, CHUNK) if poller.poll(PATIENCE_MS) else None
 
 
 def show(rows: Sequence[dict[str, Any]], columns: Sequence[str], how: Format) -> None:

@@ -19,6 +19,7 @@ from .common import (
     show,
     show_one,
     size,
+    waiting_reads,
     with_client,
 )
 
@@ -164,10 +165,8 @@ async def _fill(writer: BlobWriter, file: BinaryIO) -> None:
     if file.seekable():
         await writer.copy_from(file)
         return
-    import asyncio
-
     skip = writer.offset
-    while data := await asyncio.to_thread(file.read, 1 << 20):
+    async for data in waiting_reads(file.fileno()):
         await writer.write(data[skip:])
         skip = max(0, skip - len(data))
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import NamespaceOption, clean, labels_of, with_client
+from .common import NamespaceOption, clean, labels_of, waiting_reads, with_client
 
 if TYPE_CHECKING:
     from wherry import Client
-
-CHUNK = 1 << 20
-# So soon a reader of a silent pipe notices that it is to stop.
-PATIENCE_MS = 200
 
 
 def command(
@@ -35,8 +29,9 @@ def command(
     async def work(client: Client) -> None:
         from wherry.registry.platforms import parse_platform
 
+        source = waiting_reads(sys.stdin.fileno()) if archive == "-" else archive
         images = await client.import_images(
-            _stdin() if archive == "-" else archive, base_name=base_name, digests=digests, index_name=index_name,
+            source, base_name=base_name, digests=digests, index_name=index_name,
             platform=parse_platform(platform) if platform else None, all_platforms=all_platforms,
             labels=labels_of(label), unpack=unpack, snapshotter=snapshotter,
         )  # fmt: skip
@@ -46,21 +41,3 @@ def command(
     if archive == "-" and sys.stdin.isatty():
         raise typer.BadParameter("stdin is a terminal: name an archive")
     with_client(namespace, work)
-
-
-async def _stdin() -> AsyncIterator[bytes]:
-    """stdin, so that an interrupt is heeded while nothing comes: its thread never waits for long."""
-    import asyncio
-
-    while (chunk := await asyncio.to_thread(_read, sys.stdin.fileno())) != b"":
-        if chunk:
-            yield chunk
-
-
-def _read(fd: int) -> bytes | None:
-    """What there is, b"" at the end, None when nothing came yet."""
-    import select
-
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    return os.read(fd, CHUNK) if poller.poll(PATIENCE_MS) else None
