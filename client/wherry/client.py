@@ -284,7 +284,8 @@ class Client:
 
         target: a path, a binary file object or an asyncio.StreamWriter. The other options are those of
         `wherry.archive.exporting.Choice`. The same images give the same bytes.
-        NotFound, before the first byte: an image, a platform, or what of it is missing. DataLoss: a blob is rotten.
+        NotFound, before the first byte: an image, a platform, or what of it is missing. ResourceExhausted: more names
+        than an archive may have. DataLoss: a blob is rotten.
         """
         from .archive.exporting import Choice, export_images
 

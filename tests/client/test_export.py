@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from wherry.client import Client
-from wherry_shared.errors import DataLoss, InvalidArgument, NotFound
+from wherry_shared.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
 from wherry_shared.values import Platform
 
 from .image_house import INDEX, MANIFEST, Layout, digest_of, dump, house, small, tar_of
@@ -129,6 +129,13 @@ async def test_what_cannot_be_exported(client: Client, layout: Layout, tmp_path:
     with pytest.raises(NotFound, match=f"small:1 is incomplete: layer {layer}"):
         await client.export_images(["small:1"], out)
     assert out.getvalue() == b""
+
+
+async def test_more_names_than_can_be_read_again(client: Client, layout: Layout, tmp_path: Path) -> None:
+    image = await client.image("small:1")
+    with pytest.raises(ResourceExhausted, match="1001"):
+        await client.export_images([image] * 1001, tmp_path / "out.tar")
+    assert not (tmp_path / "out.tar").exists()
 
 
 async def test_a_rotten_blob_is_not_exported(client: Client, layout: Layout, tmp_path: Path) -> None:

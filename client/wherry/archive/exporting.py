@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from wherry_shared.api.lease import Resource
-from wherry_shared.errors import InvalidArgument
+from wherry_shared.errors import InvalidArgument, ResourceExhausted
 from wherry_shared.streams import read_blob
 from wherry_shared.values import Descriptor, Platform
 
@@ -54,6 +54,10 @@ class Export:
     def __init__(self, client: Client, images: Sequence[Image], choice: Choice, on_progress: OnProgress) -> None:
         if not images:
             raise InvalidArgument("an archive of no images cannot be made: name one")
+        if len(images) > documents.CHILDREN_MAX:
+            raise ResourceExhausted(
+                f"{len(images)} names are too many for one archive: {documents.CHILDREN_MAX} can be read again"
+            )
         self._client = client
         self._images = images
         self._choice = choice
