@@ -388,6 +388,7 @@ def _hush() -> None:
     logging.getLogger("wherry.snapshot").setLevel(logging.ERROR)
 
 
+@pytest.mark.timeout(600)
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(histories)
 def test_what_lives_stays_and_what_is_dead_goes(history: list[list[str] | Plan]) -> None:
