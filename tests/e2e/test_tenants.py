@@ -126,6 +126,45 @@ async def test_content_is_not_shared_between_namespaces(tenant: wherry.Client, n
     await tenant.snapshots.remove("overlay", "spy")
 
 
+async def test_no_way_to_the_host_by_a_restart_policy(
+    tenant: wherry.Client, node: Node, namespace: str, creds: Path, busybox_ref: str, tmp_path: Path
+) -> None:
+    """The keeper is an admin, and so is who types `wherry start`: what they run for a tenant is the tenant's."""
+    own = {**node.environment, "WHERRY_CREDS": str(creds)}
+    node.run("pull", "-n", namespace, busybox_ref, env=own)
+    script = "touch /host/escaped; sleep 1000"
+    node.run("create", "-n", namespace, "--restart", "always", "--name", "a", busybox_ref, "sh", "-c", script, env=own)
+    record = await tenant.containers.get("a")
+    assert record.tenant == f"tenant-{namespace}" and record.spec is not None
+    record.spec["mounts"].append({
+        "destination": "/host", "type": "bind", "source": str(tmp_path), "options": ["rbind", "rw"],
+    })  # fmt: skip
+    labels = {**record.labels, "containerd.io/restart.status": "running"}
+    await tenant.containers.update(record.model_copy(update={"labels": labels, "tenant": ""}))
+    await tenant.events.publish("/tasks/exit", {"id": "a", "container_id": "a"})
+    eventually(lambda: any("may not run a container with a mount" in line for line in node.said), "it is not tried")
+    refused = node.run("start", "-n", namespace, "a", check=False)
+    assert refused.returncode and f"tenant-{namespace} may not run a container with a mount" in refused.stderr
+    assert not list(tmp_path.iterdir())
+    node.run("rm", "-f", "-n", namespace, "a")
+    node.run(
+        "create", "-n", namespace, "--name", "b", "-v", f"{tmp_path}:/host", busybox_ref, "touch", "/host/by-admin"
+    )
+    assert (await tenant.containers.get("b")).tenant == ""
+    await tenant.containers.update(
+        (await tenant.containers.get("b")).model_copy(update={"labels": {"a": "b"}}), ["labels"]
+    )
+    node.run("start", "-n", namespace, "b")
+    eventually(lambda: (tmp_path / "by-admin").exists(), "an admin may")
+    changed = await tenant.containers.get("b")
+    assert changed.spec is not None
+    changed.spec["process"]["args"] = ["touch", "/host/by-tenant"]
+    assert (await tenant.containers.update(changed, ["spec"])).tenant == f"tenant-{namespace}"
+    assert node.run("start", "-n", namespace, "b", check=False).returncode
+    node.run("rm", "-f", "-n", namespace, "b")
+    assert not (tmp_path / "by-tenant").exists()
+
+
 def test_tenants_that_are_made_at_the_same_moment(node: Node, namespace: str) -> None:
     names = [f"{namespace}-{n}" for n in range(6)]
     making = [

@@ -16,6 +16,7 @@ from wherry_shared.values import Page, check_identifier, check_labels, now, stor
 
 MUTABLE = ("labels", "spec", "extensions", "image", "snapshot_key")
 MAPS = ("labels", "extensions")
+MADE_OF = ("spec", "image", "snapshot_key", "extensions")
 _without_spec = partial(without, field="spec")
 
 
@@ -34,10 +35,11 @@ class Catalog:
         shown = None if spec else _without_spec
         return await self._containers.page(namespace, filters, after, limit, shown=shown)
 
-    async def create(self, namespace: str, container: Container) -> Container:
+    async def create(self, namespace: str, container: Container, tenant: str = "") -> Container:
+        """tenant: who asks, if that is one."""
         at = now()
         labels = check_labels(stored_labels(container.labels))
-        new = container.model_copy(update={"labels": labels, "created_at": at, "updated_at": at})
+        new = container.model_copy(update={"labels": labels, "created_at": at, "updated_at": at, "tenant": tenant})
         _check(new)
 
         def write(tx: Transaction) -> Container:
@@ -48,11 +50,15 @@ class Catalog:
 
         return await self._containers.database.mutate(write)
 
-    async def update(self, namespace: str, container: Container, mask: Sequence[str]) -> Container:
+    async def update(self, namespace: str, container: Container, mask: Sequence[str], tenant: str = "") -> Container:
+        """Once a tenant has changed more than labels it is the tenant's, whoever changes what is left of that later."""
         check_mask(mask, MUTABLE, MAPS)
 
         def write(tx: Transaction) -> Container:
-            new = _changed(self._containers.require(tx, namespace, container.id), container, mask)
+            old = self._containers.require(tx, namespace, container.id)
+            new = _changed(old, container, mask)
+            if tenant and any(getattr(new, name) != getattr(old, name) for name in MADE_OF):
+                new = new.model_copy(update={"tenant": tenant})
             answer = self._containers.replace(tx, namespace, new)
             event = {"id": new.id, "image": new.image, "labels": new.labels, "snapshot_key": new.snapshot_key}
             tx.publish("/containers/update", event, namespace=namespace)

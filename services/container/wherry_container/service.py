@@ -28,10 +28,16 @@ class ContainerService(Containers):
         return await self._catalog.walk(context.namespace(), filters, after, limit, spec=spec)
 
     async def create(self, container: Container) -> Container:
-        return await self._catalog.create(context.namespace(), container)
+        return await self._catalog.create(context.namespace(), container, _tenant())
 
     async def update(self, container: Container, mask: Sequence[str] = ()) -> Container:
-        return await self._catalog.update(context.namespace(), container, mask)
+        return await self._catalog.update(context.namespace(), container, mask, _tenant())
 
     async def delete(self, id: str) -> None:
         await self._catalog.delete(context.namespace(), id)
+
+
+def _tenant() -> str:
+    """The name of who asks, if that is a tenant."""
+    identity = context.current().identity
+    return identity.name if identity.role == "tenant" else ""

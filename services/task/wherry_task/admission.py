@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
+from wherry_shared.api.container import Container
 from wherry_shared.context import Identity
 from wherry_shared.errors import InvalidArgument, PermissionDenied
 from wherry_shared.values import Mount, check_digest, explain
@@ -99,6 +100,14 @@ class _Spec(TypedDict, total=False):
 
 
 _SPEC, _PROCESS, _RESOURCES = (TypeAdapter(shape) for shape in (_Spec, _Process, _Resources))
+
+
+def judged(identity: Identity, container: Container) -> Identity:
+    """Whose rights a container's task is held against: the caller's, or those of the tenant who made the container.
+
+    Else a restart policy, which an admin's keeper follows, would run for a tenant what the tenant itself may not.
+    """
+    return Identity(container.tenant, "tenant") if identity.is_admin and container.tenant else identity
 
 
 def check_spec(identity: Identity, spec: dict[str, Any]) -> None:

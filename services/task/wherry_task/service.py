@@ -70,12 +70,13 @@ class TaskService(Tasks):
         container = await self._containers.get(container_id)
         if container.spec is None:
             raise InvalidArgument(f"container {container_id} has no runtime specification")
-        binary = runtimes.find(runtime or container.runtime.name, self._allowed if identity.is_admin else ())
-        admission.check_options(identity, container.runtime.options, self._allowed)
-        if not identity.is_admin:
-            admission.check_spec(identity, container.spec)
+        judged = admission.judged(identity, container)
+        binary = runtimes.find(runtime or container.runtime.name, self._allowed if judged.is_admin else ())
+        admission.check_options(judged, container.runtime.options, self._allowed)
+        if not judged.is_admin:
+            admission.check_spec(judged, container.spec)
             own = await self._snapshots.mounts(container.snapshotter, container.snapshot_key)
-            admission.check_mounts(identity, mounts, own)
+            admission.check_mounts(judged, mounts, own)
         check_arguments(container.spec.get("process"))
         restore = await self._image_of(namespace, container_id, checkpoint)
         creation = Creation(mounts, stdio, restore=restore, options=container.runtime.options)

@@ -21,7 +21,11 @@ class Runtime(Record):
 
 @record
 class Container(Record):
-    """A container: what its task will be made of. `spec` is an OCI runtime specification."""
+    """A container: what its task will be made of. `spec` is an OCI runtime specification.
+
+    tenant: who said what it is made of, if that was a tenant; the service's word, as the times are. Whoever starts it,
+    its task is held against what that tenant may run.
+    """
 
     id: Identifier
     labels: Labels = {}
@@ -34,6 +38,7 @@ class Container(Record):
     sandbox: str = ""
     created_at: datetime | None = None
     updated_at: datetime | None = None
+    tenant: str = ""
 
 
 EVENTS = {
