@@ -146,6 +146,11 @@ async def test_no_way_to_the_host_by_a_restart_policy(
     refused = node.run("start", "-n", namespace, "a", check=False)
     assert refused.returncode and f"tenant-{namespace} may not run a container with a mount" in refused.stderr
     assert not list(tmp_path.iterdir())
+    record.spec["mounts"].pop()
+    unbounded = record.model_copy(update={"labels": {**labels, "wherry/log": "max_size=0"}})
+    await tenant.containers.update(unbounded)
+    refused = node.run("start", "-n", namespace, "a", check=False)
+    assert refused.returncode and "may not have logs of 0 bytes" in refused.stderr
     node.run("rm", "-f", "-n", namespace, "a")
     node.run(
         "create", "-n", namespace, "--name", "b", "-v", f"{tmp_path}:/host", busybox_ref, "touch", "/host/by-admin"

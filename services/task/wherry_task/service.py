@@ -71,6 +71,7 @@ class TaskService(Tasks):
         if container.spec is None:
             raise InvalidArgument(f"container {container_id} has no runtime specification")
         judged = admission.judged(identity, container)
+        rights.check_logs(judged, stdio)
         binary = runtimes.find(runtime or container.runtime.name, self._allowed if judged.is_admin else ())
         admission.check_options(judged, container.runtime.options, self._allowed)
         if not judged.is_admin:

@@ -42,6 +42,14 @@ def check(identity: Identity, namespace: str, stdio: Stdio, state: Path, loggers
     _check_pair(stdio, stdout, stderr)
 
 
+def check_logs(identity: Identity, stdio: Stdio) -> None:
+    """The same for logs alone: how large one grows may stand in a container's label, whoever starts it."""
+    for text in (stdio.stdout, stdio.stderr):
+        uri = uris.parse(text)
+        if uri.scheme == uris.LOG:
+            _check_log(identity, uri, text)
+
+
 def _plain_bus(uri: Uri, text: str) -> None:
     if uri.path or uri.query:
         raise InvalidArgument(f"stdio {text!r}: bus:// has neither path nor options")
