@@ -36,6 +36,7 @@ from .preload import preload
 from .server import NatsServer, find_binary, free_port
 
 BACKOFF_FIRST, BACKOFF_MAX, STEADY_SECONDS = 0.1, 5.0, 10.0
+NATS_BACKOFF_MAX = 1.0  # callers wait five seconds for the bus
 STOP_SECONDS = 20.0
 # Only these need root: they make and remove what belongs to any user, mount, and run.
 PRIVILEGED = frozenset({"snapshot", "diff", "task"})
@@ -373,7 +374,7 @@ class Supervisor:
             self._nats_backoff, self._nats_due = BACKOFF_FIRST, now
         else:
             self._nats_due = now + self._nats_backoff
-            self._nats_backoff = min(self._nats_backoff * 2, BACKOFF_MAX)
+            self._nats_backoff = min(self._nats_backoff * 2, NATS_BACKOFF_MAX)
         self._nats = None
         _complain(why)
 
