@@ -254,7 +254,7 @@ async def restart_policies(patient: Patient) -> Iterable[Finding]:
         for record in await walk(within.containers.walk, spec=False, filters=[f'labels."{STATUS}"']):
             since = await _stopped_since(within, record, up_since)
             if since is not None and since < late:
-                found.append(_not_restarted(namespace, record.id, since))
+                found.append(_not_restarted(namespace, record, since))
     return found
 
 
@@ -269,9 +269,10 @@ async def _stopped_since(client: Client, record: Container, up_since: datetime) 
     return ended if policy is not None and policy.wants(record.labels, status, boot=False) else None
 
 
-def _not_restarted(namespace: str, id: str, since: datetime) -> Finding:
+def _not_restarted(namespace: str, record: Container, since: datetime) -> Finding:
+    what = f"container {record.id} of namespace {namespace} is to run, and nobody starts it again"
     return Finding(
-        "broken", "restarts", f"container {id} of namespace {namespace} is to run, and nobody starts it again",
+        "warning" if record.tenant else "broken", "restarts", what,  # a tenant may want what it is not let
         f"it does not run since {since.isoformat(timespec='seconds')}",
         "`wherry up` does that, or `wherry keep` (the unit wherry-keeper); its log says what keeps it from it",
     )  # fmt: skip
