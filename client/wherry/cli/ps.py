@@ -46,6 +46,7 @@ async def rows_of(client: Client, filters: Sequence[str], *, all: bool) -> list[
     from wherry.container import NAME_LABEL
 
     plain, wanted = split(filters)
+    _check_states(wanted.get("status", ()))
     tasks = {t.container_id: t for t in await walk(client.tasks.walk)}
     # Thousands of records that do not run are not carried here to be left out.
     alive_only = not (all or plain or wanted.get("status") or wanted.get("exited"))
@@ -98,8 +99,40 @@ def split(filters: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     return plain, wanted
 
 
-# Docker's words for the states of a container.
-_STATES = {"exited": "stopped", "dead": "stopped"}
+# Docker's words for the states of a container, and ours; one that was made and not started has no task.
+_STATES = {
+    "created": ("created", "none"), "exited": ("stopped",), "dead": ("stopped",), "restarting": (), "removing": (),
+    **{state: (state,) for state in ("running", "stopped", "paused", "pausing", "none")},
+}  # fmt: skip
+
+
+def _check_states(wanted: Sequence[str]) -> None:
+    from wherry_shared.errors import InvalidArgument
+
+    for state in wanted:
+        if state not in _STATES:
+            raise InvalidArgument(f"no container is ever {state[:40]!r}, but one of {', '.join(sorted(_STATES))}")
+
+
+def made_of(image: str, wanted: str) -> bool:
+    """Whether an image is called so: by its whole name, or by its last components, with its tag or without."""
+    from wherry_shared.errors import InvalidArgument
+
+    from wherry.registry.reference import Reference
+
+    name, _, digest = wanted.partition("@")
+    folder, slash, last = name.rpartition("/")
+    last, _, tag = last.partition(":")
+    try:
+        made = Reference.parse(image)
+    except InvalidArgument:
+        return image == wanted
+    try:
+        same = Reference.parse(f"{folder}{slash}{last}").name == made.name
+    except InvalidArgument:
+        return False
+    same = same or f"/{made.name}".endswith(f"/{folder}{slash}{last}")
+    return same and tag in ("", made.tag) and digest in ("", made.digest)
 
 
 def _fits(row: dict[str, Any], wanted: dict[str, list[str]]) -> bool:
@@ -107,8 +140,8 @@ def _fits(row: dict[str, Any], wanted: dict[str, list[str]]) -> bool:
     checks: dict[str, Callable[[str], bool]] = {
         "id": lambda v: str(row["id"]).startswith(v),
         "name": lambda v: v in row["name"] or v in row["id"],
-        "status": lambda v: row["state"] == _STATES.get(v, v),
-        "ancestor": lambda v: row["image"] == v or str(row["image"]).partition("@")[0].rpartition(":")[0].endswith(v),
+        "status": lambda v: row["state"] in _STATES[v],
+        "ancestor": lambda v: made_of(str(row["image"]), v),
         "exited": lambda v: str(row["exit_status"]) == v,
     }
     if not all(any(checks[key](value) for value in values) for key, values in wanted.items() if key != "label"):
