@@ -138,6 +138,11 @@ class Pipes:
         if self.paths.stdin and self._stdio.stdin is not None:
             self._writer = _Writer(self.paths.stdin, self._stdio.stdin, on_stdin_end)
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is left at the other end of its outputs: a monitor holds them as long as there is a task."""
+        return bool(self._readers) and all(reader.ended.is_set() for reader in self._readers)
+
     def end_stdin(self) -> None:
         """Close this side of stdin: what was written is read, then comes the end."""
         if self._writer is not None:

@@ -89,6 +89,11 @@ class Streaming:
         if self._stdio.log is None and self._stdio.stdin is not None:
             self._run(self._write(self._stdio.stdin))
 
+    @property
+    def closed(self) -> bool:
+        """Streams over the bus that are lost say so themselves (`parted`)."""
+        return False
+
     def end_stdin(self) -> None:
         """Its end has been told already."""
 

@@ -20,7 +20,7 @@ from wherry_shared.values import Mount
 
 from .handing import handed
 from .stdio import Collected, Pipes, Stdio
-from .streaming import Streaming, carrier
+from .streaming import OUTAGE_SECONDS, Streaming, carrier
 
 if TYPE_CHECKING:
     from .client import Client
@@ -82,25 +82,32 @@ class Process:
         return self._started
 
     async def wait(self) -> ExitStatus:
-        """Wait for its end, also after the fact, through restarts of services and bus. NotFound once deleted."""
+        """Wait for its end, also after the fact, through restarts of services and bus. NotFound once deleted.
+
+        Unavailable: its streams are closed, so it is gone, and for a minute nobody is there to tell how it ended.
+        """
         exit = await self._exit()
         if self._pipes is not None:
             await self._pipes.drained()
         return ExitStatus(exit.exit_status, exit.exited_at)
 
     async def _exit(self) -> Exit:
-        pause = 0.05
+        loop = asyncio.get_running_loop()
+        pause, since = 0.05, 0.0
         while True:
             try:
                 exit = await self.client.tasks.wait(self.container_id, self.exec_id, PATIENCE)
-            except (Unavailable, DeadlineExceeded):
+            except (Unavailable, DeadlineExceeded) as e:
                 # A restarted service or bus knows the answer again: the exit is on disk, not in the air.
+                since = since or loop.time()
+                if loop.time() - since > OUTAGE_SECONDS and self._pipes is not None and self._pipes.closed:
+                    raise Unavailable(f"how {self.container_id} ended, nobody is there to tell: {e}") from None
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 1.0)
                 continue
             if exit is not None:
                 return exit
-            pause = 0.05
+            pause, since = 0.05, 0.0
 
     async def state(self) -> State:
         """Its state now."""

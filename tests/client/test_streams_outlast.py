@@ -107,6 +107,28 @@ async def test_the_end_of_stdin_is_told_whatever_is_away(tmp_path: Path) -> None
     process.detach()
 
 
+async def test_a_node_that_is_gone_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has ended is known by its streams; as long as they are open, it may just be without its services."""
+    monkeypatch.setattr("wherry.task.OUTAGE_SECONDS", 0.2)
+
+    async def away(*_: Any) -> None:
+        raise Unavailable("the process is not connected to NATS")
+
+    client: Any = SimpleNamespace(tasks=SimpleNamespace(wait=away))
+    pipes = Pipes(Stdio(None, lambda _: None), tmp_path, "default", "c")
+    process = Process(client, "c", "", pipes)
+    process.carry()
+    container = os.open(pipes.paths.stdout, os.O_WRONLY)
+    pipes.started()
+    waiting = asyncio.create_task(process.wait())
+    await asyncio.sleep(1.0)
+    assert not waiting.done()
+    os.close(container)
+    with pytest.raises(Unavailable, match="how c ended"):
+        await asyncio.wait_for(waiting, 20)
+    process.detach()
+
+
 def _all_of(fd: int) -> bytes:
     with open(fd, "rb") as pipe:
         return pipe.read()
