@@ -21,6 +21,8 @@ def command(
     async def work(client: Client) -> None:
         from wherry_shared.errors import FailedPrecondition, NotFound
 
+        from wherry.restarts import POLICY
+
         from .kill import on_each
 
         async def remove(container: Container) -> None:
@@ -34,6 +36,9 @@ def command(
                 await client.tasks.delete(container.id, "", force)
             with contextlib.suppress(NotFound):  # it went by itself with its task (`run --rm`)
                 await container.delete(snapshot=True)
+            if force and container.record.labels.get(POLICY):
+                with contextlib.suppress(NotFound):  # it may just have been started again
+                    await client.tasks.delete(container.id, "", True)
 
         await on_each(client, ids, remove)
 

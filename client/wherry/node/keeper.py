@@ -14,13 +14,13 @@ from collections.abc import AsyncIterable
 from pathlib import Path
 
 from wherry_shared.api.events import Envelope
-from wherry_shared.errors import NotFound, WherryError
+from wherry_shared.errors import DeadlineExceeded, NotFound, Unavailable, WherryError
 from wherry_shared.runtime import log_to_stderr, run_loop
 from wherry_shared.values import is_identifier
 
 import wherry
 from wherry.paging import walk
-from wherry.restarts import count_of, policy_of
+from wherry.restarts import STOPPED, count_of, policy_of
 
 log = logging.getLogger("wherry.keeper")
 
@@ -152,3 +152,20 @@ class Keeper:
         await container.start(again=count)
         self._started[key] = time.monotonic()
         log.info("container %s in %s was started again, for the %d. time", key[1], key[0], count)
+        while True:
+            try:
+                await self._heed(key)
+                return
+            except (Unavailable, DeadlineExceeded):
+                await asyncio.sleep(1.0)
+
+    async def _heed(self, key: Key) -> None:
+        """Whoever stopped or removed it while it was being started found nothing that ran."""
+        client = self._client.within(key[0])
+        try:
+            container = await client.container(key[1])
+            if container.record.labels.get(STOPPED):
+                await (await container.task()).stop()
+        except NotFound:
+            with contextlib.suppress(NotFound):
+                await client.tasks.delete(key[1], "", True)
