@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,30 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", mode: int =
     made = tarfile.TarInfo(name)
     made.type, made.linkname, made.mode = kind, link, mode
     return made
+
+
+def test_whoever_writes_the_tar_gets_to_its_end(tmp_path: Path) -> None:
+    """What fills an archive up comes late, and finds the pipe open."""
+    data = tar((member("f"), b"content"))
+    assert data.endswith(bytes(tarfile.RECORDSIZE - 2 * tarfile.BLOCKSIZE))
+    reader, writer = os.pipe()
+    failed: list[OSError] = []
+
+    def write() -> None:
+        with open(writer, "wb", buffering=0) as pipe:
+            try:
+                pipe.write(data + bytes(tarfile.RECORDSIZE))
+                time.sleep(0.3)
+                pipe.write(bytes(tarfile.RECORDSIZE))
+            except OSError as e:
+                failed.append(e)
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    with open(reader, "rb") as stream, tree(tmp_path) as target:
+        assert unpack(target.fd, stream, MINE) == []
+    writing.join()
+    assert (tmp_path / "f").read_bytes() == b"content" and failed == []
 
 
 def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:

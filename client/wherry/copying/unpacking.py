@@ -18,6 +18,7 @@ from .owners import PLAIN, Ids
 
 _BELOW = BENEATH | NO_SYMLINKS | NO_MAGICLINKS
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY
+_TRAILER_MAX = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def unpack(directory: int, stream: BinaryIO, rules: Rules) -> list[str]:
                     left.append(member.name)
                 else:
                     _add(directory, parts, member, tar, rules)
+        # An archive is filled up behind its end: whoever writes the other end of a pipe gets to its own end, too.
+        stream.read(_TRAILER_MAX)
     except (tarfile.TarError, EOFError) as e:
         raise DataLoss(f"the tar stream is broken: {e}") from None
     except NotADirectoryError as e:
