@@ -74,6 +74,14 @@ def test_a_terminal_is_left_as_it_was(node: Node, running: list[str]) -> None:
         assert not fcntl.fcntl(terminal._slave, fcntl.F_GETFL) & os.O_NONBLOCK
 
 
+def test_a_terminal_takes_no_pipe(node: Node, running: list[str], namespace: str, busybox_ref: str) -> None:
+    """It would wait for more for ever."""
+    for line in ([running[0], "-it", *running[1:]], ["run", "-n", namespace, "-it", busybox_ref]):
+        done = node.run(*line, "cat", check=False, input="all\n", timeout=30)
+        assert done.returncode == 125 and "the input is no terminal" in done.stderr
+    assert [row["id"] for row in node.json("ps", "-n", namespace, "-a")] == ["c"]
+
+
 CLOSED = pytest.mark.parametrize("warm", ["0", "1"])
 
 

@@ -49,6 +49,8 @@ async def _run(client: Client, reference: str, args: list[str], given: dict[str,
         # It may end when nobody is here any more: the node removes it then.
         when = "true" if detach or terminal else "later"
         given = {**given, "label": [*given.get("label", ()), f"{REMOVE_LABEL}={when}"]}
+    if not detach:
+        check_stdin(interactive, terminal)
     container = await make(client, reference, args, given)
     if not detach:
         keys = given.get("detach_keys", DETACH_KEYS)
@@ -103,12 +105,21 @@ async def _leave(task: Task | None, container: Container, *, rm: bool, force: bo
             await remove(snapshot=True)
 
 
+def check_stdin(interactive: bool, terminal: bool) -> None:
+    """InvalidArgument: a terminal is to be fed from something that is none. Nobody would tell it of that's end."""
+    from wherry_shared.errors import InvalidArgument
+
+    if interactive and terminal and not sys.stdin.isatty():
+        raise InvalidArgument("-t with -i, and the input is no terminal: leave out -t")
+
+
 def stdio_of(interactive: bool, terminal: bool, keys: str = DETACH_KEYS) -> Stdio:
     """Our own streams. A terminal's go over the bus, so that it can be left and joined again, and others can join."""
     from wherry import Stdio
 
     from .terminal import parse_keys
 
+    check_stdin(interactive, terminal)
     stdin, stdout = sys.stdin.fileno() if interactive else None, sys.stdout.fileno()
     if not terminal:
         return Stdio(stdin, stdout, sys.stderr.fileno())
