@@ -165,6 +165,54 @@ async def test_a_start_whose_record_was_lost(house: House) -> None:
     assert (await house.tasks.delete(id, force=True)).exit_status == 137
 
 
+async def test_a_pause_and_a_resume_whose_records_were_lost(house: House) -> None:
+    """Killed between the deed and its record: nothing says what is not so, and either can be asked for."""
+    id = await house.running("/bin/sleep", "1000")
+
+    async def cut_off(deed: str) -> None:
+        await getattr(house.supervisor.task("default", id).shim, deed)()
+        await house.stop_tasks()
+        await house.start_tasks()
+        assert (await house.tasks.get(id)).status == "pausing"
+
+    await cut_off("pause")
+    async with await house.bus.subscribe(namespace="default", topic="/tasks/paused") as events:
+        await house.tasks.pause(id)  # whoever has waited for that pause's answer asks again
+        async with asyncio.timeout(10):
+            assert (await anext(events)).event["container_id"] == id
+    assert (await house.tasks.get(id)).status == "paused"
+    with pytest.raises(FailedPrecondition, match="cannot pause a paused container"):
+        await house.tasks.pause(id)
+    await cut_off("resume")
+    await house.tasks.resume(id)
+    assert (await house.tasks.get(id)).status == "running"
+    await cut_off("pause")
+    await house.tasks.resume(id)  # somebody else's
+    assert (await house.tasks.get(id)).status == "running"
+    await house.tasks.pause(id)
+    await cut_off("resume")
+    await house.tasks.pause(id)
+    assert (await house.tasks.delete(id, force=True)).exit_status == 137
+
+
+async def test_a_pause_that_nobody_waits_for_to_the_end(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    id = await house.running("/bin/sleep", "1000")
+    shim = house.supervisor.task("default", id).shim
+
+    async def late() -> None:
+        await type(shim).pause(shim)
+        raise Unavailable("it does not answer")
+
+    monkeypatch.setattr(shim, "pause", late)
+    with pytest.raises(Unavailable):
+        await house.supervisor.pause("default", id)
+    monkeypatch.undo()
+    assert (await house.tasks.get(id)).status == "pausing"
+    await house.tasks.resume(id)
+    assert (await house.tasks.get(id)).status == "running"
+    assert (await house.tasks.delete(id, force=True)).exit_status == 137
+
+
 async def test_a_monitor_that_hangs_costs_its_own_container_only(house: House, impatient: None) -> None:
     hangs, other = await house.running("/bin/sleep", "1000"), await house.running("/bin/sleep", "1000")
     pid = (await house.tasks.get(hangs)).pid

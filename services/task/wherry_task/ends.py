@@ -149,7 +149,10 @@ class Ends:
                 return
 
     async def reconcile(self, task: Task) -> None:
-        """A start that took effect, but whose record was lost with its service, is recorded now."""
+        """A start that took effect, but whose record was lost with its service, is recorded now.
+
+        A pause or a resume of which that is so leaves it pausing: who asked asks again, or somebody else decides.
+        """
         namespace, container = task.key
         seen = await task.shim.state([p.row.exec for p in task.processes.values() if p.row.exec and not p.row.pid])
         init = task.process("")
@@ -162,6 +165,8 @@ class Ends:
                 tx.publish("/tasks/start", {"container_id": container, "pid": init.row.pid}, namespace=namespace)
 
             await self._database.write(record)
+        elif init.row.status in ("running", "paused") and seen.paused != (init.row.status == "paused"):
+            init.row = replace(init.row, status="pausing")
         for exec_id, pid in seen.execs.items():
             process = task.processes.get(exec_id)
             if process is not None and not process.row.pid:

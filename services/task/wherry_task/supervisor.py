@@ -29,6 +29,7 @@ from wherry_shared.boot import boot_id
 from wherry_shared.catalog import raise_if_replayed
 from wherry_shared.errors import (
     AlreadyExists,
+    DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
@@ -57,6 +58,8 @@ LOOK_SECONDS = 2.0
 KILL_SECONDS = 20.0
 # So that a page of all fields stays below 512 KiB.
 STATS_MAX = 200
+# After these nobody knows whether what was asked of a shim has taken effect.
+_UNKNOWN = (asyncio.CancelledError, DeadlineExceeded, Unavailable)
 
 
 class Supervisor:
@@ -230,15 +233,19 @@ class Supervisor:
     async def _freeze(self, namespace: str, container: str, event: str) -> None:
         task = self.task(namespace, container)
         async with task.lock:
+            raise_if_replayed(self._database)
             init = task.process("")
-            if init.row.status != ("running" if event == "paused" else "paused"):
+            # Nobody is at it, so whoever was, was killed or given up at it: it may be done.
+            cut_off = init.row.status == "pausing"
+            if not cut_off and init.row.status != ("running" if event == "paused" else "paused"):
                 verb = event.removesuffix("d")
                 raise FailedPrecondition(f"cannot {verb} a {init.row.status} container: task {container}")
-            if event == "paused":
+            if cut_off and (await task.shim.state()).paused == (event == "paused"):
+                init.row = replace(init.row, status="paused" if event == "paused" else "running")
+            elif event == "paused":
                 await self._pause(task, init)
             else:
-                await task.shim.resume()
-                init.row = replace(init.row, status="running")
+                await self._resume(task, init)
 
             def record(tx: Transaction) -> None:
                 metadata.put_process(tx, namespace, container, init.row)
@@ -247,16 +254,26 @@ class Supervisor:
             await self._database.mutate(record, durable=False)
 
     async def _pause(self, task: Task, init: Running) -> None:
-        """Whoever looks meanwhile sees it pausing."""
+        """Whoever looks meanwhile sees it pausing, and so it stays where nobody knows what became of it."""
         before, init.row = init.row, replace(init.row, status="pausing")
         try:
             await task.shim.pause()
-        except BaseException:
-            if init.row.status == "pausing":
+        except BaseException as e:
+            if init.row.status == "pausing" and not isinstance(e, _UNKNOWN):
                 init.row = before
             raise
         if init.row.status == "pausing":
             init.row = replace(init.row, status="paused")
+
+    async def _resume(self, task: Task, init: Running) -> None:
+        try:
+            await task.shim.resume()
+        except _UNKNOWN:
+            if init.row.status == "paused":
+                init.row = replace(init.row, status="pausing")
+            raise
+        if init.row.status in ("paused", "pausing"):
+            init.row = replace(init.row, status="running")
 
     async def update(
         self, namespace: str, container: str, resources: dict[str, Any], annotations: dict[str, str]

@@ -59,11 +59,12 @@ class OutOfMemory:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a shim knows of its container: whether the init runs, its pid, and the pids of its execs."""
+    """What a shim knows of its container: whether the init runs, its pid, its execs' pids, whether it is paused."""
 
     running: bool
     pid: int
     execs: dict[str, int] = field(default_factory=dict)
+    paused: bool = False
 
 
 Notice = Ended | OutOfMemory

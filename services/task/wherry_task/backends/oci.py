@@ -120,7 +120,8 @@ class MonitorShim:
     async def state(self, execs: Sequence[str] = ()) -> Seen:
         told = await self.channel.ask("state", patience=STATE_SECONDS)
         pids = {exec_id: int(each["pid"]) for exec_id, each in told.get("execs", {}).items()}
-        return Seen(told["state"] not in ("created", "empty"), int(told["pid"]), pids)
+        state = told["state"]
+        return Seen(state not in ("created", "empty"), int(told["pid"]), pids, state == "paused")
 
     async def delete(self, exec_id: str, *, force: bool) -> None:
         if not exec_id:

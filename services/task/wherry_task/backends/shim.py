@@ -38,7 +38,7 @@ log = logging.getLogger("wherry.task.shim")
 
 PATIENCE, LONG_PATIENCE, LOOK_SECONDS, END_SECONDS, DYING_SECONDS = 10.0, 50.0, 2.0, 5.0, 1.0
 SIGKILL = 9
-RUNNING_STATES = (2, 4, 5)
+RUNNING_STATES, PAUSED_STATE = (2, 4, 5), 4
 ORDER_SECONDS = 2.0  # in which the execs of an init that has ended are reaped
 ADDRESS_MAX = 107  # what a socket's address holds
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -165,7 +165,8 @@ class V2Shim:
             with contextlib.suppress(NotFound):
                 pids[exec_id] = integer(decode(await self.call("State", {2: exec_id}, LOOK_SECONDS)), 3)
         status = integer(init, 4)
-        return Seen(status in RUNNING_STATES or status == 3, self._pid, {e: pid for e, pid in pids.items() if pid})
+        known = {e: pid for e, pid in pids.items() if pid}
+        return Seen(status in RUNNING_STATES or status == 3, self._pid, known, status == PAUSED_STATE)
 
     async def delete(self, exec_id: str, *, force: bool) -> None:
         if exec_id:
