@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from wherry.cli.content import verified
 from wherry.client import Client
 from wherry.image import Image
 from wherry.usage import summaries
@@ -110,3 +111,20 @@ async def test_names_that_only_their_record_knows(client: Client, image: Image) 
         await client.image("Not There Either")
     with pytest.raises(NotFound):
         await client.image("nobody")
+
+
+async def test_what_is_collected_meanwhile_is_not_verified(
+    client: Client, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = await digests(client)
+    verify, gone = client.content.verify, image.target.digest
+
+    async def late(digest: str) -> None:
+        if digest == gone:
+            await client.content.delete(digest)
+        await verify(digest)
+
+    monkeypatch.setattr(client.content, "verify", late)
+    assert await verified(client, []) == [{"digest": d, "state": "ok"} for d in sorted(there) if d != gone]
+    with pytest.raises(NotFound):
+        await verified(client, [gone])
