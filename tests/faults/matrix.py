@@ -129,6 +129,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
         f"{_DISK}::test_a_flipped_bit_is_found_put_aside_and_healed",
         f"{_DISK}::test_a_short_or_missing_file_is_told_and_healed_for_every_namespace",
         "client/test_export.py::test_a_rotten_blob_is_not_exported",
+        "client/test_pull_node.py::test_a_pull_heals_a_layer_that_has_become_rotten",
     ),
     "19 a damaged database": (
         f"{_SQLITE}::test_a_damaged_database_is_refused_by_name",
