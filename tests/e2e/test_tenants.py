@@ -170,6 +170,17 @@ async def test_no_way_to_the_host_by_a_restart_policy(
     assert not (tmp_path / "by-tenant").exists()
 
 
+async def test_what_is_refused_does_not_fill_the_state_directory(tenant: wherry.Client, node: Node) -> None:
+    """nats-server writes a line for each refusal, with the subject in it; /run lies in memory."""
+    bus = tenant.bus.transport
+    for _ in range(100):
+        for _ in range(100):
+            bus.publish(f"wherry.{'z' * 3000}", b"")
+        await bus.flush()
+    logs = [path.stat().st_size for path in node.state.glob("nats-server.log*")]
+    assert 1 << 20 < sum(logs) < 16 << 20
+
+
 def test_tenants_that_are_made_at_the_same_moment(node: Node, namespace: str) -> None:
     names = [f"{namespace}-{n}" for n in range(6)]
     making = [

@@ -18,6 +18,7 @@ from wherry_shared.errors import FailedPrecondition, NotFound, Unavailable
 
 START_SECONDS = 10.0
 STORE_MAX_BYTES = 1 << 30
+LOG_MAX_BYTES, LOG_FILES = 4 << 20, 2
 # Until then, and for some time more, services keep what the stream has acknowledged (wherry_shared.outbox).
 SYNC_SECONDS = 1
 # One OS thread for Go's scheduler: hand-overs between cores cost more than they bring at this size. And a heap that may
@@ -52,6 +53,9 @@ class NatsServer:
                 "max_pending: 64MB",
                 "write_deadline: 10s",
                 "ping_interval: 20s",
+                # Whoever reaches the port can make it log; its log lies where state does, in memory perhaps.
+                f"logfile_size_limit: {LOG_MAX_BYTES}",
+                f"logfile_max_num: {LOG_FILES}",
                 "jetstream {",
                 f"  store_dir: {json.dumps(str(self.store))}",
                 f"  max_file_store: {STORE_MAX_BYTES}",
