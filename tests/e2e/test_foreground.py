@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from node import WHERRY, Node, eventually
@@ -80,6 +81,20 @@ def test_a_terminal_takes_no_pipe(node: Node, running: list[str], namespace: str
         done = node.run(*line, "cat", check=False, input="all\n", timeout=30)
         assert done.returncode == 125 and "the input is no terminal" in done.stderr
     assert [row["id"] for row in node.json("ps", "-n", namespace, "-a")] == ["c"]
+
+
+def test_a_cidfile(node: Node, running: list[str], namespace: str, busybox_ref: str, tmp_path: Path) -> None:
+    """It is new, or there is no container; and there is none without one."""
+    path = tmp_path / "cid"
+    create = ["create", "-n", namespace, "--cidfile", str(path)]
+    id = node.run(*create, busybox_ref, "true").stdout.strip()
+    assert path.read_text() == id
+    done = node.run("run", *create[1:], busybox_ref, "true", check=False)
+    assert done.returncode == 125 and "File exists" in done.stderr and path.read_text() == id
+    node.run("rm", "-n", namespace, id)
+    path.unlink()
+    assert node.run("run", *create[1:], "--name", "c", busybox_ref, "true", check=False).returncode == 125
+    assert not path.exists() and [row["id"] for row in node.json("ps", "-n", namespace, "-a")] == ["c"]
 
 
 CLOSED = pytest.mark.parametrize("warm", ["0", "1"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import secrets
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -202,6 +204,33 @@ def explain(e: Exception, args: list[str]) -> str:
 
 async def make(client: Client, reference: str, args: list[str], given: dict[str, Any]) -> Container:
     """The container that the flags describe, from an image that is pulled when it is not there."""
+    with _cidfile(given.get("cidfile", "")) as write:
+        container = await _made(client, reference, args, given)
+        write(container.id)
+    return container
+
+
+@contextmanager
+def _cidfile(path: str) -> Iterator[Callable[[str], object]]:
+    """What writes into a new file, which is there before the container and goes when that does not come to be."""
+    from wherry_shared.errors import FailedPrecondition
+
+    if not path:
+        yield lambda _: None
+        return
+    try:
+        file = open(path, "x")  # noqa: SIM115 - closed below
+    except OSError as e:
+        raise FailedPrecondition(f"cidfile {path}: {e.strerror}") from None
+    with file:
+        try:
+            yield file.write
+        except BaseException:
+            os.unlink(path)
+            raise
+
+
+async def _made(client: Client, reference: str, args: list[str], given: dict[str, Any]) -> Container:
     from wherry import flags, nearby
     from wherry.registry.platforms import parse_platform
 
@@ -224,11 +253,7 @@ async def make(client: Client, reference: str, args: list[str], given: dict[str,
     platform = parse_platform(given["platform"]) if given.get("platform") else None
     pull = given.get("pull", "missing")
     image = await find_image(client, reference, options.get("snapshotter", ""), pull, platform)
-    container = await client.new_container(id, image, platform=platform, args=args, **options)
-    if given.get("cidfile"):
-        with open(given["cidfile"], "x") as file:  # noqa: ASYNC230 - a small file of the caller's own
-            file.write(container.id)
-    return container
+    return await client.new_container(id, image, platform=platform, args=args, **options)
 
 
 def _stem(image: str) -> str:
