@@ -25,6 +25,8 @@ from wherry_shared.errors import Unavailable, WherryError
 
 NODE = "n1"
 EVENTS = "events"
+PATIENCE = 60
+"""Seconds that a test waits for what comes in milliseconds where the machine has nothing else to do."""
 OWNERS = {topic: service for service in credentials.CALLS for topic in credentials.topics(service)}
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from housebus import HouseBus
+from housebus import PATIENCE, HouseBus
 from wherry_events.journal import EVENT_BYTES_MAX, Journal
 from wherry_events.kept import Kept
 from wherry_events.metadata import MIGRATIONS, Rows
@@ -82,7 +82,7 @@ async def test_a_new_stream_is_empty(events: Events) -> None:
 
 async def test_what_is_published_is_answered_seen_and_kept(house: Bus, events: Events) -> None:
     before = datetime.now(UTC)
-    async with await house.subscribe() as seen, asyncio.timeout(10):
+    async with await house.subscribe() as seen, asyncio.timeout(PATIENCE):
         made = await events.publish("/my.app/made", {"a": [1, None, {"b": "ü"}]})
         assert await anext(seen) == made
     assert (made.namespace, made.topic, made.node) == ("default", "/my.app/made", house.node)
@@ -99,7 +99,7 @@ async def test_an_event_without_fields(events: Events) -> None:
 
 
 async def test_a_forwarded_event_stays_as_it_was(house: Bus, events: Events) -> None:
-    async with await house.subscribe(topic="/tasks/exit") as seen, asyncio.timeout(10):
+    async with await house.subscribe(topic="/tasks/exit") as seen, asyncio.timeout(PATIENCE):
         await events.forward(envelope(7))
         assert await anext(seen) == envelope(7)
     assert (await events.replay()).events == [envelope(7)]
@@ -156,7 +156,7 @@ async def test_outside_of_a_namespace_nothing_is_published(everywhere: Events) -
 
 
 async def test_the_same_id_is_one_event(house: Bus, events: Events) -> None:
-    async with await house.subscribe() as seen, asyncio.timeout(10):
+    async with await house.subscribe() as seen, asyncio.timeout(PATIENCE):
         for number in (1, 1, 2, 1):
             await events.forward(envelope(number))
         await events.forward(envelope(3))
@@ -397,7 +397,7 @@ async def test_what_is_forwarded_has_an_id_a_time_and_a_node(events: Events) -> 
 
 async def test_one_subscription_sees_the_ends_on_every_node(house: Bus) -> None:
     """Across nodes it is the bus that carries them: one pattern, `wherry.ev.v1.*.<ns>.tasks.exit`."""
-    async with await house.subscribe(namespace="default", topic="/tasks/exit") as exits, asyncio.timeout(10):
+    async with await house.subscribe(namespace="default", topic="/tasks/exit") as exits, asyncio.timeout(PATIENCE):
         operator = house.transport if not isinstance(house, HouseBus) else await house.server.operator()
         for number, (node, namespace, topic) in enumerate(
             [("n1", "default", "/tasks/exit"), ("n2", "default", "/tasks/start"), ("n2", "other", "/tasks/exit"),
@@ -420,7 +420,7 @@ async def test_what_a_caller_publishes_stands_in_the_stream_as_any_envelope_does
 
 
 async def test_two_read_what_one_subscriber_hears(house: Bus, events: Events) -> None:
-    async with await house.subscribe() as heard, asyncio.timeout(10):
+    async with await house.subscribe() as heard, asyncio.timeout(PATIENCE):
         readers = [asyncio.ensure_future(anext(heard)) for _ in range(3)]
         await asyncio.sleep(0.01)
         readers[0].cancel()
@@ -448,7 +448,7 @@ async def test_subscribers_see_the_order_of_the_stream(house: Bus, events: Event
         await house.subscribe() as one,
         await house.subscribe(namespace="default") as two,
         await house.subscribe(namespace="default", topic="/tasks/exit") as three,
-        asyncio.timeout(10),
+        asyncio.timeout(PATIENCE),
     ):
         for n in range(60):
             topic = "/tasks/exit" if n % 2 else "/tasks/start"

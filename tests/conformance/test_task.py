@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from housebus import PATIENCE
 from task_house import RUNTIMES, SH, House, exec_of, gone, house_of, parent_of
 from wherry_shared import context
 from wherry_shared.api.task import Stdio, Tasks
@@ -51,7 +52,7 @@ async def test_a_whole_life(house: House) -> None:
             with pytest.raises(NotFound, match=id):
                 await call
         topics = []
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             async for event in events:
                 topics.append(event.topic)
                 if event.topic == "/tasks/delete":
@@ -217,7 +218,7 @@ async def test_what_a_restart_finds(house: House) -> None:
         await house.tasks.kill(stays, 9, "e")
         assert await house.exit(stays, "e") == 137
         seen = []
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             async for event in exits:
                 seen.append((event.event["container_id"], event.event["id"], event.event["exit_status"]))
                 if len(seen) == 2:

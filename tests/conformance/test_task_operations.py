@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from contentd import Replica
+from housebus import PATIENCE
 from task_house import RUNTIMES, SH, SHIM, House, exec_of, gone, house_of
 from wherry_shared import context
 from wherry_shared.api.container import Containers
@@ -236,7 +237,7 @@ async def test_an_exec_waits_for_its_start_and_ends_with_the_init(house: House) 
     async with await house.bus.subscribe(namespace="default", topic="/tasks/exit") as exits:
         await house.tasks.kill(id, signal.SIGKILL)
         assert await house.exit(id) == 137 and await house.exit(id, "early") == 137
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             assert [(await anext(exits)).event["id"] for _ in range(2)] == ["early", id]
     with pytest.raises(FailedPrecondition, match="init process is not running"):
         await house.tasks.start(id, "late")
@@ -304,7 +305,7 @@ async def test_want_of_memory_is_told_and_marked(house: House) -> None:
         await house.tasks.start(id)
         assert await house.exit(id) == 137
         seen = []
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             async for event in events:
                 if event.topic in ("/tasks/oom", "/tasks/exit"):
                     seen.append((event.topic, event.event.get("oom")))
@@ -426,13 +427,13 @@ async def test_a_shared_pid_namespace_is_killed_whole(house: House) -> None:
     for everyone in (True, False):
         await house.tasks.create(id, house.mounts)
         await house.tasks.start(id)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while len(pids := [each.pid for each in await house.tasks.pids(id)]) < 3:
                 await asyncio.sleep(0.02)
         await house.tasks.kill(id, signal.SIGKILL, all=everyone)
         assert await house.exit(id) == 137
         await house.tasks.delete(id)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while not all(gone(pid) for pid in pids):
                 await asyncio.sleep(0.02)
         assert house.leftovers(id) == []

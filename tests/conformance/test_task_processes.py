@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from contentd import Replica, digest_of
+from housebus import PATIENCE
 from task_house import RUNTIMES, SH, House, exec_of, house_of
 from wherry_shared import context
 from wherry_shared.api.task import PROCESS_MAX, Stdio
@@ -149,14 +150,14 @@ async def test_what_nobody_comes_back_for_goes(house: House) -> None:
     await house.tasks.start(id, "over-a-restart")
     assert await house.exit(id, "never") == 0
     assert await house.exit(id, "later") == 0
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while "at-once" in house.supervisor.task("default", id).processes:
             await asyncio.sleep(0.05)
     await house.stop_tasks()
     await house.start_tasks()
     assert (await house.tasks.get(id, "over-a-restart")).status == "running"
     await house.tasks.input(id, "w", 0, b"", "over-a-restart", eof=True)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while set(house.supervisor.task("default", id).processes) != {"", "never"}:
             await asyncio.sleep(0.05)
     with pytest.raises(NotFound):
@@ -178,7 +179,7 @@ async def test_what_is_never_started_goes(house: House, monkeypatch: pytest.Monk
     monkeypatch.setattr("wherry_task.lingering.START_SECONDS", 0.5)
     id = await house.running("/bin/sleep", "1000")
     await house.tasks.exec(id, "added", exec_of("true"), kept=0)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while len(house.supervisor.task("default", id).processes) > 1:
             await asyncio.sleep(0.05)
     assert files_of(house, id) == []

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from housebus import PATIENCE
 from task_house import RUNTIMES, SHIM, House, exec_of, gone, house_of, parent_of
 from wherry_shared.api.task import Exit, Stdio
 from wherry_shared.bus import Bus
@@ -40,12 +41,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(V2Shim.call, "__defaults__", (0.5, *defaults[1:]))
 
 
-async def told(events: Subscriber) -> list[tuple[str, int]]:
+async def told(events: Subscriber, count: int) -> list[tuple[str, int]]:
     """The exits that were told; one too many has half a second to come."""
-    found = []
+    found: list[tuple[str, int]] = []
     try:
         while True:
-            async with asyncio.timeout(0.5):
+            async with asyncio.timeout(PATIENCE if len(found) < count else 0.5):
                 event = (await anext(events)).event
             found.append((str(event["id"]), int(event["exit_status"])))
     except TimeoutError:
@@ -74,7 +75,7 @@ async def test_a_reboot_ends_everything_once(house: House) -> None:
             assert [(await house.tasks.get(id)).exit_status for id in (runs, waits, ended)] == [137, 137, 4]
             await house.stop_tasks()
         await house.start_tasks()
-        assert await told(events) == sorted([("e", 137), (runs, 137), (waits, 137), (ended, 4)])
+        assert await told(events, 4) == sorted([("e", 137), (runs, 137), (waits, 137), (ended, 4)])
     for id in (runs, waits, ended):
         assert isinstance(await house.tasks.delete(id), Exit)
         with pytest.raises(NotFound):
@@ -154,7 +155,7 @@ async def test_a_start_whose_record_was_lost(house: House) -> None:
         await house.stop_tasks()
         await house.start_tasks()
         assert (await house.tasks.get(id)).status == "running"
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             assert (await anext(starts)).event["container_id"] == id
     # Whoever has waited for that start's answer asks again.
     assert await house.tasks.start(id) == (await house.tasks.get(id)).pid
@@ -178,7 +179,7 @@ async def test_a_pause_and_a_resume_whose_records_were_lost(house: House) -> Non
     await cut_off("pause")
     async with await house.bus.subscribe(namespace="default", topic="/tasks/paused") as events:
         await house.tasks.pause(id)  # whoever has waited for that pause's answer asks again
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             assert (await anext(events)).event["container_id"] == id
     assert (await house.tasks.get(id)).status == "paused"
     with pytest.raises(FailedPrecondition, match="cannot pause a paused container"):
@@ -229,7 +230,7 @@ async def test_a_monitor_that_hangs_costs_its_own_container_only(house: House, i
     assert ("has not answered" in stats[hangs].error) is (house.runtime == SHIM)
     await house.tasks.pause(other)
     await house.tasks.resume(other)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         assert (await house.tasks.delete(hangs, force=True)).exit_status == 137
     assert gone(pid) and gone(monitor)
     assert (await house.tasks.get(other)).status == "running"
@@ -241,13 +242,13 @@ async def test_a_start_beside_a_monitor_that_hangs(house: House, impatient: None
     monitor = _monitor_of(house.supervisor.task("default", id).bundle.path)
     await house.stop_tasks()
     os.kill(monitor, signal.SIGSTOP)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         await house.start_tasks()
     assert (await house.tasks.get(id)).status == "running"
     with pytest.raises(Unavailable):
         await house.tasks.pause(id)
     os.kill(monitor, signal.SIGCONT)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while True:
             try:
                 await house.tasks.kill(id, signal.SIGKILL)
@@ -297,7 +298,7 @@ async def test_everything_of_a_killed_node(house: House) -> None:
                 break
             await asyncio.sleep(0.02)
         assert not alive, [Path(f"/proc/{pid}/status").read_text() for pid in alive]
-        assert await told(events) == sorted([("e", 137), *((id, 137) for id in ids)])
+        assert await told(events, 4) == sorted([("e", 137), *((id, 137) for id in ids)])
     remove_unused_fifos(house.state / "fifo", house.supervisor.stdio())
     assert (used.exists(), left.exists(), young.exists()) == (True, False, True)
     os.close(reader)

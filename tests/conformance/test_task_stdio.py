@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from housebus import PATIENCE
 from task_house import RUNTIMES, SH, SHIM, House, exec_of, house_of
 from wherry.stdio import Stdio as ClientStdio
 from wherry.streaming import Streaming
@@ -59,7 +60,7 @@ class Reading:
         return got
 
     async def until(self, text: bytes) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while text not in self.out:
                 await self.once()
 
@@ -171,10 +172,10 @@ async def test_who_stays_away_is_told_what_is_lost(house: House, monkeypatch: py
     away = Reading(house, id)
     await away.until(b"begin\n")
     spool = house.state / "tasks" / "default" / id / "io" / "init" / "stdout.spool"
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while spool.stat().st_size < size + 6:
             await asyncio.sleep(0.05)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while len(away.out) + away.lost < size + 6:
             await away.once()
     assert away.lost > 0 and len(away.out) < 2_000_000 and len(away.out) + away.lost == size + 6
@@ -213,7 +214,7 @@ async def test_nobody_reads_and_little_is_kept(house: House, monkeypatch: pytest
     id = await house.running(*SH, "head -c 30000000 /dev/zero", stdio=OUT)
     assert await house.exit(id) == 0
     spool = house.state / "tasks" / "default" / id / "io" / "init" / "stdout.spool"
-    async with asyncio.timeout(20):  # what was in the pipe as it ended is still on its way
+    async with asyncio.timeout(PATIENCE):  # what was in the pipe as it ended is still on its way
         while (now := spool.stat()).st_size < 30_000_000 or now.st_blocks * 512 >= 1 << 20:
             await asyncio.sleep(0.05)
     assert now.st_size == 30_000_000
@@ -289,7 +290,7 @@ async def test_readers_that_vanish_leave_nothing(house: House, monkeypatch: pyte
     id = await house.running("/bin/sleep", "1000", stdio=OUT)
     carried = house.supervisor.streams.of(("default", id, ""))
     assert carried.outlet is not None
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while house.oci._spare is None:  # the next monitor is forked a moment after a creation
             await asyncio.sleep(0.01)
     files = len(os.listdir("/proc/self/fd"))
@@ -299,7 +300,7 @@ async def test_readers_that_vanish_leave_nothing(house: House, monkeypatch: pyte
         for poll in polls:
             poll.cancel()
         await asyncio.gather(*polls, return_exceptions=True)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while carried.outlet.readers or carried.outlet.waiting:
             await asyncio.sleep(0.05)
     assert len(os.listdir("/proc/self/fd")) <= files
@@ -399,7 +400,7 @@ async def test_a_log(house: House) -> None:
     id = await house.running(*SH, "echo one; sleep 0.2; echo two >&2; sleep 0.2; echo -n three", stdio=LOG)
     assert await house.exit(id) == 0
     wanted = [(b"stdout", b"one"), (b"stderr", b"two"), (b"stdout", b"three")]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while (window := await house.tasks.logs(id, patience=5.0)).lines.count(b"\n") < 3:
             pass
     assert lines_of(window.lines) == wanted
@@ -454,7 +455,7 @@ async def test_who_is_too_slow_for_a_log_is_told(house: House) -> None:
     assert b"first" in window.lines
     await house.tasks.input(id, "w", 0, b"", eof=True)
     await house.exit(id)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while b" 1000\n" not in (await house.tasks.logs(id, tail=1)).lines:
             await asyncio.sleep(0.02)
     window = await house.tasks.logs(id, window.next)
@@ -503,7 +504,7 @@ async def test_the_log_of_a_shim_v2(bus: Bus, tmp_path: Path) -> None:
 async def followed(house: House, id: str) -> list[tuple[bytes, bytes]]:
     """What a log has, up to its end."""
     after, found = "", b""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while not (window := await house.tasks.logs(id, after, patience=5.0)).ended:
             found, after = found + window.lines, window.next
     return lines_of(found)
