@@ -45,8 +45,8 @@ async def on_each(client: Client, names: list[str], work: Callable[[Container], 
     async def one(name: str) -> str:
         try:
             await work(await find(client, name))
-        except WherryError as e:
-            return str(e)
+        except WherryError as e:  # one of the bus names only what was asked
+            return str(e) if name in str(e) else f"{name}: {e}"
         return ""
 
     said = await asyncio.gather(*(one(name) for name in names))
