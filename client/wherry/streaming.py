@@ -13,6 +13,7 @@ import stat
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from wherry_shared import context
 from wherry_shared.api.task import Stdio as Paths
 from wherry_shared.api.task import Taken
 from wherry_shared.errors import (
@@ -25,7 +26,7 @@ from wherry_shared.errors import (
 )
 
 from .nearby import is_here
-from .outgoing import ready, write_all
+from .outgoing import ready, write_all, write_now
 from .stdio import CHUNK, Pipes, Sink, Stdio, forget, part
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ PATIENCE = 5.0
 # A service that is restarted is back sooner; whoever sits at a terminal wants to know.
 OUTAGE_SECONDS = 60.0
 DRAIN_SECONDS = 10.0
+# Who has not asked for 10 seconds holds a process back no more.
+WORD_SECONDS = 3.0
 # `bus` or `fifo`, for streams that do not say themselves.
 WAY = "WHERRY_STDIO"
 _PASSING = (Unavailable, DeadlineExceeded, ResourceExhausted)
@@ -144,14 +147,14 @@ class Streaming:
             except NotFound:
                 return  # deleted: there is nothing any more
             await self._runs.wait()
-            await self._put(self._stdio.stdout, got.lost_stdout, got.stdout)
-            await self._put(self._stdio.stderr, got.lost_stderr, got.stderr)
+            await self._put(self._stdio.stdout, got.lost_stdout, got.stdout, got.next)
+            await self._put(self._stdio.stderr, got.lost_stderr, got.stderr, got.next)
             self._moved += len(got.stdout) + len(got.stderr)
             self._after = got.next
             if got.ended:
                 return
 
-    async def _put(self, sink: int | Sink | None, lost: int, data: bytes) -> None:
+    async def _put(self, sink: int | Sink | None, lost: int, data: bytes, next: str) -> None:
         if sink is None or not (lost or data):
             return
         if lost:
@@ -159,13 +162,23 @@ class Streaming:
         if callable(sink):
             sink(data)
             return
-        self._held = True
         try:
-            await write_all(sink, data)
+            if rest := write_now(sink, data):
+                await self._put_slowly(sink, rest, next)
         except OSError as e:  # what comes is dropped
             part(self._parted, e)
+
+    async def _put_slowly(self, sink: int, data: memoryview, next: str) -> None:
+        """Wait for whoever reads it from us; who asks for what comes next meanwhile, loses nothing of that."""
+        self._held, writing = True, asyncio.ensure_future(write_all(sink, data))
+        try:
+            while not (await asyncio.wait([writing], timeout=WORD_SECONDS))[0]:
+                with contextlib.suppress(WherryError), context.use(timeout=WORD_SECONDS):
+                    await self._client.tasks.output(*self._process, next, 0.0)
+            await writing
         finally:
             self._held = False
+            writing.cancel()
 
     async def _outlasting(self, call: Callable[[], Awaitable[T]]) -> T:
         """Make a call until it is answered, through restarts of services and bus; Unavailable when that takes long."""
@@ -205,7 +218,8 @@ class Streaming:
             rest = data[given - begin :]
             taken = await self._outlasting(self._giving(writer, given, rest, eof))
             if taken.unsure:
-                await self._put(self._stdio.stdout, 0, f"[{taken.unsure} bytes of input may be lost]\r\n".encode())
+                text = f"[{taken.unsure} bytes of input may be lost]\r\n"
+                await self._put(self._stdio.stdout, 0, text.encode(), self._after)
             if taken.total < given:
                 raise Unavailable(f"{given - taken.total} bytes of input were lost")
             given, eof = taken.total, eof and taken.total < given + len(rest)
