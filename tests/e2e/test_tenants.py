@@ -79,6 +79,28 @@ async def test_no_way_to_the_host(tenant: wherry.Client, busybox_ref: str, chang
     await container.delete(snapshot=True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "place", "path"),
+    [("proc", "/p", "/p/sys/kernel/core_pattern"), ("sysfs", "/sys", "/sys/kernel/profiling")],
+)
+async def test_no_way_to_the_kernels_settings(
+    tenant: wherry.Client, node: Node, busybox_ref: str, kind: str, place: str, path: str
+) -> None:
+    """A second proc has no path that is masked: its core_pattern is a program that the kernel runs as the host's root,
+    and a writable sysfs is the host's."""
+    image = await tenant.pull(busybox_ref, unpack=True)
+    spec = make("bad", (await image.resolve()).config, Options(args=["sleep", "1000"]), User())
+    spec["mounts"] = [mount for mount in spec["mounts"] if mount["destination"] != place]
+    spec["mounts"].append({"destination": place, "type": kind, "source": kind, "options": ["nosuid"]})
+    container = await tenant.new_container("bad", image, spec=spec)
+    with pytest.raises(PermissionDenied, match=f"{kind} at '{place}'"):
+        async with container.new_task() as task:
+            await task.start()
+            wrote = await task.run(["sh", "-c", f"was=$(cat {path}) && echo $was > {path}"])  # what it was
+            assert wrote.code, f"{path} is the host's, and was written"
+    await container.delete(snapshot=True)
+
+
 async def test_foreign_directories_are_no_mounts_for_a_tenant(
     tenant: wherry.Client, busybox_ref: str, tmp_path: Path
 ) -> None:

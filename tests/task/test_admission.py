@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import pytest
-from wherry import spec
+from wherry import spec, volumes
 from wherry_shared.context import Identity
 from wherry_shared.errors import InvalidArgument, PermissionDenied
 from wherry_task import admission
@@ -35,6 +35,26 @@ def test_the_default_is_admitted() -> None:
         ({"process": {"capabilities": {"ambient": ["CAP_CHOWN"]}}}, "ambient"),
         ({"process": {"capabilities": {"inheritable": ["CAP_CHOWN"]}}}, "inheritable"),
         ({"mounts": [{"destination": "/x", "type": "tmpfs", "options": ["dev"]}]}, "a mount of"),
+        ({"mounts": [{"destination": "/p", "type": "proc", "source": "proc"}]}, "a mount of 'proc'"),
+        ({"mounts": [{"destination": "/proc/", "type": "proc", "source": "proc"}]}, "a mount of 'proc'"),
+        ({"mounts": [{"destination": "/sys", "type": "sysfs", "source": "sysfs"}]}, "a mount of 'sysfs'"),
+        ({"mounts": [{"destination": "/sys", "type": "sysfs", "options": ["ro", "rw"]}]}, "sysfs at '/sys'"),
+        ({"mounts": [{"destination": "/sys", "type": "sysfs", "options": ["ro", "rrw"]}]}, "sysfs at '/sys'"),
+        ({"mounts": [{"destination": "/s", "type": "sysfs", "options": ["ro"]}]}, "sysfs at '/s'"),
+        ({"mounts": [{"destination": "/sys/fs/cgroup", "type": "cgroup"}]}, "cgroup at"),
+        ({"mounts": [{"destination": "/sys", "type": "tmpfs", "options": ["remount"]}]}, "tmpfs at '/sys'"),
+        ({"mounts": [{"destination": "/x", "type": "tmpfs", "uidMappings": [{"size": 1}]}]}, "mounts.uidMappings"),
+        ({"linux": {"netDevices": {"eth0": {}}}}, "linux.netDevices"),
+        ({"linux": {"seccomp": {"listenerPath": "/run/x"}}}, "a listener"),
+        ({"linux": {"resources": {"unified": {"cgroup.procs": "1"}}}}, "cgroup.procs"),
+        ({"linux": {"resources": {"unified": {"memory.max/../../x": "1"}}}}, "memory.max/"),
+        ({"linux": {"resources": {"unified": {"cpuset.cpus.partition": "root"}}}}, "cpuset.cpus.partition"),
+        ({"linux": {"resources": {"cpu": {"realtimeRuntime": 950000}}}}, "real-time"),
+        ({"process": {"oomScoreAdj": -1000}}, "a claim to memory"),
+        ({"process": {"scheduler": {"policy": "SCHED_FIFO", "priority": 99}}}, "process.scheduler"),
+        ({"process": {"selinuxLabel": "system_u:system_r:init_t:s0"}}, "process.selinuxLabel"),
+        ({"process": {"rlimits": [{"type": "RLIMIT_RTPRIO", "soft": 99, "hard": 99}]}}, "RLIMIT_RTPRIO"),
+        ({"vm": {"hypervisor": {"path": "/bin/sh"}}}, "with vm"),
     ],
 )
 def test_what_is_refused_is_named(change: dict[str, Any], reason: str) -> None:
@@ -72,6 +92,18 @@ def test_another_spelling_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(PermissionDenied, match=" for "):
         admission.check_resources(TENANT, {"Devices": [{"allow": True, "access": "rwm"}]})
     admission.check_spec(TENANT, default() | {"annotations": {"Type": "its own"}})
+
+
+def test_what_the_clients_flags_make_is_admitted() -> None:
+    asked = copy.deepcopy(
+        spec.make("c", None, spec.Options(
+            args=["true"], mounts=[volumes.tmpfs("/t:size=64m,mode=1777,exec"), volumes.shm("1m")], oom_score_adj=500,
+            resources={"memory": {"limit": 1 << 26}, "unified": {"memory.high": "1000000", "cpuset.cpus": "0"}},
+            rlimits={"RLIMIT_NOFILE": (10, 20)}, namespaces={"cgroup": spec.PRIVATE},
+        ), spec.User()),
+    )  # fmt: skip
+    assert asked["linux"]["seccomp"] and any(mount["type"] == "cgroup" for mount in asked["mounts"])
+    admission.check_spec(TENANT, asked)
 
 
 def test_a_checkpoint_is_restored_for_admins_only() -> None:

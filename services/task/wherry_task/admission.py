@@ -3,6 +3,7 @@ for admins; a tenant's specification and mounts are held against this."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,16 @@ from .runtimes import PREFERRED
 
 NAMESPACES = frozenset({"pid", "ipc", "uts", "mount", "network"})
 FILESYSTEMS = frozenset({"proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup"})
+# What has the host's own knobs, and where alone it may lie: what is hidden and protected is that by these paths.
+PLACES = {"proc": "/proc", "sysfs": "/sys", "cgroup": "/sys/fs/cgroup"}
+# proc's are protected by READ_ONLY; of these nothing is to be written.
+NOT_WRITTEN = frozenset({"sysfs", "cgroup"})
+# `remount` would make another one's writable, `idmap` and `tmpcopyup` are more than a mount.
+MOUNT_FLAGS = frozenset({
+    "defaults", "ro", "rw", "rro", "nosuid", "nodev", "noexec", "exec", "noatime", "nodiratime", "relatime",
+    "strictatime", "sync", "async", "private", "rprivate", "slave", "rslave", "newinstance",
+})  # fmt: skip
+MOUNT_VALUES = frozenset({"size", "mode", "uid", "gid", "nr_inodes", "nr_blocks", "ptmxmode", "max"})
 # What a specification has to hide and to protect at least: the client's defaults.
 MASKED = frozenset({
     "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
@@ -36,13 +47,31 @@ CAPABILITIES = frozenset(
 )  # fmt: skip
 
 
+# All that a specification may have: what a later runtime learns (host's network devices, say) is not let in unseen.
+SPEC = frozenset({"ociVersion", "process", "root", "hostname", "domainname", "mounts", "annotations", "linux"})
+LINUX = frozenset({"namespaces", "maskedPaths", "readonlyPaths", "resources", "seccomp"})
+MOUNT = frozenset({"destination", "type", "source", "options"})
+PROCESS = frozenset({
+    "terminal", "consoleSize", "user", "args", "env", "cwd", "capabilities", "rlimits", "noNewPrivileges",
+    "apparmorProfile", "oomScoreAdj",
+})  # fmt: skip
+RESOURCES = frozenset({
+    "devices", "memory", "cpu", "pids", "blockIO", "hugepageLimits", "network", "rdma", "unified",
+})  # fmt: skip
+# Files of the container's own cgroup that bound it. `cgroup.procs` would fetch the host's processes into it.
+_UNIFIED = re.compile(r"(?:memory|cpu|io|pids|hugetlb|rdma|misc)\.[A-Za-z0-9_.]+|cpuset\.(?:cpus|mems)")
+# By these a process without privileges takes the processor from all others.
+_RANKS = frozenset({"RLIMIT_RTPRIO", "RLIMIT_NICE"})
+
+
 # Every name that is judged here. Runtimes in Go take a name in any case, and the last of several: one that is not
 # spelled so could say the opposite of what is judged.
 JUDGED = frozenset({
     "hooks", "root", "path", "linux", "devices", "sysctl", "cgroupsPath", "rootfsPropagation", "intelRdt", "mountLabel",
     "uidMappings", "gidMappings", "timeOffsets", "personality", "resources", "allow", "maskedPaths", "readonlyPaths",
     "annotations", "namespaces", "type", "mounts", "options", "process", "capabilities", "inheritable", "ambient",
-    "bounding", "effective", "permitted", "noNewPrivileges",
+    "bounding", "effective", "permitted", "noNewPrivileges", "destination", "rlimits", "oomScoreAdj", "seccomp",
+    "listenerPath", "unified", "cpu", "realtimeRuntime", "realtimePeriod",
 })  # fmt: skip
 _SPELLED = {name.casefold(): name for name in JUDGED}
 
@@ -57,9 +86,15 @@ class _Capabilities(TypedDict, total=False):
     ambient: list[str] | None
 
 
+class _Rlimit(TypedDict, total=False):
+    type: str
+
+
 class _Process(TypedDict, total=False):
     capabilities: _Capabilities | None
     noNewPrivileges: bool
+    rlimits: list[_Rlimit] | None
+    oomScoreAdj: int | None
 
 
 class _Rule(TypedDict, total=False):
@@ -68,6 +103,8 @@ class _Rule(TypedDict, total=False):
 
 class _Resources(TypedDict, total=False):
     devices: list[_Rule] | None
+    unified: dict[str, str] | None
+    cpu: dict[str, Any] | None
 
 
 class _Namespace(TypedDict, total=False):
@@ -80,9 +117,11 @@ class _Linux(TypedDict, total=False):
     maskedPaths: list[str] | None
     readonlyPaths: list[str] | None
     resources: _Resources | None
+    seccomp: dict[str, Any] | None
 
 
 class _Mount(TypedDict, total=False):
+    destination: str
     type: str
     options: list[str] | None
 
@@ -119,12 +158,10 @@ def check_spec(identity: Identity, spec: dict[str, Any]) -> None:
     linux = spec.get("linux") or {}
     _refuse(identity, "hooks", bool(spec.get("hooks")))
     _refuse(identity, "a root of its own", (spec.get("root") or {}).get("path", "rootfs") != "rootfs")
-    for field in (
-        "devices", "sysctl", "cgroupsPath", "rootfsPropagation", "intelRdt", "mountLabel", "uidMappings", "gidMappings",
-        "timeOffsets", "personality",
-    ):  # fmt: skip
-        _refuse(identity, f"linux.{field}", bool(linux.get(field)))
-    _refuse(identity, "devices", any(rule.get("allow") for rule in (linux.get("resources") or {}).get("devices") or ()))
+    _refuse_others(identity, "", spec, SPEC)
+    _refuse_others(identity, "linux.", linux, LINUX)
+    _refuse(identity, "a listener of seccomp", bool((linux.get("seccomp") or {}).get("listenerPath")))
+    _check_resources(identity, linux.get("resources") or {})
     hidden = set(linux.get("maskedPaths") or ()) >= MASKED and set(linux.get("readonlyPaths") or ()) >= READ_ONLY
     _refuse(identity, "unmasked kernel files", not hidden)
     steering = [name for name in spec.get("annotations") or {} if name.startswith(STEERING)]
@@ -135,11 +172,7 @@ def check_spec(identity: Identity, spec: dict[str, Any]) -> None:
     _refuse(identity, "a namespace twice", len(given) != len(namespaces))
     _refuse(identity, f"the host's namespaces ({', '.join(sorted(NAMESPACES - given))})", not given >= NAMESPACES)
     for mount in spec.get("mounts") or ():
-        options = set(mount.get("options") or ())
-        bad = mount.get("type") not in FILESYSTEMS or bool(
-            options & {"bind", "rbind", "shared", "rshared", "suid", "dev"}
-        )
-        _refuse(identity, f"a mount of {mount.get('source')!r}", bad)
+        _check_mount(identity, mount)
     check_process(identity, spec.get("process") or {})
 
 
@@ -155,6 +188,10 @@ def check_process(identity: Identity, process: dict[str, Any]) -> None:
     kept = [kind for kind in ("inheritable", "ambient") if (process.get("capabilities") or {}).get(kind)]
     _refuse(identity, f"{' and '.join(kept)} capabilities", bool(kept))
     _refuse(identity, "new privileges", not process.get("noNewPrivileges"))
+    _refuse_others(identity, "process.", process, PROCESS)
+    _refuse(identity, "a claim to memory before the host's processes", (process.get("oomScoreAdj") or 0) < 0)
+    ranks = [limit.get("type") for limit in process.get("rlimits") or () if str(limit.get("type")).upper() in _RANKS]
+    _refuse(identity, f"the limits {', '.join(map(str, ranks))}", bool(ranks))
 
 
 def check_options(identity: Identity, options: dict[str, Any], allowed: Collection[str]) -> None:
@@ -172,7 +209,7 @@ def check_resources(identity: Identity, resources: dict[str, Any]) -> None:
     if not identity.is_admin:
         _check_spelling(identity, resources)
         _check_types(_RESOURCES, resources)
-        _refuse(identity, "devices", any(rule.get("allow") for rule in resources.get("devices") or ()))
+        _check_resources(identity, resources)
 
 
 def check_checkpoint(identity: Identity, *paths: str) -> None:
@@ -191,6 +228,31 @@ def check_mounts(identity: Identity, asked: Sequence[Mount], own: Sequence[Mount
     """PermissionDenied when a tenant's root filesystem is not its own snapshot."""
     if not identity.is_admin:
         _refuse(identity, "a root filesystem other than the container's snapshot", list(asked) != list(own))
+
+
+def _check_mount(identity: Identity, mount: dict[str, Any]) -> None:
+    """One mount: nothing of the host's in it, and what the host has but once only where it is protected."""
+    kind, options = mount.get("type", ""), mount.get("options") or []
+    foreign = [each for each in options if each not in MOUNT_FLAGS and each.partition("=")[0] not in MOUNT_VALUES]
+    bad = kind not in FILESYSTEMS or bool(foreign)
+    bad = bad or mount.get("destination") != PLACES.get(kind, mount.get("destination"))
+    bad = bad or (kind in NOT_WRITTEN and ("ro" not in options or "rw" in options))
+    _refuse(identity, f"a mount of {mount.get('source')!r} ({kind} at {mount.get('destination')!r})", bad)
+    _refuse_others(identity, "mounts.", mount, MOUNT)
+
+
+def _check_resources(identity: Identity, resources: dict[str, Any]) -> None:
+    _refuse_others(identity, "resources.", resources, RESOURCES)
+    _refuse(identity, "devices", any(rule.get("allow") for rule in resources.get("devices") or ()))
+    foreign = [name[:80] for name in resources.get("unified") or {} if not _UNIFIED.fullmatch(name)]
+    _refuse(identity, f"the cgroup's {', '.join(map(repr, foreign))}", bool(foreign))
+    cpu = resources.get("cpu") or {}
+    _refuse(identity, "a real-time processor", bool(cpu.get("realtimeRuntime") or cpu.get("realtimePeriod")))
+
+
+def _refuse_others(identity: Identity, where: str, given: dict[str, Any], known: Collection[str]) -> None:
+    others = [f"{where}{str(name)[:80]}" for name, value in given.items() if value and name not in known]
+    _refuse(identity, ", ".join(others), bool(others))
 
 
 def _check_spelling(identity: Identity, value: Any) -> None:
