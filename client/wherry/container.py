@@ -12,8 +12,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from wherry_shared import context
+from wherry_shared.api.container import JOIN_LABEL, Runtime
 from wherry_shared.api.container import Container as Record
-from wherry_shared.api.container import Runtime
 from wherry_shared.api.diff import Change
 from wherry_shared.api.snapshot import GID_LABEL, UID_LABEL
 from wherry_shared.api.task import LOG_LABEL
@@ -46,8 +46,6 @@ DEFAULT_RUNTIME = "default"
 DEFAULT_SNAPSHOTTER = "overlay"
 # What a container is called beside its id, which never changes.
 NAME_LABEL = "wherry/name"
-# `wherry/join.<kind>`: whose namespace it shares. Its path in the specification is written anew for each task.
-JOIN_LABEL = "wherry/join."
 # Whose of the image's it is, where that was said: `os/architecture[/variant]`.
 PLATFORM_LABEL = "wherry/platform"
 UNDO_SECONDS = 10.0

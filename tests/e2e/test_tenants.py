@@ -192,6 +192,40 @@ async def test_no_way_to_the_host_by_a_restart_policy(
     assert not (tmp_path / "by-tenant").exists()
 
 
+async def test_no_way_to_the_host_by_an_admins_exec(
+    tenant: wherry.Client, node: Node, namespace: str, creds: Path, busybox_ref: str
+) -> None:
+    """`exec` takes the rights of a process from the record, which the tenant may write while its container runs."""
+    own = {**node.environment, "WHERRY_CREDS": str(creds)}
+    node.run("run", "-d", "-n", namespace, "--name", "a", busybox_ref, "sleep", "1000", env=own)
+    effective = ["exec", "-n", namespace, "a", "grep", "CapEff", "/proc/self/status"]
+    assert "a80425fb" in node.run(*effective).stdout
+    record = await tenant.containers.get("a")
+    assert record.spec is not None
+    every = ["CAP_SYS_ADMIN", "CAP_SYS_MODULE", "CAP_SYS_PTRACE"]
+    record.spec["process"]["capabilities"] = {"bounding": every, "effective": every, "permitted": every}
+    record.spec["process"]["noNewPrivileges"] = False
+    await tenant.containers.update(record, ["spec"])
+    for command in (effective, ["exec", "--privileged", *effective[1:]]):
+        refused = node.run(*command, check=False)
+        assert refused.returncode and f"tenant-{namespace} may not run" in refused.stderr, refused.stdout
+    node.run("rm", "-f", "-n", namespace, "a")
+
+
+async def test_whose_namespaces_an_admins_container_shares_is_not_the_tenants_to_say(
+    tenant: wherry.Client, node: Node, namespace: str, busybox_ref: str
+) -> None:
+    """In the mount namespace of another container an admin's runs that one's programs, with the admin's rights."""
+    node.run("run", "-d", "-n", namespace, "--name", "trap", busybox_ref, "sleep", "1000")
+    node.run("create", "-n", namespace, "--privileged", "--name", "b", busybox_ref, "sleep", "1000")
+    record = await tenant.containers.get("b")
+    joined = record.model_copy(update={"labels": {"wherry/join.mount": "trap"}})
+    assert (await tenant.containers.update(joined, ["labels.wherry/join.mount"])).tenant == f"tenant-{namespace}"
+    refused = node.run("start", "-n", namespace, "b", check=False)
+    assert refused.returncode and f"tenant-{namespace} may not run" in refused.stderr
+    node.run("rm", "-f", "-n", namespace, "trap", "b")
+
+
 async def test_what_is_refused_does_not_fill_the_state_directory(tenant: wherry.Client, node: Node) -> None:
     """nats-server writes a line for each refusal, with the subject in it; /run lies in memory."""
     bus = tenant.bus.transport

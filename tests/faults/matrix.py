@@ -349,6 +349,8 @@ ATTACKS: dict[str, tuple[str, ...]] = {
     "host paths and other programs for a tenant": (
         f"{_TENANTS}::test_no_way_to_the_host",
         f"{_TENANTS}::test_no_way_to_the_kernels_settings",
+        f"{_TENANTS}::test_no_way_to_the_host_by_a_restart_policy",
+        f"{_TENANTS}::test_no_way_to_the_host_by_an_admins_exec",
         f"{_TENANTS}::test_foreign_directories_are_no_mounts_for_a_tenant",
         f"{_TENANTS}::test_stdio_stays_in_the_nodes_own_directory",
     ),

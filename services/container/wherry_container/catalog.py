@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from wherry_shared.api.container import Container
+from wherry_shared.api.container import JOIN_LABEL, Container
+from wherry_shared.api.task import LOG_LABEL
 from wherry_shared.catalog import Table, check_mask, update_map
 from wherry_shared.contract import without
 from wherry_shared.errors import InvalidArgument
@@ -17,6 +18,8 @@ from wherry_shared.values import Page, check_identifier, check_labels, now, stor
 MUTABLE = ("labels", "spec", "extensions", "image", "snapshot_key")
 MAPS = ("labels", "extensions")
 MADE_OF = ("spec", "image", "snapshot_key", "extensions")
+# Labels that say what its next task is made of, too.
+STEERING = (JOIN_LABEL, LOG_LABEL)
 _without_spec = partial(without, field="spec")
 
 
@@ -51,13 +54,14 @@ class Catalog:
         return await self._containers.database.mutate(write)
 
     async def update(self, namespace: str, container: Container, mask: Sequence[str], tenant: str = "") -> Container:
-        """Once a tenant has changed more than labels it is the tenant's, whoever changes what is left of that later."""
+        """Once a tenant has changed more than labels, or one that steers the task, it is the tenant's, whoever changes
+        what is left of that later."""
         check_mask(mask, MUTABLE, MAPS)
 
         def write(tx: Transaction) -> Container:
             old = self._containers.require(tx, namespace, container.id)
             new = _changed(old, container, mask)
-            if tenant and any(getattr(new, name) != getattr(old, name) for name in MADE_OF):
+            if tenant and _made_of(new) != _made_of(old):
                 new = new.model_copy(update={"tenant": tenant})
             answer = self._containers.replace(tx, namespace, new)
             event = {"id": new.id, "image": new.image, "labels": new.labels, "snapshot_key": new.snapshot_key}
@@ -72,6 +76,11 @@ class Catalog:
             tx.publish("/containers/delete", {"id": id}, namespace=namespace)
 
         await self._containers.database.mutate(write, frees=True)
+
+
+def _made_of(container: Container) -> tuple[Any, ...]:
+    steering = {key: value for key, value in container.labels.items() if key.startswith(STEERING)}
+    return (*(getattr(container, name) for name in MADE_OF), steering)
 
 
 def _changed(old: Container, new: Container, mask: Sequence[str]) -> Container:

@@ -194,6 +194,15 @@ def check_process(identity: Identity, process: dict[str, Any]) -> None:
     _refuse(identity, f"the limits {', '.join(map(str, ranks))}", bool(ranks))
 
 
+def asks_more(process: dict[str, Any]) -> bool:
+    """Whether a process is none that every tenant may have."""
+    try:
+        check_process(Identity("", "tenant"), process)
+    except (PermissionDenied, InvalidArgument):
+        return True
+    return False
+
+
 def check_options(identity: Identity, options: dict[str, Any], allowed: Collection[str]) -> None:
     """PermissionDenied: options of a runtime, which name programs and directories of the node, unless an admin runs
     the container; a program must be one that the node allows."""
@@ -258,7 +267,8 @@ def _refuse_others(identity: Identity, where: str, given: dict[str, Any], known:
 def _check_spelling(identity: Identity, value: Any) -> None:
     """Refuse names that a runtime may take for one that is judged here; those of annotations are the caller's own."""
     for each in value if isinstance(value, list) else ():
-        _check_spelling(identity, each)
+        if isinstance(each, list | dict):
+            _check_spelling(identity, each)
     for name, each in value.items() if isinstance(value, dict) else ():
         judged = _SPELLED.get(str(name).casefold(), name)
         _refuse(identity, f"{str(name)[:80]!r} for {judged!r}", judged != name)

@@ -10,6 +10,10 @@ from ..errors import AlreadyExists, NotFound
 from ..records import Record, record
 from ..values import Identifier, Labels, Page
 
+JOIN_LABEL = "wherry/join."
+"""`wherry/join.<kind>`: whose namespace a container shares; its path in the specification is written anew for each
+task."""
+
 
 @record
 class Runtime(Record):
