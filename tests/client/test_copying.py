@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import stat
+import subprocess
 import tarfile
 import threading
 import time
@@ -155,6 +157,27 @@ def test_a_file_takes_no_directorys_place(tmp_path: Path) -> None:
         into(tmp_path, tar((member("a"), b"x")))
     with pytest.raises(FailedPrecondition):
         into(tmp_path, tar((member("b", tarfile.DIRTYPE), b"")))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+def test_what_is_mounted_is_written_only_if_it_is_a_file(tmp_path: Path) -> None:
+    """A container with a user namespace of its own may mount a device over a file: that one is not forbidden to us."""
+    (tmp_path / "f").write_text("old")
+    (tmp_path / "mounted").write_text("its own")
+    (tmp_path / "device").touch()
+    os.mknod(tmp_path / "null", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    done = []
+    try:
+        for source, target in (("f", "mounted"), ("null", "device")):
+            subprocess.run(["mount", "--bind", tmp_path / source, tmp_path / target], check=True)
+            done.append(tmp_path / target)
+        into(tmp_path, tar((member("mounted"), b"new")))
+        assert (tmp_path / "f").read_text() == "new"
+        with pytest.raises(FailedPrecondition, match="device is no regular file"):
+            into(tmp_path, tar((member("device"), b"new")))
+    finally:
+        for target in done:
+            subprocess.run(["umount", target], check=True)
 
 
 def test_a_tar_that_is_cut_off_is_said(tmp_path: Path) -> None:

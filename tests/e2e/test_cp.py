@@ -86,3 +86,18 @@ def test_what_cannot_be_copied_is_said(
     done = node.run("cp", *ns, *names, check=False)
     assert done.returncode == 1 and reason in done.stderr
     node.run("rm", *ns, "c")
+
+
+def test_a_name_in_a_container_does_not_steer_the_terminal(
+    node: Node, ns: list[str], busybox_ref: str, tmp_path: Path
+) -> None:
+    """Neither by what is left out nor by an error."""
+    name = "\x1b]0;gone\x07"
+    node.run("run", *ns, "-d", "--name", "c", busybox_ref, "sleep", "1000")
+    node.run("exec", *ns, "c", "sh", "-c", 'mkdir /evil && mknod "/evil/$1" c 1 3 && echo > "/$1"', "-", name)
+    said = node.run("cp", *ns, "c:/evil", str(tmp_path / "out")).stderr
+    assert "gone? is left out" in said and "\x1b" not in said
+    (tmp_path / "d").mkdir()
+    failed = node.run("cp", *ns, str(tmp_path / "d"), f"c:/{name}", check=False)
+    assert failed.returncode and "gone?" in failed.stderr and "\x1b" not in failed.stderr
+    node.run("rm", *ns, "-f", "c")

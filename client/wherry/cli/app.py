@@ -76,7 +76,9 @@ def run(arguments: list[str]) -> None:
     try:
         make()(arguments, prog_name="wherry")
     except WherryError as e:
-        print(f"wherry: {_name(e)}: {e}", file=sys.stderr)
+        from .common import clean_lines
+
+        print(clean_lines(f"wherry: {_name(e)}: {e}"), file=sys.stderr)
         raise SystemExit(1) from None
 
 

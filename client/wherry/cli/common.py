@@ -151,6 +151,11 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def clean_lines(text: str) -> str:
+    """The same for what may have several lines."""
+    return "\n".join(clean(line) for line in text.split("\n"))
+
+
 def size(count: int) -> str:
     """A number of bytes for people: 1.2 MiB."""
     value = float(count)
@@ -174,5 +179,5 @@ def age(at: datetime | None) -> str:
 
 def fail(message: str, code: int) -> typer.Exit:
     """Say why on stderr; raise what this answers."""
-    print(f"wherry: {message}", file=sys.stderr)
+    print(clean_lines(f"wherry: {message}"), file=sys.stderr)
     return typer.Exit(code)

@@ -80,7 +80,7 @@ async def _next(watch: Watch, place: _Place) -> Envelope:
 
 def _print(e: Envelope, format: Format) -> None:
     if format is Format.json:
-        print(e.model_dump_json(), flush=True)
+        print(json.dumps(e.model_dump(mode="json"), separators=(",", ":")), flush=True)
     else:
         stamp = e.timestamp.isoformat(timespec="milliseconds")
         print(clean(f"{stamp} {e.namespace} {e.topic} {json.dumps(e.event)}"), flush=True)

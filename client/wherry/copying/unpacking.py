@@ -140,7 +140,7 @@ def _file(parent: int, name: str, member: tarfile.TarInfo, tar: tarfile.TarFile,
     except OSError as e:
         if e.errno != 16:  # EBUSY: a file is mounted there, and is written itself
             raise
-        fd = os.open(name, flags | os.O_TRUNC, dir_fd=parent)
+        fd = _mounted_file(parent, name)
     with os.fdopen(fd, "wb") as file:
         source = tar.extractfile(member)
         if source is not None:
@@ -149,6 +149,18 @@ def _file(parent: int, name: str, member: tarfile.TarInfo, tar: tarfile.TarFile,
         if file.tell() != member.size:
             raise DataLoss(f"{member.name} is cut off")
         _attributes(file.fileno(), member, rules)
+
+
+def _mounted_file(parent: int, name: str) -> int:
+    """A file that something is mounted on, to be written. FailedPrecondition: it is none; whoever has a user namespace
+    mounts a device there, and outside of the container no rule forbids that one."""
+    found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            raise FailedPrecondition(f"{name} is no regular file, and is mounted: it is not replaced")
+        return os.open(f"/proc/self/fd/{found}", os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+    finally:
+        os.close(found)
 
 
 def _hard_link(root: int, parent: int, name: str, member: tarfile.TarInfo) -> None:
