@@ -32,6 +32,7 @@ def test_the_default_is_admitted() -> None:
         ({"linux": {"namespaces": [{"type": t} for t in (*sorted(admission.NAMESPACES), "pid")]}}, "twice"),
         ({"linux": {"uidMappings": [{"containerID": 0, "hostID": 0, "size": 1}]}}, "uidMappings"),
         ({"annotations": {"run.oci.handler": "x"}}, "run.oci.handler"),
+        ({"annotations": {"org.criu.config": "/var/lib/of/the/tenant"}}, "org.criu.config"),
         ({"process": {"capabilities": {"ambient": ["CAP_CHOWN"]}}}, "ambient"),
         ({"process": {"capabilities": {"inheritable": ["CAP_CHOWN"]}}}, "inheritable"),
         ({"mounts": [{"destination": "/x", "type": "tmpfs", "options": ["dev"]}]}, "a mount of"),

@@ -36,7 +36,10 @@ MASKED = frozenset({
 })  # fmt: skip
 READ_ONLY = frozenset({"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"})
 # Annotations by which a runtime is told to do more than the specification says.
-STEERING = ("run.oci.", "org.systemd.property.", "module.wasm.")
+# `org.criu.config` is a file of the host's by which CRIU, at a checkpoint, executes what it is told.
+STEERING = (
+    "run.oci.", "org.systemd.property.", "module.wasm.", "org.criu.", "io.katacontainers.", "dev.gvisor.",
+)  # fmt: skip
 # The client's usual set; more than that is a privilege.
 CAPABILITIES = frozenset(
     f"CAP_{name}"
