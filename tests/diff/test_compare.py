@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
 import itertools
 import os
 import socket
+import stat
 import subprocess
 import tarfile
 import threading
@@ -19,6 +21,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wherry_diff.apply import Application, apply, run
+from wherry_diff.changes import open_file
 from wherry_diff.compare import Comparison, Redo, compare, upper_alone
 from wherry_diff.extract import Target
 from wherry_diff.limits import Limits
@@ -446,3 +449,24 @@ def test_layers_that_are_images(images: tuple[list[Mount], list[Path]], tmp_path
             listed(Comparison((), (*below, over), TAR, at))
     with pytest.raises(Unimplemented, match="read-only"):
         run(Application(str(blob), TAR, (below[0],), at))
+
+
+def test_only_a_regular_file_is_opened(tmp_path: Path) -> None:
+    """What a running container puts in a file's place is not touched: a FIFO's writer would notice, a device act."""
+    os.mkfifo(tmp_path / "fifo")
+    os.mknod(tmp_path / "device", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "file").write_bytes(b"x")
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fd = open_file(b"file", directory)
+        assert os.read(fd, 2) == b"x"
+        os.close(fd)
+        for name in (b"fifo", b"device", b"link", b"."):
+            with pytest.raises(OSError) as refused:
+                open_file(name, directory)
+            assert refused.value.errno == errno.ESTALE
+        with pytest.raises(OSError):  # nobody has it open for reading
+            os.open(tmp_path / "fifo", os.O_WRONLY | os.O_NONBLOCK)
+    finally:
+        os.close(directory)

@@ -20,14 +20,13 @@ from collections.abc import Generator, Iterator
 from wherry_shared.errors import Aborted, FailedPrecondition, ResourceExhausted
 
 from . import headers
-from .changes import DELETED, SAME, Found, Level, Walk, mtime
+from .changes import DELETED, SAME, Found, Level, Walk, mtime, open_file
 from .headers import Headers, Meta
 from .ids import Ids
 from .limits import Limits
 from .names import join, show
 
 PIECE = 256 << 10
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WHITEOUT = b".wh."
 _NANOSECONDS = 1_000_000_000
 _KINDS = {
@@ -126,15 +125,12 @@ class Archive:
 
     def _file(self, found: Found, directory: int) -> Generator[bytes, None, bool]:
         try:
-            fd = os.open(found.base, _READ, dir_fd=directory)
+            fd = open_file(found.base, directory)
         except OSError:  # it went, or became something else
             return False
         try:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode):
-                return False
             self._above(found.level)
-            yield from self._bytes(fd, self._meta(found.path, headers.REGULAR, info, found))
+            yield from self._bytes(fd, self._meta(found.path, headers.REGULAR, os.fstat(fd), found))
         finally:
             os.close(fd)
         return True

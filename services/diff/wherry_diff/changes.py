@@ -26,7 +26,7 @@ ADDED, CHANGED, DELETED, SAME = "A", "C", "D", "="
 HELD = 64
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _INSIDE = NO_XDEV | NO_MAGICLINKS | NO_SYMLINKS | BENEATH
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_NAME, _FILE = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, os.O_RDONLY | os.O_CLOEXEC
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.ESTALE})
 _CHUNK = 1 << 20
 _MOVED = ("trusted.overlay.redirect", "trusted.overlay.metacopy")
@@ -376,9 +376,9 @@ class Trees(Walk):
         return self._to_left.setdefault(other, one) != one or self._to_right.setdefault(one, other) != other
 
     def _bytes_differ(self, level: Level, name: bytes) -> bool:
-        one = os.open(name, _FILE, dir_fd=level.left)
+        one = open_file(name, level.left)
         try:
-            other = os.open(name, _FILE, dir_fd=level.right)
+            other = open_file(name, level.right)
             try:
                 while True:
                     self._check()
@@ -391,6 +391,21 @@ class Trees(Walk):
                 os.close(other)
         finally:
             os.close(one)
+
+
+def open_file(name: bytes, directory: int) -> int:
+    """A regular file for reading. OSError, ESTALE where it is none (any more).
+
+    A container that runs may put a device there meanwhile, for which opening it, by root and outside of the
+    container's rules, may be all it takes.
+    """
+    held = os.open(name, _NAME, dir_fd=directory)
+    try:
+        if not stat.S_ISREG(os.fstat(held).st_mode):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
+        return os.open(f"/proc/self/fd/{held}", _FILE)
+    finally:
+        os.close(held)
 
 
 def _identity(info: os.stat_result) -> tuple[int, int]:
