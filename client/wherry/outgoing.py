@@ -6,10 +6,16 @@ Nothing here blocks the loop: while output waits for its reader, signals are hea
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import stat
+from collections.abc import Iterator
 
+# A terminal with room for less than a line's end says that it can be written.
+PAUSE_SECONDS = 0.05
+# Of devices that are another one whenever they are opened, /dev/ptmx among them.
+_TTYAUX_MAJOR = 5
 # What a pipe takes in one piece once it takes anything: more might block.
 PIECE = select.PIPE_BUF
 
@@ -17,15 +23,30 @@ PIECE = select.PIPE_BUF
 def write_now(fd: int, data: bytes | memoryview) -> memoryview:
     """What the descriptor did not take, because it would have blocked. OSError: BrokenPipeError when nobody reads."""
     view = memoryview(data)
-    piece = len(view) if stat.S_ISREG(os.fstat(fd).st_mode) else PIECE
-    room = select.poll()
-    room.register(fd, select.POLLOUT)
-    while view and room.poll(0):
-        try:
-            view = view[os.write(fd, view[:piece]) :]
-        except BlockingIOError:
-            break
+    with _unblocking(fd) as out:
+        piece = len(view) if stat.S_ISREG(os.fstat(out).st_mode) else PIECE
+        room = select.poll()
+        room.register(out, select.POLLOUT)
+        while view and room.poll(0):
+            try:
+                view = view[os.write(out, view[:piece]) :]
+            except BlockingIOError:
+                break
     return view
+
+
+@contextlib.contextmanager
+def _unblocking(fd: int) -> Iterator[int]:
+    """The descriptor; of a terminal one that does not block, for nobody knows how much it has room for."""
+    own = -1
+    if os.isatty(fd) and os.major(os.fstat(fd).st_rdev) != _TTYAUX_MAJOR:
+        with contextlib.suppress(OSError):  # it is somebody else's: su
+            own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        yield fd if own < 0 else own
+    finally:
+        if own >= 0:
+            os.close(own)
 
 
 async def write_all(fd: int, data: bytes | memoryview) -> None:
@@ -33,7 +54,9 @@ async def write_all(fd: int, data: bytes | memoryview) -> None:
     rest = write_now(fd, data)
     while rest:
         await ready(fd, select.EPOLLOUT)
-        rest = write_now(fd, rest)
+        before, rest = len(rest), write_now(fd, rest)
+        if len(rest) == before:
+            await asyncio.sleep(PAUSE_SECONDS)
 
 
 async def ready(fd: int, events: int) -> None:

@@ -132,3 +132,21 @@ async def test_a_node_that_is_gone_is_not_waited_for_for_ever(tmp_path: Path, mo
 def _all_of(fd: int) -> bytes:
     with open(fd, "rb") as pipe:
         return pipe.read()
+
+
+async def test_a_terminal_that_nobody_reads_holds_nothing_else_up() -> None:
+    """How much it has room for, nobody can tell: a piece that does not fit must not block."""
+    master, slave = os.openpty()
+    lines = b"y\n" * 100_000
+    try:
+        writing = asyncio.create_task(write_all(slave, lines))
+        await asyncio.sleep(0.2)
+        assert not writing.done() and os.get_blocking(slave)
+        got = bytearray()
+        while len(got) < len(lines) * 3 // 2:  # a line's end becomes two
+            got += await asyncio.to_thread(os.read, master, 65536)
+        await writing
+        assert got == lines.replace(b"\n", b"\r\n")
+    finally:
+        os.close(master)
+        os.close(slave)
