@@ -173,3 +173,18 @@ main()
     assert done.returncode == 0 and len(done.stdout.split()) == 1, done
     assert [row["id"] for row in node.json("lease", "ls", "-n", namespace)] == done.stdout.split()
     node.run("lease", "delete", "-n", namespace, *done.stdout.split())
+
+
+def test_one_that_outlives_its_node_does_not_keep_the_next_from_starting(
+    tmp_path: Path, busybox_ref: str, command: Any
+) -> None:
+    with Node(tmp_path) as node:
+        arguments = ["run", "-n", "default", "--rm", "--name", "stays", busybox_ref, "sleep", "600"]
+        process = command(*arguments, env=node.environment)
+        eventually(lambda: [row["status"] for row in node.json("ps")] == ["running"], "it does not run", 60)
+        assert runners(node)
+        node.stop(signal.SIGTERM)
+        node.start()
+        assert process.poll() is None
+        node.run("kill", "stays")
+        assert process.wait(30) == 137

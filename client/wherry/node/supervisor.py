@@ -304,7 +304,13 @@ class Supervisor:
         )
 
     def _add_beside(self, name: str, main: Callable[[Path], None]) -> None:
-        self._children[name] = Child(name, lambda: self._fork(name, lambda: main(self._plan.state)))
+        self._children[name] = Child(name, lambda: self._fork(name, lambda: self._run_beside(main)))
+
+    def _run_beside(self, main: Callable[[Path], None]) -> None:
+        """What it forks, a command in the foreground say, outlives the node: it must not keep the next one out."""
+        for fd in self._locks:
+            os.close(fd)
+        main(self._plan.state)
 
     def _add_keeper(self) -> None:
         """A child that starts containers again by their restart policies."""
