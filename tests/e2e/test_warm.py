@@ -188,3 +188,19 @@ def test_one_that_outlives_its_node_does_not_keep_the_next_from_starting(
         assert process.poll() is None
         node.run("kill", "stays")
         assert process.wait(30) == 137
+
+
+def test_a_node_under_nohup_runs_what_a_hangup_ends(tmp_path: Path, command: Any) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        node = Node(tmp_path).start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    try:
+        process = command("events", env=node.environment)
+        eventually(lambda: runners(node), "nothing runs the command")
+        eventually(lambda: "pidfd" in " ".join(_open(process.pid)), "it is not told that it runs")
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(20) == -signal.SIGHUP
+    finally:
+        node.stop()

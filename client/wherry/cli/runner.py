@@ -22,7 +22,7 @@ from pathlib import Path
 import wherry
 
 from . import VERBS, load
-from .warm import FDS, REQUEST_MAX, SOCKET, stamp
+from .warm import ENDING, FDS, REQUEST_MAX, SOCKET, stamp
 
 _READ_SECONDS = 5
 _NAMESPACES = ("mnt", "pid", "net", "user", "ipc", "uts")
@@ -126,7 +126,9 @@ def _become(connection: socket.socket, words: list[str], fds: list[int]) -> None
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - as the interpreter opens them at its start
     sys.stdout = open(1, "w", closefd=False, buffering=1 if os.isatty(1) else -1)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")  # noqa: SIM115
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # As a program finds them, also where the node ignores some: nohup. What the caller ignores it does not pass on.
+    for number in (signal.SIGCHLD, *set(ENDING) - {signal.SIGINT}):
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Once the caller is gone, however that came, so are we: the kernel tells us of its hanging up by this signal.
     fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())

@@ -21,8 +21,8 @@ SOCKET = "cli.sock"
 # `up` is the node itself, and the others are done before they could be handed over.
 _COLD = ("up", "version", "auth")
 _ASKING = ("attach", "prune", "start")
-_ENDING = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGUSR1, _signal.SIGUSR2)
-_HELD_BACK = (*_ENDING, _signal.SIGWINCH, _signal.SIGTSTP)
+ENDING = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGUSR1, _signal.SIGUSR2)
+_HELD_BACK = (*ENDING, _signal.SIGWINCH, _signal.SIGTSTP)
 # Beyond it a command line is not worth the trouble.
 REQUEST_MAX = 1 << 20
 PATIENCE = 20.0
@@ -106,7 +106,7 @@ class _Stand:
         self._sock = sock
         self._pidfd = pidfd
         self._last = int(_signal.SIGKILL)
-        for number in (*_ENDING, _signal.SIGWINCH):
+        for number in (*ENDING, _signal.SIGWINCH):
             if _signal.getsignal(number) != _signal.SIG_IGN:  # nohup
                 _signal.signal(number, self._pass_on)
         _signal.signal(_signal.SIGTSTP, self._pause)
@@ -135,7 +135,7 @@ class _Stand:
             return  # it has ended
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
-        if number in _ENDING:
+        if number in ENDING:
             self._last = number
         self._tell(number)
 
