@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 
 from wherry_shared.errors import NotFound
 from wherry_shared.openat2 import BENEATH, IN_ROOT, NO_MAGICLINKS, NO_SYMLINKS, openat2
@@ -51,17 +52,9 @@ class Parents:
 
     def shine_through(self, path: bytes) -> bool:
         """Whether overlayfs lays a directory `path` over one of the parents'. It follows no symbolic link for that."""
-        for index, root in enumerate(self._roots):
-            try:
-                fd = openat2(root, path, _DIRECTORY | os.O_NOFOLLOW, NO_SYMLINKS | BENEATH)
-            except OSError as error:
-                if error.errno == errno.ENOENT:
-                    continue
-                if error.errno in (errno.ENOTDIR, errno.ELOOP):
-                    return False
-                raise
-            os.close(fd)
-            return not any(self._ends_above(nearer, path) for nearer in range(index))
+        with closing(self._laid_over(path)) as found:
+            for index, _ in found:
+                return not any(self._ends_above(nearer, path) for nearer in range(index))
         return False
 
     def top_level(self) -> Iterator[bytes]:
@@ -79,25 +72,32 @@ class Parents:
         """What the directory `path` holds in the parents taken together; nothing if it is none. No link is followed."""
         found: set[bytes] = set()
         gone: set[bytes] = set()
+        with closing(self._laid_over(path)) as laid_over:
+            for index, fd in laid_over:
+                for name in map(os.fsencode, os.listdir(fd)):
+                    if name not in found and name not in gone:
+                        removed = is_whiteout(os.stat(name, dir_fd=fd, follow_symlinks=False))
+                        (gone if removed else found).add(name)
+                if path and (self._is_opaque(index, path) or self._ends_above(index, path)):
+                    break
+        return found
+
+    def _laid_over(self, path: bytes) -> Generator[tuple[int, int], None, None]:
+        """The parents that have a directory `path`, up to one in which something else is there: their indices, and the
+        directories' descriptors, each open until the next one. No link is followed."""
         for index, root in enumerate(self._roots):
             try:
                 fd = openat2(root, path, _DIRECTORY | os.O_NOFOLLOW, NO_SYMLINKS | BENEATH)
             except OSError as error:
                 if error.errno == errno.ENOENT:
                     continue
-                if error.errno in (errno.ENOTDIR, errno.ELOOP):
-                    break
+                if error.errno in (errno.ENOTDIR, errno.ELOOP):  # a file, a link or a whiteout
+                    return
                 raise
             try:
-                for name in map(os.fsencode, os.listdir(fd)):
-                    if name not in found and name not in gone:
-                        removed = is_whiteout(os.stat(name, dir_fd=fd, follow_symlinks=False))
-                        (gone if removed else found).add(name)
+                yield index, fd
             finally:
                 os.close(fd)
-            if path and (self._is_opaque(index, path) or self._ends_above(index, path)):
-                break
-        return found
 
     def _find(self, path: bytes, flags: int) -> int | None:
         for index, root in enumerate(self._roots):
