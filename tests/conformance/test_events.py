@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from housebus import PATIENCE, HouseBus
+from wherry_events import journal
 from wherry_events.journal import EVENT_BYTES_MAX, Journal
 from wherry_events.kept import Kept
 from wherry_events.metadata import MIGRATIONS, Rows
@@ -242,7 +243,8 @@ async def test_fields_are_as_they_stand_in_the_event(events: Events) -> None:
         assert numbers(await events.replay(filters=[other])) == [], other
 
 
-async def test_who_filters_much_keeps_nobody_waiting(events: Events) -> None:
+async def test_who_filters_much_keeps_nobody_waiting(events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_TURN", 0)  # each event a turn: how many there are is no matter of the machine
     for n in range(200):
         await events.publish("/a", {"n": n, "padding": "x" * 500})
     filters = [f"event.padding~=/[xyz]{{40}}{n}$/" for n in range(30)] + ["event.a==b"] * 900
@@ -251,7 +253,7 @@ async def test_who_filters_much_keeps_nobody_waiting(events: Events) -> None:
     while not looking.done():
         await events.stream()
         answered += 1
-    assert (await looking).events == [] and answered > 4
+    assert (await looking).events == [] and answered > 10
 
 
 async def test_what_is_filtered_out_moves_the_token_on(events: Events) -> None:
