@@ -41,7 +41,7 @@ LONG_FUNCTIONS: dict[str, str] = {}
 # A name that says nothing of what is inside becomes a place for everything.
 NO_NAMES = {"common", "core", "helper", "helpers", "lib", "misc", "models", "shared", "tools", "types", "util", "utils"}
 # Files of the command line that are no verbs.
-CLI_SUPPORT = {"__init__", "app", "common", "runner", "terminal", "warm"}
+CLI_SUPPORT = {"__init__", "app", "common", "rehearsal", "runner", "spares", "terminal", "warm"}
 # Topics that a service puts together: the pattern, and the words that stand in the braces.
 FORMATTED_TOPICS = {
     ("snapshot", "/snapshot/{}"): {"prepare", "commit", "remove"},

@@ -35,8 +35,21 @@ def command(node: Node, namespace: str) -> Any:
 
 
 def runners(node: Node) -> set[int]:
-    """The processes that run command lines now."""
-    return set(children(node.service_pid("cli")))
+    """The processes that run command lines now: in a session of their own, as the spare is not."""
+    return {pid for pid in children(node.service_pid("cli")) if _session(pid) == pid}
+
+
+def spares(node: Node) -> set[int]:
+    """The process that waits for the next command line, or gets ready to, if there is one."""
+    cli = node.service_pid("cli")
+    return {pid for pid in children(cli) if _session(pid) == _session(cli)}
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0
 
 
 def following(node: Node, command: Any) -> tuple[subprocess.Popen[str], int]:
@@ -204,3 +217,30 @@ def test_a_node_under_nohup_runs_what_a_hangup_ends(tmp_path: Path, command: Any
         assert process.wait(20) == -signal.SIGHUP
     finally:
         node.stop()
+
+
+def test_a_spare_becomes_the_next_command(node: Node, command: Any) -> None:
+    def becomes() -> bool:
+        node.run("ps")
+        spare = eventually(lambda: spares(node), "none is forked ahead")
+        process, runner = following(node, command)
+        process.terminate()
+        process.wait(20)
+        return runner in spare  # unless it was not ready yet
+
+    assert eventually(becomes, "none is ever used", 60)
+
+
+def test_a_spare_that_was_killed_is_not_missed(node: Node) -> None:
+    node.run("ps")
+    for pid in eventually(lambda: spares(node), "none is forked ahead"):
+        os.kill(pid, signal.SIGKILL)
+    assert node.run("ps").stdout.startswith("ID")
+
+
+def test_a_spare_goes_with_its_node(tmp_path: Path) -> None:
+    with Node(tmp_path) as node:
+        node.run("ps")
+        spare = eventually(lambda: spares(node), "none is forked ahead")
+        node.kill("cli")
+        eventually(lambda: not any(alive(pid) for pid in spare), "it waits for nobody")

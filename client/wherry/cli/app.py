@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -27,27 +28,38 @@ class Forwarding(TyperCommand):
 class Verbs(TyperGroup):
     """Loads a verb's file when the verb is asked for."""
 
+    built: ClassVar[dict[str, Any]] = {}
+    """What `build_all` has made ahead."""
+
     def list_commands(self, ctx: Any) -> list[str]:
         return list(VERBS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in VERBS:
-            return None
-        module = load(cmd_name)
-        if hasattr(module, "app"):
-            made = get_command(module.app)
-        else:
-            settings = getattr(module, "SETTINGS", {})
-            if hasattr(module.command, "declare"):  # its flags depend on what was typed
-                module.command.declare()
-            single = typer.Typer(add_completion=False)
-            kind = Forwarding if cmd_name in ("run", "create", "exec") else None
-            single.command(cmd_name, cls=kind, help=VERBS[cmd_name], context_settings=settings)(module.command)
-            made = get_command(single)
-        made.name = cmd_name
-        made.help = VERBS[cmd_name]
-        _plain(made)
-        return made
+        return self.built.get(cmd_name) or (_build(cmd_name) if cmd_name in VERBS else None)
+
+
+def build_all() -> None:
+    """For a process that many command lines are forked from: each verb with every flag that it may have."""
+    for verb in VERBS:
+        Verbs.built[verb] = _build(verb, every=True)
+
+
+def _build(verb: str, *, every: bool = False) -> Any:
+    module = load(verb)
+    if hasattr(module, "app"):
+        made = get_command(module.app)
+    else:
+        settings = getattr(module, "SETTINGS", {})
+        if hasattr(module.command, "declare"):
+            module.command.declare(every=every)
+        single = typer.Typer(add_completion=False)
+        kind = Forwarding if verb in ("run", "create", "exec") else None
+        single.command(verb, cls=kind, help=VERBS[verb], context_settings=settings)(module.command)
+        made = get_command(single)
+    made.name = verb
+    made.help = VERBS[verb]
+    _plain(made)
+    return made
 
 
 def _plain(command: Any) -> None:
@@ -57,6 +69,7 @@ def _plain(command: Any) -> None:
         _plain(below)
 
 
+@cache
 def make() -> Any:
     """The whole `wherry` command."""
     app = typer.Typer(cls=Verbs, no_args_is_help=True, rich_markup_mode=None)

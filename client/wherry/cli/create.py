@@ -8,7 +8,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,19 +47,26 @@ def switch(names: str, help: str) -> inspect.Parameter:
 def accepting(*parameters: inspect.Parameter) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb these parameters: so many that they stand in tables rather than in its signature.
 
-    Only flags that were typed are declared: each costs the command line's start half a millisecond, and there are
-    fifty. What is not declared is not among the verb's arguments: `given.get(...)`.
+    `declare(every=False)` says only those that were typed: each costs a command line's start half a millisecond, and
+    there are fifty. What was not typed, or is typed as it would be anyway, is not among the verb's arguments:
+    `given.get(...)`.
     """
 
-    def declare(function: Callable[..., None]) -> None:
-        typed = sys.argv[1:]
-        every = "--help" in typed or function.__module__.rpartition(".")[2] not in typed
-        wanted = [each for each in parameters if every or each.name in ALWAYS or _is_typed(each, typed)]
-        function.__signature__ = inspect.Signature(sorted(wanted, key=lambda each: each.kind))  # type: ignore[attr-defined]
-
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        function.declare = partial(declare, function)  # type: ignore[attr-defined]
-        return function
+        defaults = {each.name: each.default for each in parameters if each.name not in ALWAYS}
+
+        @wraps(function)
+        def verb(**given: Any) -> None:
+            function(**{k: v for k, v in given.items() if k not in defaults or v != defaults[k]})
+
+        def declare(*, every: bool) -> None:
+            typed = sys.argv[1:]
+            every = every or "--help" in typed or function.__module__.rpartition(".")[2] not in typed
+            wanted = [each for each in parameters if every or each.name in ALWAYS or _is_typed(each, typed)]
+            verb.__signature__ = inspect.Signature(sorted(wanted, key=lambda each: each.kind))  # type: ignore[attr-defined]
+
+        verb.declare = declare  # type: ignore[attr-defined]
+        return verb
 
     return decorate
 

@@ -1,7 +1,7 @@
 """Runs command lines for those who have none of the code loaded (wherry.cli.warm): one forked process each.
 
 Only for this user, in the same namespaces and under the same root, with the same installation; anybody else runs the
-command himself. It does not read, it forks: nobody can keep it from the next one. Decision 0016.
+command himself. It does not read, it forks: nobody can keep it from the next one. Decisions 0016 and 0033.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import struct
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import wherry
 
 from . import VERBS, load
+from .spares import Spares
 from .warm import ENDING, FDS, REQUEST_MAX, SOCKET, stamp
 
 _READ_SECONDS = 5
@@ -37,12 +39,14 @@ def serve(state: Path) -> None:
     os.chdir(state)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(SOCKET)
-    loaded = False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(SOCKET)
         os.chmod(SOCKET, 0o600)
         listener.listen(64)
+        spares = Spares(state, listener, lambda connection: _answer(connection, ours))
+        loaded = False
         while True:
+            spares.prepare()
             connection, _ = listener.accept()
             with connection:
                 if not _one_of_us(connection):
@@ -50,9 +54,7 @@ def serve(state: Path) -> None:
                 if not loaded:
                     _load()
                     loaded = True
-                if os.fork() == 0:
-                    listener.close()
-                    _answer(connection, ours)
+                spares.give(connection)
 
 
 def _load() -> None:
@@ -62,6 +64,9 @@ def _load() -> None:
         load(verb)
     for name in wherry.__all__:
         getattr(wherry, name)
+    from .app import build_all
+
+    build_all()
     gc.collect()
     gc.freeze()
 
@@ -80,7 +85,7 @@ def _one_of_us(connection: socket.socket) -> bool:
         return False
 
 
-def _answer(connection: socket.socket, ours: str) -> None:
+def _answer(connection: socket.socket, ours: str) -> NoReturn:
     """In the forked process: be the command. Never returns."""
     code = 1
     try:
