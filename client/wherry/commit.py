@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import secrets
 import shlex
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -15,8 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from wherry_shared.api.diff import UNCOMPRESSED_LABEL, Change
 from wherry_shared.api.image import Image as Record
+from wherry_shared.api.task import HOLD_SECONDS, Tasks
 from wherry_shared.bus.proxy import walk as pages
-from wherry_shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, WherryError
+from wherry_shared.errors import (
+    Aborted,
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    WherryError,
+)  # fmt: skip
 from wherry_shared.streams import write_blob
 from wherry_shared.values import Descriptor, Mount, now
 
@@ -30,6 +39,8 @@ from .unpack import chain_ids
 if TYPE_CHECKING:
     from .client import Client
     from .container import Container
+
+log = logging.getLogger("wherry.commit")
 
 _LAYER = "application/vnd.oci.image.layer.v1.tar"
 _CONFIG = "application/vnd.oci.image.config.v1+json"
@@ -141,7 +152,10 @@ class Commit:
 
     @asynccontextmanager
     async def _still(self) -> AsyncIterator[None]:
-        """Nothing in the container runs inside, if that is wished and it runs at all."""
+        """Nothing in the container runs inside, if that is wished and it runs at all. Aborted: it did, after all.
+
+        It is held, and not just paused: whatever becomes of this process, the container goes on.
+        """
         tasks, id = self._client.tasks, self._container.id
         running = False
         if self._wish.pause:
@@ -150,23 +164,14 @@ class Commit:
         if not running:
             yield
             return
-        pausing = asyncio.ensure_future(tasks.pause(id))
+        hold = Hold(tasks, id)
         try:
-            await asyncio.shield(pausing)
+            await hold.begin()
             yield
         finally:
-            await asyncio.shield(self._go_on(pausing))
-
-    async def _go_on(self, pausing: asyncio.Future[None]) -> None:
-        """Resume what was paused, also by a request whose answer nobody awaited."""
-        try:
-            await pausing
-        except (NotFound, FailedPrecondition):
-            return  # it does not run, or somebody else has paused it
-        except WherryError:
-            pass  # nobody knows
-        with suppress(NotFound, FailedPrecondition):  # it was killed meanwhile
-            await self._client.tasks.resume(self._container.id)
+            await asyncio.shield(hold.end())
+        if hold.broken:
+            raise Aborted(f"container {id} went on while its files were read: somebody resumed it, or nobody held it")
 
     # ---- documents
 
@@ -213,6 +218,56 @@ class Commit:
             return Image(self._client, await self._client.images.create(record))
         except AlreadyExists:
             return Image(self._client, await self._client.images.update(record, ["target"]))
+
+
+class Hold:
+    """A running container that stands still until the end, or until nobody asks for it any more (`Tasks.pause`)."""
+
+    def __init__(self, tasks: Tasks, id: str) -> None:
+        self._tasks, self._id = tasks, id
+        self._name = secrets.token_hex(8)
+        self._pausing: asyncio.Future[None] | None = None
+        self._keeping: asyncio.Future[None] | None = None
+        self.broken = False
+        """Whether it went on before the end."""
+
+    async def begin(self) -> None:
+        """FailedPrecondition: it does not run (any more), or stands still already."""
+        self._pausing = asyncio.ensure_future(self._tasks.pause(self._id, self._name))
+        await asyncio.shield(self._pausing)
+        self._keeping = asyncio.ensure_future(self._keep())
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(HOLD_SECONDS / 6)
+            try:
+                await self._tasks.pause(self._id, self._name)
+            except (NotFound, FailedPrecondition):
+                return await self._look()
+            except WherryError as e:
+                log.info("holding %s: %s", self._id, e)
+
+    async def _look(self) -> None:
+        """It is not held. One that was killed meanwhile did not go on; nor did one of a service that knows no holds."""
+        with suppress(WherryError):
+            self.broken = self.broken or (await self._tasks.get(self._id)).status == "running"
+
+    async def end(self) -> None:
+        """Resume what was paused, also by a request whose answer nobody awaited."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.wait([self._keeping])
+        try:
+            if self._pausing is not None:
+                await self._pausing
+        except (NotFound, FailedPrecondition):
+            return  # it does not run, or somebody else has paused it
+        except WherryError:
+            pass  # nobody knows
+        try:
+            await self._tasks.resume(self._id, self._name)
+        except (NotFound, FailedPrecondition):
+            await self._look()
 
 
 # ---- what differs

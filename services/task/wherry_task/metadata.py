@@ -26,6 +26,7 @@ MIGRATIONS = (
         PRIMARY KEY (namespace, container, born)) WITHOUT ROWID;
     """,
     "ALTER TABLE processes ADD COLUMN kept INTEGER NOT NULL DEFAULT -1;",
+    "ALTER TABLE processes ADD COLUMN hold TEXT NOT NULL DEFAULT '';",
 )
 
 
@@ -43,7 +44,8 @@ class TaskRow:
 @dataclass
 class ProcessRow:
     """A process as it stands on disk. spec: the file in the bundle that holds an exec's OCI process. kept: for how many
-    seconds one of exec stays after its end, while nobody asks about it; -1: until it is deleted."""
+    seconds one of exec stays after its end, while nobody asks about it; -1: until it is deleted. hold: for what a
+    paused init stands still; "": until somebody resumes it."""
 
     exec: str
     pid: int
@@ -53,6 +55,7 @@ class ProcessRow:
     exit_status: int | None = None
     exited_ns: int | None = None
     kept: int = -1
+    hold: str = ""
 
     @property
     def exited_at(self) -> datetime | None:
@@ -67,7 +70,7 @@ def tasks(database: Database) -> list[TaskRow]:
 def processes(database: Database, namespace: str, container: str) -> list[ProcessRow]:
     """Every process of a task, the init ("") first."""
     rows = database.all(
-        "SELECT exec, pid, status, spec, stdio, exit_status, exited_ns, kept FROM processes"
+        "SELECT exec, pid, status, spec, stdio, exit_status, exited_ns, kept, hold FROM processes"
         " WHERE namespace = ? AND container = ? ORDER BY exec",
         (namespace, container),
     )
@@ -75,8 +78,8 @@ def processes(database: Database, namespace: str, container: str) -> list[Proces
 
 
 def _process(row: Any) -> ProcessRow:
-    exec_id, pid, status, spec, stdio, exit_status, exited_ns, kept = row
-    return ProcessRow(exec_id, pid, status, spec, Stdio(**json.loads(stdio)), exit_status, exited_ns, kept)
+    exec_id, pid, status, spec, stdio, exit_status, exited_ns, kept, hold = row
+    return ProcessRow(exec_id, pid, status, spec, Stdio(**json.loads(stdio)), exit_status, exited_ns, kept, hold)
 
 
 def put_task(tx: Transaction, row: TaskRow) -> None:
@@ -91,11 +94,11 @@ def put_process(tx: Transaction, namespace: str, container: str, row: ProcessRow
     """Record a process, or its new state."""
     tx.execute(
         "INSERT OR REPLACE INTO processes"
-        " (namespace, container, exec, pid, status, spec, stdio, exit_status, exited_ns, kept)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " (namespace, container, exec, pid, status, spec, stdio, exit_status, exited_ns, kept, hold)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             namespace, container, row.exec, row.pid, row.status, row.spec, row.stdio.model_dump_json(),
-            row.exit_status, row.exited_ns, row.kept,
+            row.exit_status, row.exited_ns, row.kept, row.hold,
         ),
     )  # fmt: skip
 

@@ -179,13 +179,13 @@ class TaskService(Tasks):
             identity = admission.judged(identity, container)
         admission.check_process(identity, process)
 
-    async def pause(self, container_id: str) -> None:
+    async def pause(self, container_id: str, hold: str = "") -> None:
         self._supervisor.once()
-        await self._supervisor.pause(context.namespace(), container_id)
+        await self._supervisor.pause(context.namespace(), container_id, hold)
 
-    async def resume(self, container_id: str) -> None:
+    async def resume(self, container_id: str, hold: str = "") -> None:
         self._supervisor.once()
-        await self._supervisor.resume(context.namespace(), container_id)
+        await self._supervisor.resume(context.namespace(), container_id, hold)
 
     async def pids(self, container_id: str) -> list[ProcessInfo]:
         return await self._supervisor.pids(context.namespace(), container_id)

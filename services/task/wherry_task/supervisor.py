@@ -29,7 +29,6 @@ from wherry_shared.boot import boot_id
 from wherry_shared.catalog import raise_if_replayed
 from wherry_shared.errors import (
     AlreadyExists,
-    DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
@@ -44,6 +43,7 @@ from . import metadata
 from .backends import Bundle, Creation, Launcher
 from .bundles import Bundles
 from .ends import SIGKILL, Ends
+from .freezing import Freezer
 from .metadata import ProcessRow, TaskRow
 from .recovery import Recovery
 from .stdio.streams import Streams
@@ -58,8 +58,6 @@ LOOK_SECONDS = 2.0
 KILL_SECONDS = 20.0
 # So that a page of all fields stays below 512 KiB.
 STATS_MAX = 200
-# After these nobody knows whether what was asked of a shim has taken effect.
-_UNKNOWN = (asyncio.CancelledError, DeadlineExceeded, Unavailable)
 
 
 class Supervisor:
@@ -75,6 +73,7 @@ class Supervisor:
         self._ends = Ends(database, launcher, streams)
         self.streams = streams
         self._recovery = Recovery(database, launcher, bundles, self._ends)
+        self._freezer = Freezer(database, self.task)
 
     # ---- life
 
@@ -222,58 +221,13 @@ class Supervisor:
             raise FailedPrecondition(f"process {exec_id or 'init'} of task {container}: process not created")
         await task.shim.kill(signal, exec_id, all=all, key=key)
 
-    async def pause(self, namespace: str, container: str) -> None:
+    async def pause(self, namespace: str, container: str, hold: str = "") -> None:
         """Freeze."""
-        await self._freeze(namespace, container, "paused")
+        await self._freezer.pause(self.task(namespace, container), hold)
 
-    async def resume(self, namespace: str, container: str) -> None:
+    async def resume(self, namespace: str, container: str, hold: str = "") -> None:
         """Thaw."""
-        await self._freeze(namespace, container, "resumed")
-
-    async def _freeze(self, namespace: str, container: str, event: str) -> None:
-        task = self.task(namespace, container)
-        async with task.lock:
-            raise_if_replayed(self._database)
-            init = task.process("")
-            # Nobody is at it, so whoever was, was killed or given up at it: it may be done.
-            cut_off = init.row.status == "pausing"
-            if not cut_off and init.row.status != ("running" if event == "paused" else "paused"):
-                verb = event.removesuffix("d")
-                raise FailedPrecondition(f"cannot {verb} a {init.row.status} container: task {container}")
-            if cut_off and (await task.shim.state()).paused == (event == "paused"):
-                init.row = replace(init.row, status="paused" if event == "paused" else "running")
-            elif event == "paused":
-                await self._pause(task, init)
-            else:
-                await self._resume(task, init)
-
-            def record(tx: Transaction) -> None:
-                metadata.put_process(tx, namespace, container, init.row)
-                tx.publish(f"/tasks/{event}", {"container_id": container})
-
-            await self._database.mutate(record, durable=False)
-
-    async def _pause(self, task: Task, init: Running) -> None:
-        """Whoever looks meanwhile sees it pausing, and so it stays where nobody knows what became of it."""
-        before, init.row = init.row, replace(init.row, status="pausing")
-        try:
-            await task.shim.pause()
-        except BaseException as e:
-            if init.row.status == "pausing" and not isinstance(e, _UNKNOWN):
-                init.row = before
-            raise
-        if init.row.status == "pausing":
-            init.row = replace(init.row, status="paused")
-
-    async def _resume(self, task: Task, init: Running) -> None:
-        try:
-            await task.shim.resume()
-        except _UNKNOWN:
-            if init.row.status == "paused":
-                init.row = replace(init.row, status="pausing")
-            raise
-        if init.row.status in ("paused", "pausing"):
-            init.row = replace(init.row, status="running")
+        await self._freezer.resume(self.task(namespace, container), hold)
 
     async def update(
         self, namespace: str, container: str, resources: dict[str, Any], annotations: dict[str, str]
@@ -532,6 +486,7 @@ class Supervisor:
             for row in [process.row for process in task.processes.values()]:
                 started, over = bool(row.pid), row.exit_status is not None
                 self.streams.find((*task.key, row.exec), task.bundle.path, row.stdio, started=started, over=over)
+        self._freezer.recover(self._tasks.values())
 
     def waits(self, namespace: str, container: str) -> bool:
         """Whether the container has a task that was not started yet."""
@@ -563,6 +518,7 @@ class Supervisor:
                     return asyncio.get_running_loop().create_task(end(task))
 
             await asyncio.gather(*[within(task) for task in list(self._tasks.values())])
+        await self._freezer.stop()
         for task in list(self._tasks.values()):
             await self._ends.unfollow(task)
         self.streams.close()

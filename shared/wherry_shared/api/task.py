@@ -29,6 +29,8 @@ PROCESS_MAX = 16 << 20
 """The most bytes of a process's specification, as content and as the file that the runtime reads."""
 KEPT_MAX = 3600
 """The most seconds that a process of exec is kept after its end for somebody who may come back, if not for ever."""
+HOLD_SECONDS = 30.0
+"""How long a task stands still for a hold (`pause`) that is not asked for again."""
 LOG_LABEL = "wherry/log"
 """Of a container: the options of the log that it writes in the background (`max_size=BYTES&max_files=N`)."""
 
@@ -438,13 +440,17 @@ class Tasks(Contract, Protocol, service="task", version="1.1.0", events=EVENTS):
         ...
 
     @endpoint(NotFound, FailedPrecondition, Unknown, mutates=True)
-    async def pause(self, container_id: Identifier) -> None:
-        """Freeze every process of a running task."""
+    async def pause(self, container_id: Identifier, hold: str = "") -> None:
+        """Freeze every process of a running task.
+
+        hold: a name of the caller's own for which it stands still: no longer than HOLD_SECONDS after this was last
+        asked for with the same one. "": until it is resumed.
+        """
         ...
 
     @endpoint(NotFound, FailedPrecondition, Unknown, mutates=True)
-    async def resume(self, container_id: Identifier) -> None:
-        """Thaw a paused task."""
+    async def resume(self, container_id: Identifier, hold: str = "") -> None:
+        """Thaw a paused task. hold: only if it still stands still for that, else FailedPrecondition."""
         ...
 
     @endpoint(NotFound, FailedPrecondition)
