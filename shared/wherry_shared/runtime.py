@@ -301,6 +301,7 @@ async def _serve(settings: Settings, build: Build, stop: Stop, turn: asyncio.Eve
         bus = await _connect(settings)
         stack.push_async_callback(bus.transport.close)
         host = Host(settings, bus, stack, stop)
+        await _at_home(host)
         await _export(host, stack)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.ask, number)
@@ -315,6 +316,17 @@ async def _serve(settings: Settings, build: Build, stop: Stop, turn: asyncio.Eve
         await turn.wait()
         log.info("stopping")
         await bus.drain(DRAIN_SECONDS)
+
+
+async def _at_home(host: Host) -> None:
+    """Tell discovery where this is at home. FailedPrecondition: another node of this name is on the bus."""
+    from .bus import twins
+
+    settings = host.settings
+    with suppress(OSError):
+        settings.own_root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    home = host.metadata[twins.HOME] = twins.home_of(settings.own_root)
+    await twins.refuse_twin(host.bus.transport, settings.node, settings.service, home)
 
 
 async def _export(host: Host, stack: AsyncExitStack) -> None:

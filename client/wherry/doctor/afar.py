@@ -16,6 +16,7 @@ from wherry_shared.api.container import Container
 from wherry_shared.api.events import Events, Gap
 from wherry_shared.api.image import Image as Record
 from wherry_shared.api.introspection import Plugin
+from wherry_shared.bus import twins
 from wherry_shared.errors import DeadlineExceeded, InvalidArgument, NotFound, OutOfRange, Unimplemented, WherryError
 from wherry_shared.values import now
 
@@ -55,6 +56,7 @@ async def services(patient: Patient) -> Iterable[Finding]:
         for answer in answers:
             found += _service(name, contract.version, answer)
             packages.setdefault(str(answer["metadata"].get("package", "")), []).append(name)
+    found += _twins(patient.answers)
     packages.pop("", None)
     if len(packages) > 1:
         listed = "; ".join(f"{version}: {', '.join(sorted(set(names)))}" for version, names in packages.items())
@@ -82,6 +84,20 @@ def _service(name: str, version: str, answer: dict[str, Any]) -> Iterable[Findin
             "warning", "services", f"{name} had errors of its own since it was started", listed,
             "its log has the reasons; `verify` of content finds rotten blobs",
         )  # fmt: skip
+
+
+def _twins(answers: dict[str, list[dict[str, Any]]]) -> Iterable[Finding]:
+    """Two nodes of one name: requests go now to the one, now to the other."""
+    homes = {name: {home for home in map(twins.home, told) if home} for name, told in answers.items()}
+    double = sorted(name for name, at in homes.items() if len(at) > 1)
+    if not double:
+        return
+    ids = sorted({str(answer["metadata"].get(twins.SERVER, "")) for answer in answers.get("introspection", [])} - {""})
+    yield Finding(
+        "broken", "services", f"two nodes have this name: {', '.join(double)} are served from several places",
+        f"the server ids: {', '.join(ids)}" if ids else "their introspection services do not answer",
+        "stop one of them, or give it another name: WHERRY_NODE, or wherry up --node (and credentials of its own)",
+    )  # fmt: skip
 
 
 async def clock(patient: Patient) -> Iterable[Finding]:

@@ -103,13 +103,16 @@ class Supervisor:
         self._url = ""
 
     def run(self) -> int:
-        """Until SIGINT or SIGTERM. Answers the exit code. FailedPrecondition: another node has the directories."""
+        """Until SIGINT or SIGTERM. Answers the exit code. FailedPrecondition: another node has the directories,
+        or the name."""
         services = self._services()
         self._prepare(list(services))
         logging.root.setLevel(self._plan.log_level)  # for all who are forked
         self._watch_signals()
         try:
             self._start_nats()
+            if self._plan.nats:
+                self._refuse_twin()
             self._held = preload(services)
             for names in self._groups(services):
                 for number in range(self._plan.scale.get(names[0], 1)):
@@ -302,6 +305,27 @@ class Supervisor:
         self._probe = self._fork(
             "probe", lambda: wait_until_ready(self._url, plan.node, plan.state / "creds", services)
         )
+
+    def _refuse_twin(self) -> None:
+        """FailedPrecondition when another node has this one's name. A child looks, for no event loop runs here."""
+        from .ready import refuse_twin
+
+        plan = self._plan
+        reader, writer = os.pipe()
+
+        def look() -> None:
+            try:
+                refuse_twin(self._url, plan.node, plan.state / "creds", plan.root)
+            except FailedPrecondition as e:
+                os.write(writer, str(e).encode())
+
+        pid = self._fork("probe", look)
+        os.close(writer)
+        with open(reader, "rb") as told:
+            refusal = told.read().decode()
+        os.waitpid(pid, 0)
+        if refusal:
+            raise FailedPrecondition(refusal)
 
     def _add_beside(self, name: str, main: Callable[[Path], None]) -> None:
         self._children[name] = Child(name, lambda: self._fork(name, lambda: self._run_beside(main)))

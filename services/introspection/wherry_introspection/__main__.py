@@ -17,7 +17,9 @@ async def build(host: Host) -> Introspection:
     root = settings.own_root
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     host.lock(root / "lock")
-    return IntrospectionService(Node.open(root / "uuid", settings.node, settings.root, settings.state), host.bus)
+    node = Node.open(root / "uuid", settings.node, settings.root, settings.state)
+    host.metadata["server"] = node.id
+    return IntrospectionService(node, host.bus)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -171,6 +171,7 @@ def service_permissions(service: str, node: str) -> dict[str, Any]:
     publish = [f"{subjects.RPC}.{own}.*.{other}.>" for other in CALLS[service]]
     publish += [f"{subjects.EV}.{own}.*.{topic}.>" for topic in topics(service)]
     publish.append(f"{subjects.AUDIT}.{own}.>")
+    publish += [f"$SRV.PING.{service}", "$SRV.PING.introspection"]  # who else is there: twins.py
     served = [service, *(c.service for c in second_contracts() if c.owner == service)]
     subscribe = [f"{subjects.RPC}.{own}.*.{contract}.>" for contract in served] + _discovery(service)
     heard = {"namespace": CREATIONS, "lease": DELETIONS}.get(service, ())
