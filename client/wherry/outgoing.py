@@ -10,8 +10,9 @@ import contextlib
 import os
 import select
 import stat
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 
+CHUNK = 64 << 10
 # A terminal with room for less than a line's end says that it can be written.
 PAUSE_SECONDS = 0.05
 # Of devices that are another one whenever they are opened, /dev/ptmx among them.
@@ -57,6 +58,29 @@ async def write_all(fd: int, data: bytes | memoryview) -> None:
         before, rest = len(rest), write_now(fd, rest)
         if len(rest) == before:
             await asyncio.sleep(PAUSE_SECONDS)
+
+
+async def chunks(source: int | bytes) -> AsyncGenerator[bytes, None]:
+    """Whatever comes from a descriptor, or the bytes that are there, in windows of CHUNK."""
+    if isinstance(source, bytes):
+        for begin in range(0, len(source), CHUNK):
+            yield source[begin : begin + CHUNK]
+        return
+    waits = _can_be_polled(source)
+    while True:
+        if waits:
+            await ready(source, select.EPOLLIN)
+            data = os.read(source, CHUNK)
+        else:
+            data = await asyncio.to_thread(os.read, source, CHUNK)
+        if not data:
+            return
+        yield data
+
+
+def _can_be_polled(fd: int) -> bool:
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(fd)
 
 
 async def ready(fd: int, events: int) -> None:

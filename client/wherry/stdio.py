@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import os
 import secrets
+import select
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +21,9 @@ from pathlib import Path
 from wherry_shared.api.task import Stdio as Paths
 from wherry_shared.errors import Unavailable
 
-from .outgoing import write_all, write_now
+from .outgoing import CHUNK, chunks, ready, write_all, write_now
 
 Sink = Callable[[bytes], None]
-CHUNK = 64 << 10
 # How often it is looked whether output waits for its reader here.
 LOOK_SECONDS = 0.25
 COLLECT_MAX = 16 << 20
@@ -255,41 +254,33 @@ class _Reader:
 
 
 class _Writer:
-    """Descriptor or bytes -> FIFO, in a thread of its own: the caller's stdin may be anything, also a slow file."""
+    """Descriptor or bytes -> FIFO, as it has room. The caller's descriptor is read as long as this is open: what comes
+    there later is somebody else's."""
 
     def __init__(self, path: str, source: int | bytes, on_end: Callable[[], None]) -> None:
-        # O_RDWR never blocks and never fails for want of a reader; the end of input is told by close_stdin.
-        self._fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        self._source = source
+        # O_RDWR never fails for want of a reader; the end of input is told by close_stdin.
+        self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._on_end = on_end
-        self._loop = asyncio.get_running_loop()
         self._closed = False
-        threading.Thread(target=self._pump, name="stdin", daemon=True).start()
+        self._pumping = asyncio.get_running_loop().create_task(self._pump(source))
 
-    def _pump(self) -> None:
-        try:
-            if isinstance(self._source, bytes):
-                self._write(self._source)
-            else:
-                while data := os.read(self._source, CHUNK):
-                    self._write(data)
-        except OSError:
-            pass
-        if not self._closed:
-            with contextlib.suppress(RuntimeError):  # the loop may be gone with the program
-                self._loop.call_soon_threadsafe(self._end)
-
-    def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view and not self._closed:
-            view = view[os.write(self._fd, view) :]
-
-    def _end(self) -> None:
+    async def _pump(self, source: int | bytes) -> None:
+        with contextlib.suppress(OSError):
+            async with contextlib.aclosing(chunks(source)) as given:
+                async for chunk in given:
+                    await self._write(memoryview(chunk))
         # Not closed yet: what is in a FIFO is gone with its last opener, and the process may not have begun.
-        if not self._closed:
-            self._on_end()
+        self._on_end()
+
+    async def _write(self, view: memoryview) -> None:
+        while view:
+            try:
+                view = view[os.write(self._fd, view) :]
+            except BlockingIOError:
+                await ready(self._fd, select.EPOLLOUT)
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            self._pumping.cancel()
             os.close(self._fd)

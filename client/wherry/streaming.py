@@ -8,9 +8,7 @@ import contextlib
 import logging
 import os
 import secrets
-import select
-import stat
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from wherry_shared import context
@@ -26,8 +24,8 @@ from wherry_shared.errors import (
 )
 
 from .nearby import is_here
-from .outgoing import ready, write_all, write_now
-from .stdio import CHUNK, Pipes, Sink, Stdio, forget, part
+from .outgoing import chunks, write_all, write_now
+from .stdio import Pipes, Sink, Stdio, forget, part
 
 if TYPE_CHECKING:
     from .client import Client
@@ -199,8 +197,8 @@ class Streaming:
     async def _write(self, source: int | bytes) -> None:
         writer, given, keys = secrets.token_hex(8), 0, Keys(self._stdio.detach_keys)
         with contextlib.suppress(NotFound, FailedPrecondition):  # it has ended, or somebody has closed its stdin
-            async with contextlib.aclosing(_chunks(source)) as chunks:
-                async for chunk in chunks:
+            async with contextlib.aclosing(chunks(source)) as given_us:
+                async for chunk in given_us:
                     data, typed = keys.sift(chunk)
                     given = await self._give(writer, given, data)
                     if typed:
@@ -266,26 +264,3 @@ class Keys:
                 self.withheld = data[-length:]
                 return data[:-length], False
         return data, False
-
-
-async def _chunks(source: int | bytes) -> AsyncGenerator[bytes, None]:
-    """Whatever comes from a descriptor, or the bytes that are there, in windows."""
-    if isinstance(source, bytes):
-        for begin in range(0, len(source), CHUNK):
-            yield source[begin : begin + CHUNK]
-        return
-    waits = _can_be_polled(source)
-    while True:
-        if waits:
-            await ready(source, select.EPOLLIN)
-            data = os.read(source, CHUNK)
-        else:
-            data = await asyncio.to_thread(os.read, source, CHUNK)
-        if not data:
-            return
-        yield data
-
-
-def _can_be_polled(fd: int) -> bool:
-    mode = os.fstat(fd).st_mode
-    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(fd)
