@@ -18,7 +18,7 @@ from wherry_events.service import EventsService
 from wherry_shared.bus import subjects
 from wherry_shared.bus.credentials import stream_name
 from wherry_shared.bus.stream import JetStreamLog
-from wherry_shared.errors import InvalidArgument
+from wherry_shared.errors import FailedPrecondition, InvalidArgument
 from wherry_shared.sqlite import Database
 
 
@@ -177,3 +177,26 @@ async def test_the_state_and_what_happens_to_it(client: Client) -> None:
 async def test_what_is_no_filter(client: Client) -> None:
     with pytest.raises(InvalidArgument):
         client.watch(filters=["topic=x"])
+
+
+async def test_nobody_waits_for_a_client_that_is_closed(client: Client) -> None:
+    """Nor does who waits already when it is closed."""
+
+    async def listed() -> None:
+        async for _ in client.list_and_watch(client.events.stream):
+            begun.set()
+
+    begun = asyncio.Event()
+    watch = client.watch()
+    waiting = [asyncio.ensure_future(anext(watch)), asyncio.ensure_future(listed())]
+    async with asyncio.timeout(20):
+        await begun.wait()
+        while not watch.token:
+            await asyncio.sleep(0.01)
+        await client.close()
+        for each in waiting:
+            with pytest.raises(FailedPrecondition, match="closed"):
+                await each
+        for later in (anext(client.watch()), listed(), client.events.stream()):
+            with pytest.raises(FailedPrecondition, match="closed"):
+                await later

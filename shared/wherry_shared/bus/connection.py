@@ -20,6 +20,7 @@ from nats.js import JetStreamContext
 
 from ..errors import (
     DeadlineExceeded,
+    FailedPrecondition,
     InvalidArgument,
     PermissionDenied,
     ResourceExhausted,
@@ -89,7 +90,8 @@ class _Interest:
 class Connection:
     """One authenticated connection to NATS, shared by everything in the process. Make it with `connect`.
 
-    on_state: called with False when the connection drops and with True when it is back and subscribed again.
+    on_state: called with False when the connection drops or is closed, and with True when it is back and subscribed
+    again.
     """
 
     def __init__(self, link: Link, inbox_prefix: str) -> None:
@@ -187,7 +189,7 @@ class Connection:
         """
         link = self._link
         if link.out is None:
-            raise Unavailable("the process is not connected to NATS")
+            raise self._away()
         if not sendable(subject) or (reply and not sendable(reply)):
             raise InvalidArgument(f"{subject!r} with reply {reply!r} is no subject to publish on")
         link.check_room()
@@ -207,7 +209,7 @@ class Connection:
         """Wait while over 4 MiB are still to be sent. Raises Unavailable when the connection drops."""
         await self._link.room.wait()
         if self._link.out is None:
-            raise Unavailable("the process is not connected to NATS")
+            raise self._away()
 
     # ---- request
 
@@ -259,7 +261,7 @@ class Connection:
         malformed subject, ResourceExhausted when no subscription is left, DeadlineExceeded when the server is silent.
         """
         if not self.connected:
-            raise Unavailable(f"cannot subscribe to {subject}: the process is not connected to NATS")
+            raise self._away(f"cannot subscribe to {subject}: ")
         try:
             made = await self._link.subscribe(subject, queue=queue)
         except BadSubjectError as error:
@@ -297,7 +299,7 @@ class Connection:
         Raises Unavailable when the connection is or gets lost, DeadlineExceeded after `timeout` seconds.
         """
         if not self.connected:
-            raise Unavailable("the process is not connected to NATS")
+            raise self._away()
         pong: asyncio.Future[Any] = self._loop.create_future()
         self._flushes.add(pong)
         try:
@@ -330,12 +332,22 @@ class Connection:
         await self.close()
 
     async def close(self) -> None:
-        """Send what was published, disconnect, and fail what still waits with Unavailable. It may be repeated."""
+        """Send what was published, disconnect, and fail what still waits with Unavailable. It may be repeated.
+
+        What is asked of it from then on is FailedPrecondition: it comes back no more, so nobody waits for it.
+        """
         if self._closing:
             return
         self._closing = True
         self._link.callbacks.clear()
         await discard(self._link)
+        self._tell(connected=False)
+
+    def _away(self, what: str = "") -> WherryError:
+        """Why nothing can be sent."""
+        if self._closing:
+            return FailedPrecondition(f"{what}the connection is closed")
+        return Unavailable(f"{what}the process is not connected to NATS")
 
     # ---- the link's reports
 
@@ -346,6 +358,9 @@ class Connection:
             return
         self._announced = connected
         log.log(logging.INFO if connected else logging.WARNING, "NATS is %s", "back" if connected else "lost")
+        self._tell(connected=connected)
+
+    def _tell(self, *, connected: bool) -> None:
         for listener in list(self.on_state):
             try:
                 listener(connected)

@@ -77,7 +77,7 @@ class Transport(Publisher, Protocol):
 
     @property
     def on_state(self) -> list[Callable[[bool], None]]:
-        """Called with False when the connection drops, and with True when it is back and subscribed again."""
+        """Called with False when the connection drops or is closed, with True when it is back and subscribed again."""
         ...
 
     @property
@@ -115,7 +115,7 @@ class Transport(Publisher, Protocol):
         ...
 
     async def close(self) -> None:
-        """Disconnect."""
+        """Disconnect for good: what is asked from then on is FailedPrecondition."""
         ...
 
     def event_log(self, name: str, subject: str) -> EventLog:
