@@ -43,6 +43,7 @@ from .container import DEFAULT_SNAPSHOTTER, Container, NewContainer
 from .image import Image
 from .paging import walk as walk
 from .progress import OnProgress, silent
+from .undo import done, made
 
 if TYPE_CHECKING:
     from .archive.ends import Source, Target
@@ -113,7 +114,7 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Disconnect. What was started goes on running."""
+        """Disconnect. What was started goes on running; what is asked or watched from here on is FailedPrecondition."""
         await self.bus.close()
 
     # ---- images
@@ -335,12 +336,12 @@ class Client:
     @asynccontextmanager
     async def lease(self, hours: float = LEASE_HOURS) -> AsyncIterator[str]:
         """What is added inside is kept until the end, and no longer than `hours` if the end never comes."""
-        lease = await self._new_lease(hours)
+        lease = await made(lambda: self._new_lease(hours), self._end_lease)
         try:
             with context.use(lease=lease.id):
                 yield lease.id
         finally:
-            await self._end_lease(lease)
+            await done(self._end_lease(lease))
 
     async def _new_lease(self, hours: float, labels: Mapping[str, str] | None = None) -> Lease:
         expire = (now() + timedelta(hours=hours)).isoformat(timespec="seconds")

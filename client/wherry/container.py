@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from wherry_shared import context
 from wherry_shared.api.container import JOIN_LABEL, Runtime
 from wherry_shared.api.container import Container as Record
 from wherry_shared.api.diff import Change
@@ -19,11 +17,9 @@ from wherry_shared.api.snapshot import GID_LABEL, UID_LABEL
 from wherry_shared.api.task import LOG_LABEL
 from wherry_shared.errors import (
     AlreadyExists,
-    DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    Unavailable,
     WherryError,
 )
 from wherry_shared.values import LABEL_MAX, Mount, Platform, check_identifier, check_labels
@@ -34,6 +30,7 @@ from .registry.platforms import describe, parse_platform
 from .spec import Options
 from .stdio import Stdio
 from .task import NewTask, Task
+from .undo import done, made
 from .unpack import chain_ids
 
 if TYPE_CHECKING:
@@ -48,7 +45,6 @@ DEFAULT_SNAPSHOTTER = "overlay"
 NAME_LABEL = "wherry/name"
 # Whose of the image's it is, where that was said: `os/architecture[/variant]`.
 PLATFORM_LABEL = "wherry/platform"
-UNDO_SECONDS = 10.0
 _NAMESPACE_FILES = {"network": "net"}
 # An image may not set what steers the runtime or the restart monitor (GHSA-xhf5-7wjv-pqxp).
 RESERVED_PREFIXES = ("containerd.io/", "io.containerd.", "io.cri-containerd", "wherry/")
@@ -354,9 +350,17 @@ class NewContainer:
             made = self._spec if self._spec is not None else spec.make(self._id, None, self._options, user)
             stop = {STOP_SIGNAL_LABEL: self._options.stop_signal} if self._options.stop_signal else {}
             record = Record(id=self._id, labels={**stop, **self._labels}, runtime=runtime, spec=made)
-            return Container(self._client, await self._client.containers.create(record))
-        async with self._client.lease():
-            return await self._from_image(self._image, runtime)
+            return await self._recorded(record)
+        container = None
+        try:
+            async with self._client.lease():
+                container = await self._from_image(self._image, runtime)
+            return container
+        except BaseException:  # also of the lease's end
+            if container is not None:
+                with contextlib.suppress(WherryError):
+                    await container.forget(snapshot=True)
+            raise
 
     async def _from_image(self, image: Image, runtime: Runtime) -> Container:
         client = self._client
@@ -364,12 +368,12 @@ class NewContainer:
         snapshotter = self._snapshotter
         mounts = await self._prepare(image, resolved)
         try:
-            made = self._spec
-            if made is None:
+            specification = self._spec
+            if specification is None:
                 user = users.resolve(self._options.user or resolved.config.user, mounts, self._options.groups)
-                made = spec.make(self._id, resolved.config, self._options, user)
+                specification = spec.make(self._id, resolved.config, self._options, user)
             record = Record(
-                id=self._id, labels=self._all_labels(resolved), image=image.name, runtime=runtime, spec=made,
+                id=self._id, labels=self._all_labels(resolved), image=image.name, runtime=runtime, spec=specification,
                 snapshotter=snapshotter, snapshot_key=self._snapshot,
             )  # fmt: skip
             container = await self._recorded(record)
@@ -381,29 +385,27 @@ class NewContainer:
             raise
 
     async def _recorded(self, record: Record) -> Container:
-        """Make the record; where it stays unknown whether it was made, it is gone when this raises."""
         containers = self._client.containers
-        key = context.current().call_key or secrets.token_hex(12)
-        try:
-            with context.use(key=key):
-                return Container(self._client, await containers.create(record))
-        except (asyncio.CancelledError, DeadlineExceeded, Unavailable):
-            # Under the same key it is the same request, wherever that is by now: after it there is one to remove.
-            with contextlib.suppress(WherryError), context.use(key=key, timeout=UNDO_SECONDS):
-                await containers.create(record)
-                await containers.delete(record.id)
-            raise
+        return Container(
+            self._client, await made(lambda: containers.create(record), lambda _: containers.delete(record.id))
+        )
 
     async def _prepare(self, image: Image, resolved: Resolved) -> list[Mount]:
         """The container's own snapshot on the image's topmost; the image is unpacked first where it is not."""
         chain = chain_ids(resolved.config.diff_ids)
-        top, snapshotter = chain[-1] if chain else "", self._snapshotter
-        labels = _map_labels(self._options)
+        top, snapshotter, key = chain[-1] if chain else "", self._snapshotter, self._snapshot
+        snapshots, labels = self._client.snapshots, _map_labels(self._options)
+
+        async def prepared() -> list[Mount]:
+            return await made(
+                lambda: snapshots.prepare(snapshotter, key, top, labels), lambda _: snapshots.remove(snapshotter, key)
+            )
+
         try:
-            return await self._client.snapshots.prepare(snapshotter, self._snapshot, top, labels)
+            return await prepared()
         except NotFound:
             await image.unpack(snapshotter, self._platform)
-            return await self._client.snapshots.prepare(snapshotter, self._snapshot, top, labels)
+            return await prepared()
 
     def _all_labels(self, resolved: Resolved) -> dict[str, str]:
         labels = image_labels(resolved.config.labels)
@@ -423,7 +425,7 @@ class NewContainer:
     async def __aexit__(self, *exc: object) -> None:
         if self._container is not None:
             with contextlib.suppress(NotFound):
-                await self._container.delete(snapshot=True)
+                await done(self._container.delete(snapshot=True))
 
 
 def image_labels(labels: Mapping[str, str]) -> dict[str, str]:

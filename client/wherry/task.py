@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from wherry_shared import context
 from wherry_shared.api.task import KEPT_MAX, Exit, ProcessInfo, Stats
 from wherry_shared.api.task import Process as State
 from wherry_shared.api.task import Stdio as Paths
@@ -21,13 +20,13 @@ from wherry_shared.values import Mount
 from .handing import handed
 from .stdio import Collected, Pipes, Stdio
 from .streaming import OUTAGE_SECONDS, Streaming, carrier
+from .undo import done, made
 
 if TYPE_CHECKING:
     from .client import Client
     from .container import Container
 
 PATIENCE = 5.0
-UNDO_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -271,7 +270,7 @@ class Task(Process):
 
     async def __aexit__(self, *exc: object) -> None:
         with contextlib.suppress(NotFound):
-            await asyncio.shield(self.delete(force=True))
+            await done(self.delete(force=True))
 
 
 class NewTask:
@@ -301,16 +300,7 @@ class NewTask:
         """The pid; where it stays unknown whether there is a task, there is none when this raises."""
         id, tasks = self._container.id, self._container.client.tasks
         mounts = self._mounts if self._mounts is not None else await self._container.first_mounts()
-        key = context.current().call_key or secrets.token_hex(12)
-        try:
-            with context.use(key=key):
-                return await tasks.create(id, mounts, paths, self._runtime)
-        except (asyncio.CancelledError, DeadlineExceeded, Unavailable):
-            # Under the same key it is the same request, wherever that is by now: after it there is one to remove.
-            with contextlib.suppress(WherryError), context.use(key=key, timeout=UNDO_SECONDS):
-                await tasks.create(id, mounts, paths, self._runtime)
-                await tasks.delete(id, "", True)
-            raise
+        return await made(lambda: tasks.create(id, mounts, paths, self._runtime), lambda _: tasks.delete(id, "", True))
 
     def __await__(self) -> Generator[Any, None, Task]:
         return self._create().__await__()
