@@ -264,7 +264,7 @@ async def test_drain_lets_requests_finish_and_closes(shared_server: NatsServer, 
     await draining
     assert seen[0] == b"before"
     assert not client.connected
-    with pytest.raises(Unavailable):
+    with pytest.raises(FailedPrecondition):
         client.publish("x", b"")
 
 
