@@ -1,8 +1,9 @@
 """A second copy of a service's database, kept beside it, for when the first is found damaged.
 
-A copy is made from time to time when something has changed, checked, and given its name only when it is whole. It is
-put back when the service's setting `restore` is `backup`, and only over a database that is damaged or gone: what was
-changed after the copy was made is lost then, and nobody but the operator may decide that.
+A copy is made from time to time when something has changed, checked, and given its name only when it is whole; its time
+says when it was last seen to be as the database is. It is put back when the service's setting `restore` is `backup`,
+and only over a database that is damaged or gone: what was changed after the copy was made is lost then, and nobody but
+the operator may decide that.
 """
 
 from __future__ import annotations
@@ -143,8 +144,10 @@ class Backup:
         if self._connection is None:
             self._connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
         version: int = self._connection.execute("PRAGMA data_version").fetchone()[0]
-        if version == self._seen and backup_of(self._path).exists():
-            return
+        if version == self._seen:
+            with suppress(FileNotFoundError):
+                os.utime(backup_of(self._path))  # it is as of now, too
+                return
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
         copy = sqlite3.connect(temporary, isolation_level=None)
         try:

@@ -255,16 +255,6 @@ def test_a_database_that_is_damaged(node: Node, tmp_path: Path) -> None:
     assert {"programs", "kernel", "permissions"} <= set(report["looked_at"])
 
 
-def test_a_backup_that_is_not_made(node: Node, namespace: str) -> None:
-    node.run("ns", "create", namespace)
-    backup = node.root / "namespace" / "metadata.db.backup"
-    eventually(backup.exists, "no backup")
-    made = backup.stat()
-    os.utime(backup, (made.st_atime, made.st_mtime - 3600))
-    assert "the backup of namespace is old" in warned(examine(node))
-    os.utime(backup, (made.st_atime, made.st_mtime))
-
-
 def test_events_that_wait_and_leases_that_stay(node: Node) -> None:
     """Both services stand still, as they would if they hung; what is due stays undone."""
     with contextlib.ExitStack() as stack:

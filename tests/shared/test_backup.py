@@ -158,8 +158,10 @@ async def test_it_copies_what_has_changed_and_at_the_end(path: Path, monkeypatch
     await copied(1)  # the first at once: a young database has none
     await add(database, "one")
     await copied(2)
-    for _ in range(20):
-        await asyncio.sleep(0.01)
+    os.utime(backup_of(path), (0, 0))
+    async with asyncio.timeout(20):
+        while not backup_of(path).stat().st_mtime:  # it is looked at, and as of now
+            await asyncio.sleep(0.01)
     assert len(copies) == 2, "nothing has changed"
     monkeypatch.setattr(backup, "INTERVAL", 60.0)
     await add(database, "two")

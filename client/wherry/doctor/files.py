@@ -7,10 +7,11 @@ import os
 import sqlite3
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from wherry_shared.backup import INTERVAL, backup_of, check_log
 from wherry_shared.bus import DIRECT, sockets, subjects
@@ -48,11 +49,24 @@ def _open(path: Path) -> sqlite3.Connection:
 # ---- damage
 
 
-def _damage(place: Place) -> Iterator[Finding]:
+async def _damage(patient: Patient) -> Iterable[Finding]:
+    started = {name: min(map(_started, told)) for name, told in patient.answers.items() if told}
+    return await asyncio.to_thread(lambda: list(_damaged(patient.here, started)))
+
+
+def _started(answer: dict[str, Any]) -> float:
+    try:
+        return datetime.fromisoformat(str(answer.get("started", ""))).timestamp()
+    except ValueError:
+        return 0.0
+
+
+def _damaged(place: Place, started: Mapping[str, float]) -> Iterator[Finding]:
     for service in CALLS:
         path = place.root / service / DATABASE
         if path.exists():
             yield from _database(service, path)
+            yield from backed_up(service, path, started.get(service, 0.0))
         elif backup_of(path).exists():
             yield Finding(
                 "broken", "databases", f"the database of {service} is gone", f"{path} is not there, its backup is",
@@ -78,7 +92,6 @@ def _database(service: str, path: Path) -> Iterator[Finding]:
                 "broken", "databases", f"the database of {service} is damaged", f"{path}: {e}",
                 RESTORE.format(service.upper()),
             )  # fmt: skip
-    yield from _backup(service, path)
 
 
 def _quick_check(path: Path) -> None:
@@ -88,8 +101,11 @@ def _quick_check(path: Path) -> None:
         raise sqlite3.DatabaseError(found.splitlines()[-1])
 
 
-def _backup(service: str, path: Path) -> Iterator[Finding]:
-    """The log's time is that of the last change; a copy is made of what has changed."""
+def backed_up(service: str, path: Path, started: float) -> Iterator[Finding]:
+    """The log's time is that of the last change, and the copy's when it was last seen to be all.
+
+    started: since when the service runs that would make it.
+    """
     todo = "the service's log says why (a full disk?)"
     log = path.with_name(f"{DATABASE}-wal")
     try:
@@ -99,10 +115,10 @@ def _backup(service: str, path: Path) -> Iterator[Finding]:
     try:
         made = backup_of(path).stat().st_mtime
     except FileNotFoundError:
-        if time.time() - path.stat().st_mtime > BACKUP_SECONDS:
+        if time.time() - max(started, path.stat().st_mtime) > BACKUP_SECONDS:
             yield Finding("warning", "databases", f"{service} has no backup", f"{backup_of(path)} is not there", todo)
         return
-    if min(changed, time.time()) - made > BACKUP_SECONDS:
+    if min(changed, time.time()) - max(made, started) > BACKUP_SECONDS:
         when = datetime.fromtimestamp(made, UTC).isoformat(timespec="seconds")
         yield Finding("warning", "databases", f"the backup of {service} is old", f"it is of {when}", todo)
 
@@ -273,7 +289,7 @@ def _rotten(place: Place) -> Iterator[Finding]:
 
 
 CHECKS = (
-    Check("databases", aside(_damage), here=True),
+    Check("databases", _damage, here=True),
     Check("outboxes", aside(_waiting), here=True),
     Check("leases", aside(_leases), here=True),
     Check("blobs", _blobs, ("namespace", "content"), here=True),
