@@ -39,9 +39,10 @@ T = TypeVar("T")
 
 WINDOW = 6
 """Chunks in flight: 3 MiB cover the delay of the bus."""
+INLINE = 64 << 10  # bytes of a file that are read sooner than a thread is told to: a manifest, a config
 PATIENCE = 30.0
-LEAVE_SECONDS = 2.0  # for the answer to a request that nobody wants any more
 """Seconds to try again when the service is away or another writer holds the ref, where the context has no deadline."""
+LEAVE_SECONDS = 2.0  # for the answer to a request that nobody wants any more
 CARE_SECONDS = 15.0
 
 
@@ -102,8 +103,12 @@ def _open_same(path: str, flags: int, device: int, inode: int) -> int | None:
 
 async def _local_chunks(file: OwnedFd, digest: str, offset: int, size: int) -> AsyncGenerator[bytes, None]:
     while offset < size:
+        length = min(LOCAL_CHUNK, size - offset)
         with os_errors(f"blob {digest}"):
-            chunk = await asyncio.to_thread(_pread, file, min(LOCAL_CHUNK, size - offset), offset)
+            if length <= INLINE:
+                chunk = _pread(file, length, offset)
+            else:
+                chunk = await asyncio.to_thread(_pread, file, length, offset)
         if not chunk:
             raise DataLoss(f"blob {digest} ends at {offset}, and should have {size} bytes")
         yield chunk
