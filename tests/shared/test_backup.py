@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from housebus import PATIENCE
 from wherry_shared import backup
 from wherry_shared.backup import Backup, backup_of, open_database
 from wherry_shared.errors import DataLoss
@@ -151,7 +152,7 @@ async def test_it_copies_what_has_changed_and_at_the_end(path: Path, monkeypatch
     keeper.start()
 
     async def copied(count: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while len(copies) < count:
                 await asyncio.sleep(0.01)
 

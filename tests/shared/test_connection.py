@@ -71,6 +71,7 @@ async def test_deadline_and_the_late_answer(shared_server: NatsServer, connect: 
     await client.subscribe("slow", asked.append)
     with pytest.raises(DeadlineExceeded, match="slow was not answered in time"):
         await client.request("slow", b"", timeout=0.05)
+    await client.flush()  # it may have taken its way there for longer than that
     client.publish(asked[0].reply, b"too late")
     await client.flush()
     assert not client._waiting

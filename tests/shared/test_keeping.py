@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+from housebus import PATIENCE
 from wherry_shared import context
 from wherry_shared.api.lease import Leases, Resource
 from wherry_shared.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
@@ -142,7 +143,7 @@ async def test_the_latest_deadline_counts_and_who_gives_up_stops_nobody() -> Non
         context.enter(context.Context(namespace="default", lease="l", deadline=deadline))
         await keeper.keep(image(name))
 
-    soon, later = time.time() + 5, time.time() + 50
+    soon, later = time.time() + PATIENCE, time.time() + 2 * PATIENCE
     tasks = [asyncio.create_task(by(at, str(at))) for at in (soon, later)]
     while not leases.asked:
         await asyncio.sleep(0)
@@ -160,7 +161,7 @@ async def test_a_bug_leaves_nobody_waiting() -> None:
     leases = Counted()
     keeper = Keeper(leases)
     leases.failure = RuntimeError("a bug")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         done = await asyncio.gather(keep(keeper, "a"), keep(keeper, "b"), return_exceptions=True)
         assert [type(each) for each in done] == [Unavailable, Unavailable]
         leases.failure = None

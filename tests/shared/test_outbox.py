@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from housebus import HouseServer
+from housebus import PATIENCE, HouseServer
 from rebuilt import power_of
 from wherry_events.journal import Journal
 from wherry_events.kept import Kept
@@ -66,13 +66,13 @@ def left(database: Database) -> int:
 
 
 async def drained(database: Database) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while left(database):
             await asyncio.sleep(0.01)
 
 
 async def stored(log: EventLog) -> list[Envelope]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while True:
             try:
                 found = [events.decode(entry.data) for entry in await log.read(limit=1000)]
@@ -183,21 +183,19 @@ async def test_nobody_hears_of_a_change_before_who_made_it(
 ) -> None:
     """What a service answers of a process may come from memory: it is told that it ended when that is known there."""
     answered = database._settle
-    held = asyncio.Event()
-
-    def later(group: Any, last_event: int) -> None:
-        held.set()
-        asyncio.get_running_loop().call_later(0.5, answered, group, last_event)
+    held: asyncio.Future[tuple[Any, int]] = asyncio.get_running_loop().create_future()
 
     outbox.start()
     await write(database, 0)
     await drained(database)
-    monkeypatch.setattr(database, "_settle", later)
+    monkeypatch.setattr(database, "_settle", lambda *written: held.set_result(written))
     writing = asyncio.create_task(write(database, 1))
-    await held.wait()
+    written = await held
     outbox._wake.set()  # as by one before it
     await asyncio.sleep(0.2)
     assert left(database) == 1 and not writing.done() and numbers(await stored(stream)) == [0]
+    monkeypatch.setattr(database, "_settle", answered)
+    answered(*written)
     await writing
     await drained(database)
     assert numbers(await stored(stream)) == [0, 1]
@@ -214,7 +212,7 @@ async def test_a_crash_between_the_publish_and_the_forgetting(
         first = Outbox(database, image)
         first.start()
         await write(database, 0, 1, 2)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while (await stream.state()).last < 3:
                 await asyncio.sleep(0.01)
         await first.stop(0.1)
@@ -276,9 +274,10 @@ async def test_a_stream_that_is_not_there_yet(
     outbox.start()
     with caplog.at_level("INFO"):
         await write(database, *range(50))
-        await asyncio.sleep(0.2)
+        async with asyncio.timeout(PATIENCE):
+            while "events wait in the outbox: no stream takes events" not in caplog.text:
+                await asyncio.sleep(0.01)
         assert left(database) == 50
-        assert "events wait in the outbox: no stream takes events" in caplog.text
         await log.ensure(max_age=3600, max_bytes=1 << 24)
         await drained(database)
     assert numbers(await stored(log)) == list(range(50))
@@ -368,9 +367,11 @@ async def test_nothing_goes_again_while_the_power_is_on(
     database: Database, stream: EventLog, places: Callable[[str], Awaitable[Bus]], image: Bus
 ) -> None:
     heard: list[bytes] = []
-    await (await places("admin")).transport.subscribe("wherry.ev.v1.>", lambda message: heard.append(message.data))
+    admin = await places("admin")
+    await admin.transport.subscribe("wherry.ev.v1.>", lambda message: heard.append(message.data))
     await relayed(database, image, 0, 1)
     await relayed(database, image, 2)
+    await admin.transport.flush()
     assert len(heard) == 3
 
 
@@ -405,7 +406,7 @@ async def test_what_was_sent_and_not_put_aside_is_looked_for_batch_by_batch(
         outbox = Outbox(database, image)
         outbox.start()
         await write(database, *range(2 * BATCH + 5))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while (await stream.state()).last < 2 * BATCH + 5:
                 await asyncio.sleep(0.01)
         await outbox.stop()
@@ -439,12 +440,12 @@ async def test_what_was_sent_and_not_put_aside_is_looked_for_batch_by_batch(
 async def test_what_is_surely_on_the_streams_disk_is_kept_no_longer(
     database: Database, stream: EventLog, image: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbox_module, "KEEP_SECONDS", 0.2)
     outbox = Outbox(database, image)
     outbox.start()
     await write(database, *range(5))
     await drained(database)
     assert database.one("SELECT count(*) FROM sent")[0] == 5
+    monkeypatch.setattr(outbox_module, "KEEP_SECONDS", 0.2)  # only now: the five may have been put aside one by one
     await asyncio.sleep(0.3)
     await write(database, 5)
     await drained(database)

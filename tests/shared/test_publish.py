@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from housebus import HouseServer
+from housebus import PATIENCE, HouseServer
 from wherry_shared.bus import Bus, credentials, events
 from wherry_shared.bus.protocol import Message
 from wherry_shared.bus.transport import EventLog
@@ -85,11 +85,11 @@ async def test_a_batch_is_told_why_its_first_is_not_in_the_stream(
     server.nats.freeze()
     monkeypatch.setattr(events, "ACK_TIMEOUT", 0.2)
     assert await why(outgoing(*"gh"), "did not acknowledge an event within 0.2 s") == 0
-    monkeypatch.setattr(events, "ACK_TIMEOUT", 10)
+    monkeypatch.setattr(events, "ACK_TIMEOUT", 2 * PATIENCE)
     asked = asyncio.ensure_future(why(outgoing(*"ij"), "dropped"))
     await asyncio.sleep(0.05)
     server.nats.kill()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         assert await asked == 0
     assert await why(outgoing("k"), "not connected") == 0
 
@@ -126,11 +126,14 @@ async def test_what_the_stream_refuses_stays_in_the_outbox(
     outbox.start()
     for n in range(5):
         await database.write(lambda tx, n=n: tx.publish("/images/create", {"n": n}, namespace="k8s.io"))
-    await asyncio.sleep(0.3)
+    async with asyncio.timeout(PATIENCE):
+        while (await log.state()).last < 3:
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.3)  # the fourth is tried meanwhile
     assert database.one("SELECT count(*) FROM outbox")[0] >= 2
     assert (await log.state()).last == 3
     await operator.request(f"$JS.API.STREAM.UPDATE.{name}", json.dumps({**full, "max_msgs": 9}).encode(), timeout=5)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while database.one("SELECT count(*) FROM outbox")[0]:
             await asyncio.sleep(0.01)
     assert [envelope.event["n"] for entry in await log.read() if (envelope := events.decode(entry.data))] == [*range(5)]

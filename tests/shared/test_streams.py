@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from contentd import Replica, digest_of
 from descriptors import descriptors
+from housebus import PATIENCE
 from wherry_content.service import ContentService
 from wherry_shared import context
 from wherry_shared.api.content import CHUNK, Content, Info, Located, Opened
@@ -21,6 +22,7 @@ from wherry_shared.errors import (
     Aborted,
     AlreadyExists,
     DataLoss,
+    DeadlineExceeded,
     FailedPrecondition,
     NotFound,
     OutOfRange,
@@ -232,7 +234,7 @@ async def test_a_reader_that_stops_leaves_nothing_behind(content: Content, local
             break
     reading = [task for task in asyncio.all_tasks() if "object _read at" in repr(task.get_coro())]
     assert not reading
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while local and open_blobs():  # the thread that read last has yet to let go of it
             await asyncio.sleep(0.01)
 
@@ -301,7 +303,8 @@ async def test_a_writer_waits_for_the_ref(content: Content) -> None:
         await first.write(b"one ")
         with pytest.raises(Unavailable, match="'r'"):
             await BlobWriter(content, "r", patience=0.1).__aenter__()
-        with context.use(timeout=0.1), pytest.raises(Unavailable):
+        # While a request is under way at that very moment, nobody knows what became of it.
+        with context.use(timeout=0.1), pytest.raises((Unavailable, DeadlineExceeded)):
             await BlobWriter(content, "r").__aenter__()
         waiting = asyncio.create_task(BlobWriter(content, "r").__aenter__())
         await asyncio.sleep(0.1)

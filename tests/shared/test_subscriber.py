@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from housebus import HouseServer
+from housebus import PATIENCE, HouseServer
 from wherry_shared.api.events import Envelope
 from wherry_shared.bus import Bus, events, subjects
 from wherry_shared.errors import Unavailable, WherryError
@@ -53,7 +53,7 @@ async def test_an_outage_is_a_hole_too(
         with pytest.raises(Unavailable, match="events may have been missed"):
             await anext(subscriber)
         following = asyncio.ensure_future(anext(subscriber))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             number = 2
             while not following.done():
                 with contextlib.suppress(WherryError):
@@ -106,7 +106,7 @@ async def test_a_reader_comes_to_the_end_when_it_is_closed(image: Bus, places: C
 
     reader = asyncio.ensure_future(read())
     await emit(image, 1, 2)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while len(seen) < 2:
             await asyncio.sleep(0.01)
         await subscriber.close()
