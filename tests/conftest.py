@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import backends
 import pytest
+from hypothesis import HealthCheck, settings
 from images import Registry, busybox
 
 
@@ -25,6 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
     backends.ask(config.getoption(backends.OPTION))
     # A shell starts what it puts into the background deaf to it, and children would be, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # And nohup to a hangup: a handler is none in what is executed, and ends nothing here.
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
+    # What an example takes hangs on what else the machine does.
+    settings.register_profile("wherry", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("wherry")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

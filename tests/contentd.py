@@ -67,7 +67,7 @@ class Replica:
 
 async def ready(content: Content, instance: str) -> None:
     """Return when that instance, a process, answers."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             try:
                 await at_instance(content, instance).statuses()

@@ -28,7 +28,7 @@ MANIFEST = json.dumps({
     "schemaVersion": 2, "mediaType": OCI_MANIFEST, "layers": [],
     "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": BLOB.digest, "size": 2},
 }).encode()  # fmt: skip
-FAST = Limits(backoff=0.01, retry_after=0.05, head=1, idle=1, document=2, pace_window=0.4)
+FAST = Limits(backoff=0.01, retry_after=0.05)
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 

@@ -60,7 +60,7 @@ async def trap(store: Store) -> AsyncIterator[Trap]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "wherry.registry.client.Limits",
-        lambda: Limits(backoff=0.01, retry_after=0.05, head=2, idle=1, document=5, pace_window=0.5),
+        lambda: Limits(backoff=0.01, retry_after=0.05),
     )
 
 

@@ -160,9 +160,9 @@ async def test_an_interrupted_pull_is_taken_up_after_a_collection(node: Node, nu
         def come() -> int:
             return sum(int(ingest["offset"]) for ingest in node.json("content", "ingests", *ns))
 
-        await asyncio.to_thread(eventually, lambda: come() > part // 2, "it does not come")
+        await asyncio.to_thread(eventually, lambda: come() > part // 2, "it does not come", 60)
         client.send_signal(number)
-        assert await asyncio.to_thread(client.wait, 20) in (130, -number)
+        assert await asyncio.to_thread(client.wait, 60) in (130, -number)
         stalled.set()
         kept = await asyncio.to_thread(come)
         assert part // 2 < kept <= part

@@ -64,9 +64,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "wherry.registry.client.Limits", lambda: Limits(backoff=0.01, retry_after=0.05, head=2, idle=2, document=5)
-    )
+    monkeypatch.setattr("wherry.registry.client.Limits", lambda: Limits(backoff=0.01, retry_after=0.05))
 
 
 async def have(client: Client, layout: Layout, target: dict[str, Any], name: str = "docker.io/team/app:v1") -> None:

@@ -40,7 +40,7 @@ async def client(tmp_path: Path) -> AsyncIterator[Client]:
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upload, "WHOLE_MAX", MIB)
     monkeypatch.setattr(upload, "PART", 2 * MIB)
-    monkeypatch.setattr("wherry.registry.client.Limits", lambda: Limits(backoff=0.05, idle=5))
+    monkeypatch.setattr("wherry.registry.client.Limits", lambda: Limits(backoff=0.05))
 
 
 def the_same(registry: images.Registry, layout: Layout, repository: str, tag: str, digest: str) -> None:

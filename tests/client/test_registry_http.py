@@ -39,7 +39,9 @@ class Line:
 
 @asynccontextmanager
 async def speaking(
-    talk: Talk, server_tls: ssl.SSLContext | None = None, client_tls: ssl.SSLContext | None = None,
+    talk: Talk,
+    server_tls: ssl.SSLContext | None = None,
+    client_tls: ssl.SSLContext | None = None,
     times: http.Timeouts = TIMES,
 ) -> AsyncIterator[tuple[Line, http.Pool]]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import shutil
-import socket
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from natsd import free_port
 from wherry.registry import Credentials, DockerConfig, Limits, NoCredentials, Reference, Registry, parse_manifest, pick
 from wherry.registry.documents import OCI_INDEX, OCI_MANIFEST, parse_config, parse_index
 from wherry_shared.errors import DataLoss, InvalidArgument, NotFound, OutOfRange, Unauthenticated, Unavailable
@@ -33,9 +33,7 @@ FAST = Limits(backoff=0.01)
 @asynccontextmanager
 async def serving(root: Path, *, password: bool = False) -> AsyncIterator[str]:
     """A docker-registry of our own; gives host:port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     (root / "htpasswd").write_text(HTPASSWD)
     auth = {"auth": {"htpasswd": {"realm": "test", "path": str(root / "htpasswd")}}} if password else {}
     config = {
@@ -56,7 +54,7 @@ async def serving(root: Path, *, password: bool = False) -> AsyncIterator[str]:
 
 
 async def answering(address: str) -> None:
-    async with aiohttp.ClientSession() as session, asyncio.timeout(30):
+    async with aiohttp.ClientSession() as session, asyncio.timeout(60):
         while True:
             try:
                 async with session.get(f"http://{address}/v2/"):

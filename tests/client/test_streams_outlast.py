@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from housebus import PATIENCE
 from wherry.outgoing import write_all
 from wherry.stdio import Pipes, Stdio
 from wherry.streaming import Streaming
@@ -62,7 +63,7 @@ async def test_a_reader_that_looks_away_misses_nothing(way: Any, tmp_path: Path)
         turns += 1
     assert turns == 20 and not drained.done()
     taking = asyncio.create_task(asyncio.to_thread(_all_of, ours))
-    await asyncio.wait_for(drained, 20)
+    await asyncio.wait_for(drained, PATIENCE)
     streams.close()
     os.close(theirs)
     assert len(await taking) == SIZE
@@ -75,8 +76,8 @@ async def test_a_reader_that_has_gone_is_told_of(way: Any, tmp_path: Path) -> No
     os.close(ours)
     streams = await way(Stdio(None, theirs, None), tmp_path)
     with pytest.raises(BrokenPipeError):
-        await asyncio.wait_for(streams.parted(), 20)
-    await asyncio.wait_for(streams.drained(), 20)
+        await asyncio.wait_for(streams.parted(), PATIENCE)
+    await asyncio.wait_for(streams.drained(), PATIENCE)
     streams.close()
     os.close(theirs)
 
@@ -100,7 +101,7 @@ async def test_the_end_of_stdin_is_told_whatever_is_away(tmp_path: Path) -> None
     process = Process(client, "c", "", Pipes(Stdio(b"in"), tmp_path, "default", "c"))
     process.carry()
     await process.start()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while process._background or not process._stdin_ended:
             await asyncio.sleep(0.01)
     assert client.tasks.told == 3
@@ -125,7 +126,7 @@ async def test_a_node_that_is_gone_is_not_waited_for_for_ever(tmp_path: Path, mo
     assert not waiting.done()
     os.close(container)
     with pytest.raises(Unavailable, match="how c ended"):
-        await asyncio.wait_for(waiting, 20)
+        await asyncio.wait_for(waiting, PATIENCE)
     process.detach()
 
 

@@ -51,7 +51,7 @@ async def test_killed_in_the_middle_of_an_ingest(doomed: Doomed, start: Start) -
 
 @pytest.mark.parametrize("moment", ["seal", "rename"])
 async def test_killed_before_the_row_is_there(doomed: Doomed, start: Start, tmp_path: Path, moment: str) -> None:
-    assert doomed(moment).wait(30) == -9
+    assert doomed(moment).wait(60) == -9
     there = any(name.startswith("blobs/") for name in files(tmp_path / "content"))
     assert there is (moment == "rename")
     content = (await start()).content
@@ -64,7 +64,7 @@ async def test_killed_before_the_row_is_there(doomed: Doomed, start: Start, tmp_
 
 
 async def test_killed_after_the_row_is_there(doomed: Doomed, start: Start, tmp_path: Path) -> None:
-    assert doomed("row").wait(30) == -9
+    assert doomed("row").wait(60) == -9
     content = (await start()).content
     assert await content.read(DIGEST) == BYTES
     assert await content.statuses() == []
@@ -74,7 +74,7 @@ async def test_killed_after_the_row_is_there(doomed: Doomed, start: Start, tmp_p
 
 @pytest.mark.parametrize("moment", ["put-seal", "put-row"])
 async def test_killed_while_a_blob_is_put_whole(doomed: Doomed, start: Start, tmp_path: Path, moment: str) -> None:
-    assert doomed(moment).wait(30) == -9
+    assert doomed(moment).wait(60) == -9
     blob = f"blobs/{DIGEST.replace(':', '/')}"
     assert blob in files(tmp_path / "content")  # named before its row is there
     content = (await start()).content
@@ -88,7 +88,7 @@ async def test_killed_while_a_blob_is_put_whole(doomed: Doomed, start: Start, tm
 
 
 async def test_killed_between_the_row_and_the_file_of_a_deletion(doomed: Doomed, start: Start, tmp_path: Path) -> None:
-    assert doomed("delete").wait(30) == -9
+    assert doomed("delete").wait(60) == -9
     assert files(tmp_path / "content")
     content = (await start()).content
     with pytest.raises(NotFound):

@@ -63,7 +63,7 @@ async def test_refused_with_a_hint_and_restored(
     harm(path)
     refused = subprocess.run(
         [sys.executable, "-m", "wherry_content", "--node", "n1", "--nats", server.url, "--root", str(tmp_path / "root"),
-         "--state", str(tmp_path), "--creds", str(tmp_path / "creds")], capture_output=True, text=True, timeout=30,
+         "--state", str(tmp_path), "--creds", str(tmp_path / "creds")], capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert refused.returncode == 1
     assert str(path) in refused.stderr and "restore=backup" in refused.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from contentd import Replica, digest_of
+from housebus import PATIENCE
 from wherry_content.backends import durable
 from wherry_content.backends.local_ingest import SAVE_BYTES
 from wherry_shared.api.content import CHUNK, Content
@@ -24,7 +25,7 @@ Start = Callable[..., Awaitable[Replica]]
 
 
 async def until_durable(content: Content, ref: str) -> int:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while not (found := (await content.status(ref)).durable):
             await asyncio.sleep(0.01)
     return found
@@ -150,7 +151,7 @@ async def test_an_fsync_that_fails_on_the_way_fails_the_commit(start: Start, mon
     writer = at_instance(replica.content, opened.instance)
     for at in range(0, len(DATA), CHUNK):
         await writer.write("r", at, DATA[at : at + CHUNK])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while replica.store._writers["default", "r"].held._unsaved is None:  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
     with pytest.raises(DataLoss, match="'r'"):

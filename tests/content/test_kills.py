@@ -67,5 +67,5 @@ async def test_unavailable_soon_when_nobody_is_left(spawn: Spawn, nats_bus: Bus)
 async def test_a_private_backend_has_one_service_on_a_root(spawn: Spawn, nats_bus: Bus) -> None:
     first = spawn("one", "backend=memory")
     await ready(nats_bus.proxy(Content, namespace="default"), "one")
-    assert await asyncio.to_thread(spawn("two", "backend=memory").wait, 20) == 1
+    assert await asyncio.to_thread(spawn("two", "backend=memory").wait, 60) == 1
     assert first.poll() is None

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from contentd import Replica, digest_of
+from housebus import PATIENCE
 from wherry_content.backends import durable
 from wherry_content.backends.local_ingest import SAVE_BYTES
 from wherry_shared.api.content import CHUNK
@@ -108,7 +109,7 @@ async def test_an_ingest_goes_on_from_what_is_durable(
     end = opened.offset
     while end < len(LARGE):
         end = await at_instance(replica.content, "one").write("r", end, LARGE[end : end + CHUNK])
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while not (kept := (await replica.content.status("r")).durable):
             await asyncio.sleep(0.01)
     left = disk.cut("left")

@@ -48,7 +48,7 @@ async def test_two_processes_on_one_root(spawn: Spawn, nats_bus: Bus) -> None:
     victim = processes[0 if opened.instance == "one" else 1]
     victim.kill()
     victim.wait()
-    with context.use(timeout=20):
+    with context.use(timeout=60):
         again = await content.open("layer")  # the lock died with its process
     assert (again.instance, again.offset) == (other, CHUNK)
     info = await at_instance(content, other).commit("layer")
@@ -62,9 +62,9 @@ async def test_a_stop_in_good_order(spawn: Spawn, nats_bus: Bus) -> None:
     opened = await content.open("layer")
     await at_instance(content, opened.instance).write("layer", 0, DATA[:CHUNK])
     process.terminate()
-    assert await asyncio.to_thread(process.wait, 20) == 0
+    assert await asyncio.to_thread(process.wait, 60) == 0
 
 
 @pytest.mark.parametrize("setting", ["sharing=everybody", "idle=soon", "backend=floppy"])
 def test_a_wrong_setting_is_told_at_the_start(spawn: Spawn, setting: str) -> None:
-    assert spawn("one", setting).wait(20) == 1
+    assert spawn("one", setting).wait(60) == 1

@@ -6,10 +6,13 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from contentd import Replica, digest_of
 from descriptors import descriptors
+from housebus import PATIENCE
+from wherry_content import store
 from wherry_shared.api.content import CHUNK
 from wherry_shared.bus.proxy import at_instance
 from wherry_shared.errors import AlreadyExists, NotFound, Unavailable
@@ -38,7 +41,7 @@ async def test_a_deletion_counts_for_all_and_frees_the_bytes(start: Start) -> No
     await at_one.delete(DIGEST)
     with pytest.raises(NotFound):
         await at_two.read(DIGEST, 0, 10)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while any("(deleted)" in link for link in open_files(one.root)):
             await asyncio.sleep(0.05)
     await write_blob(one.content, "r", DATA, expected=DIGEST)
@@ -78,7 +81,7 @@ async def test_an_open_that_is_delivered_to_both_has_one_answer(start: Start) ->
 
 
 async def test_an_abort_at_another_replica(start: Start, tmp_path: Path) -> None:
-    one, _ = await start("one", idle=0.4), await start("two")
+    one, _ = await start("one", idle=3.0), await start("two")
     at_one, at_two = at_instance(one.content, "one"), at_instance(one.content, "two")
     await at_one.open("r")
     await at_one.write("r", 0, b"half")
@@ -88,20 +91,30 @@ async def test_an_abort_at_another_replica(start: Start, tmp_path: Path) -> None
     with pytest.raises(NotFound):
         await at_one.commit("r")
     assert (await at_two.open("r")).offset == 0
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while ("default", "r") in one.store._writers:
             await asyncio.sleep(0.05)
     assert (await at_two.write("r", 0, b"new")) == 3
 
 
-async def test_a_status_anywhere_keeps_an_ingest_held(start: Start) -> None:
-    one, _ = await start("one", idle=0.4), await start("two")
+async def test_a_status_anywhere_keeps_an_ingest_held(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(store, "time", SimpleNamespace(monotonic=lambda: now))
+    one, _ = await start("one", idle=60.0), await start("two")
     at_one, at_two = at_instance(one.content, "one"), at_instance(one.content, "two")
     await at_one.open("r")
+    name, writer = ("default", "r"), one.store._writers["default", "r"]
     for _ in range(8):
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.02)  # times of files may be some milliseconds coarse
         await at_two.status("r")
+        now += 40
+        await one.store._let_go_if_idle(name, writer)
     assert await at_one.write("r", 0, b"x") == 1
+    await one.store._let_go_if_idle(name, writer)
+    now += 61
+    await one.store._let_go_if_idle(name, writer)
+    with pytest.raises(NotFound, match="not open here"):
+        await at_one.write("r", 1, b"x")
 
 
 async def test_the_same_blob_through_both_at_once(start: Start) -> None:

@@ -40,6 +40,8 @@ from .layers import (
     put,
 )  # fmt: skip
 
+SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
 
 def names(root: Path) -> list[bytes]:
     """What is in the tree; whiteouts of an overlay count as nothing."""
@@ -284,7 +286,7 @@ MEMBERS = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=SLOW)
 @given(layers=st.lists(st.lists(MEMBERS, max_size=12), min_size=1, max_size=2), parents=st.booleans())
 def test_nothing_outside_changes_whatever_the_entries(
     place: Place, tmp_path_factory: pytest.TempPathFactory, layers: list[list[bytes]], parents: bool

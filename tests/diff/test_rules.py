@@ -15,6 +15,7 @@ from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, 
 from .conftest import Place
 from .layers import CHAR, DIR, FIFO, FILE, LINK, SYMLINK, archive, entry, look, put
 
+SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 OPAQUE = "trusted.overlay.opaque"
 
 
@@ -297,7 +298,7 @@ MEMBER = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=SLOW)
 @example([entry(b"a", LINK, link=b"b"), entry(b".wh..wh..opq")])
 @example([entry(b"b", LINK, link=b"c/a/b"), entry(b".wh..wh..opq")])
 @example([entry(b"b", LINK, link=b"c/a/b"), entry(b"c/a/b", FILE, b"own"), entry(b".wh..wh..opq")])

@@ -20,6 +20,7 @@ from wherry_shared.openat2 import BENEATH, IN_ROOT, NO_MAGICLINKS, NO_SYMLINKS, 
 
 from .layers import DIR, FILE, LINK, SYMLINK, archive, entry
 
+SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 NAME = st.sampled_from([b"a", b"b", b"c"])
 PATH = st.lists(NAME, min_size=1, max_size=4).map(b"/".join)
 LINKED = st.one_of(PATH, PATH.map(lambda path: b"/" + path), PATH.map(lambda path: b"../" + path))
@@ -49,7 +50,7 @@ def check(tree: Tree) -> None:
 
 @pytest.mark.parametrize("overlay", [True, False])
 @pytest.mark.parametrize("opened", [6, 256])
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=SLOW)
 @given(members=st.lists(MEMBER, max_size=20))
 def test_cached_paths_name_their_directories(
     monkeypatch: pytest.MonkeyPatch,

@@ -104,14 +104,14 @@ async def test_what_is_committed_during_a_flush_waits_for_the_next(
 
     def sync(self: OverlayBackend) -> None:
         flushing.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
 
     async with housed(tmp_path) as house:
         await api_of(house).prepare("overlay", "later", "")
         with monkeypatch.context() as patch:
             patch.setattr(OverlayBackend, "sync", sync)
             await commit(house, tmp_path / "mnt", "first")
-            assert await asyncio.to_thread(flushing.wait, 20)
+            assert await asyncio.to_thread(flushing.wait, 60)
             monkeypatch.setattr(syncer, "DELAY", 60.0)
             await api_of(house).commit("overlay", "second", "later")
             go_on.set()
@@ -121,7 +121,7 @@ async def test_what_is_committed_during_a_flush_waits_for_the_next(
 
 async def async_eventually(condition: object) -> None:
     assert callable(condition)
-    await asyncio.to_thread(eventually, condition, "it does not come about")
+    await asyncio.to_thread(eventually, condition, "it does not come about", 60)
 
 
 async def test_a_flush_that_fails_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
