@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from descriptors import descriptors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wherry_diff.apply import Application, apply, run
@@ -232,7 +233,7 @@ def test_the_deepest_tree_that_a_layer_can_have(tmp_path: Path) -> None:
     for tree in (left, right):
         put(b"".join([entry(b"d/" * 2000 + b"f", mtime=5), bytes(1024)]), tree, overlay=False)
     put(b"".join([entry(b"d/" * 2000 + b"g"), entry(b"d/" * 1000 + b"h"), bytes(1024)]), right, overlay=False)
-    descriptors = len(os.listdir("/proc/self/fd"))
+    opened = descriptors()
     limits = Limits(max_path=4095)
     job = Comparison(bind(left), bind(right), TAR, str(tmp_path), limits=limits)
     told = {path for _, path in listed(job, 700)}
@@ -248,7 +249,7 @@ def test_the_deepest_tree_that_a_layer_can_have(tmp_path: Path) -> None:
     os.close(fd)
     with pytest.raises(ResourceExhausted, match="too long a path"):
         made(job)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert not descriptors() - opened
     subprocess.run(["rm", "-rf", left, right], check=True)
 
 
@@ -324,10 +325,10 @@ def test_a_mount_in_the_tree_is_not_entered(tmp_path: Path) -> None:
 def test_nothing_is_left_mounted(tmp_path: Path) -> None:
     with ground(tmp_path, "overlay", [("write", b"a", b"x")]) as made_of:
         play(made_of.right, [("write", b"b", b"y"), ("remove", b"a")])
-        before, descriptors = mounts(tmp_path), len(os.listdir("/proc/self/fd"))
+        before, opened = mounts(tmp_path), descriptors()
         made_of.layer(whole=True)
         assert mounts(tmp_path) == before
-        assert len(os.listdir("/proc/self/fd")) == descriptors
+        assert not descriptors() - opened
 
 
 def test_a_hundred_and_twenty_eight_layers(tmp_path: Path) -> None:

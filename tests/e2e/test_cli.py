@@ -141,7 +141,7 @@ def test_run_gives_a_terminal(node: Node, ns: list[str], pulled: str) -> None:
     os.write(leader, b"hello\r")
     while b"got:hello" not in said:
         said += os.read(leader, 4096)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     os.close(leader)
 
 
@@ -155,7 +155,7 @@ def test_a_signal_goes_through_to_the_process(node: Node, ns: list[str], pulled:
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
     assert process.stdout.read() == "caught\n"
-    assert process.wait(20) == 3
+    assert process.wait(60) == 3
 
 
 def test_interrupting_twice_ends_what_ignores_it(node: Node, ns: list[str], pulled: str) -> None:
@@ -168,7 +168,7 @@ def test_interrupting_twice_ends_what_ignores_it(node: Node, ns: list[str], pull
     process.send_signal(signal.SIGINT)
     eventually(lambda: node.json("ps", *ns), "it ended at the first interrupt")
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 137
+    assert process.wait(60) == 137
     assert node.json("ps", *ns, "-a") == [] and node.json("snapshot", "ls", *ns, "kind==active") == []
 
 

@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,15 +135,25 @@ def test_a_commit_that_is_told_to_end_leaves_nothing_paused(
         (row,) = node.json("ps", *ns)
         return str(row["status"])
 
-    process = subprocess.Popen([WHERRY, "commit", *ns, "goes-on", "made:1"], env=node.environment, process_group=0)
-    eventually(lambda: status() == "paused", "it is not paused")
-    process.send_signal(number)
-    assert process.wait(20) == (130 if number == signal.SIGINT else -number)
+    with node.standing_still("diff"):  # whatever it has compared by then, it does not answer
+        process = subprocess.Popen([WHERRY, "commit", *ns, "goes-on", "made:1"], env=node.environment, process_group=0)
+        eventually(lambda: status() == "paused", "it is not paused")
+        eventually(lambda: _begun(node, ns), "it is not compared")
+        process.send_signal(number)
+    assert process.wait(60) == (130 if number == signal.SIGINT else -number)
     assert status() == "running"
     assert not views(node, ns, []) and not node.json("lease", "ls", *ns)
     # The comparison itself ends when it finds that its lease is gone.
     eventually(lambda: not node.json("content", "ingests", *ns), "its ingest stays", 60)
     node.run("rm", *ns, "-f", "goes-on")
+
+
+def _begun(node: Node, ns: list[str]) -> bool:
+    """Whether the comparison writes; the service has a moment for that, and stands still again."""
+    node.kill("diff", signal.SIGCONT)
+    time.sleep(0.05)
+    node.kill("diff", signal.SIGSTOP)
+    return bool(node.json("content", "ingests", *ns))
 
 
 def test_commit_of_a_commit(node: Node, ns: list[str], busybox_ref: str) -> None:

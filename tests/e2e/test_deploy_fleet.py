@@ -23,7 +23,7 @@ from wherry_shared.errors import InvalidArgument, PermissionDenied, Unauthentica
 from wherry_shared.values import Descriptor
 
 IMAGE = Image(name="redis", target=Descriptor(media_type="m", digest=f"sha256:{'a' * 64}", size=1))
-SECONDS = 30.0
+SECONDS = 60.0
 
 
 class Authority:
@@ -210,7 +210,7 @@ async def test_the_command_line_reaches_a_node_by_way_of_the_hub(fleet: Fleet, n
     }  # fmt: skip
     said = await asyncio.to_thread(
         subprocess.run, [WHERRY, "images", "-n", "cli"], env={**deployed.outside(), **settings}, capture_output=True,
-        text=True, timeout=30,
+        text=True, timeout=60,
     )  # fmt: skip
     assert said.returncode == 0 and "redis" in said.stdout, said.stderr
 
@@ -219,7 +219,7 @@ async def test_a_tenant_has_its_namespace_on_the_node_and_no_other(fleet: Fleet,
     async with fleet.at_hub("tenant-team") as bus:
         assert (await bus.proxy(Images, namespace="team").create(IMAGE)).name == "redis"
         with pytest.raises(WherryError) as refused:
-            await asyncio.wait_for(bus.proxy(Images, namespace="default").get("redis"), 10)
+            await asyncio.wait_for(bus.proxy(Images, namespace="default").get("redis"), SECONDS)
         assert isinstance(refused.value, PermissionDenied | Unavailable)
 
 

@@ -48,7 +48,7 @@ def test_a_stopped_reader_keeps_nobody_from_interrupting(node: Node, running: li
         os.read(pipe, 1)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 128 + signal.SIGINT
+        assert process.wait(60) == 128 + signal.SIGINT
     eventually(lambda: "yes" not in node.run("top", *running[1:]).stdout, "it goes on")
 
 
@@ -58,7 +58,7 @@ def test_a_reader_that_has_gone_ends_it(node: Node, running: list[str], way: str
     with open(os.devnull) as nothing, command(node, way, *running, "yes") as (process, pipe):
         os.read(pipe, 1)
         os.dup2(nothing.fileno(), pipe)  # it is closed
-        assert process.wait(10) == 128 + signal.SIGPIPE
+        assert process.wait(60) == 128 + signal.SIGPIPE
     eventually(lambda: "yes" not in node.run("top", *running[1:]).stdout, "it goes on")
 
 
@@ -71,14 +71,14 @@ def test_a_full_disk_under_our_output(node: Node, running: list[str]) -> None:
 def test_a_terminal_is_left_as_it_was(node: Node, running: list[str]) -> None:
     """Non-blocking, it would fail whatever runs in it next."""
     with Terminal([WHERRY, running[0], "-it", *running[1:], "true"], node.environment) as terminal:
-        assert terminal.process.wait(20) == 0
+        assert terminal.process.wait(60) == 0
         assert not fcntl.fcntl(terminal._slave, fcntl.F_GETFL) & os.O_NONBLOCK
 
 
 def test_a_terminal_takes_no_pipe(node: Node, running: list[str], namespace: str, busybox_ref: str) -> None:
     """It would wait for more for ever."""
     for line in ([running[0], "-it", *running[1:]], ["run", "-n", namespace, "-it", busybox_ref]):
-        done = node.run(*line, "cat", check=False, input="all\n", timeout=30)
+        done = node.run(*line, "cat", check=False, input="all\n", timeout=60)
         assert done.returncode == 125 and "the input is no terminal" in done.stderr
     assert [row["id"] for row in node.json("ps", "-n", namespace, "-a")] == ["c"]
 
@@ -113,6 +113,6 @@ def test_closed_descriptors(
     line = [WHERRY, running[0], "-i", *running[1:], "sh", "-c", f"{script}; exit 3"]
     done = subprocess.run(
         ["sh", "-c", f'"$@" {closed}', "sh", *line], env={**node.environment, "WHERRY_WARM": warm},
-        stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False,
+        stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (3, *wanted)

@@ -50,7 +50,7 @@ def redis_server(root: Path) -> Iterator[None]:
         yield
     finally:
         server.terminate()
-        server.communicate(timeout=10)
+        server.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")

@@ -193,9 +193,8 @@ def test_df_and_prune(node: Node, ns: list[str], busybox: str) -> None:
     assert node.run("exec", *ns, "web", "echo", "alive").stdout == "alive\n"
 
     node.run("kill", *ns, "-s", "KILL", "web")
+    eventually(lambda: not node.json("ps", *ns), "it does not end")
     done = node.json("prune", *ns, "--all", "--containers", "--yes")[0]
-    if not done["containers"]:  # it was still on its way out
-        done = node.json("prune", *ns, "--all", "--containers", "--yes")[0]
     assert done["containers"] == ["web"] and done["images"] == [busybox] and done["freed"] > 500_000
     assert node.json("content", "ls", *ns) == [] and node.json("snapshot", "ls", *ns) == []
     assert node.json("ps", "-a", *ns) == []

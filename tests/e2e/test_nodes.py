@@ -20,7 +20,7 @@ def descendants(pid: int) -> set[int]:
 
 def test_a_second_node_on_the_same_root_is_refused(node: Node) -> None:
     done = subprocess.run(
-        [WHERRY, "up", "--root", node.root, "--state", node.state], capture_output=True, text=True, timeout=30,
+        [WHERRY, "up", "--root", node.root, "--state", node.state], capture_output=True, text=True, timeout=60,
         env=clean_environment(), check=False,
     )  # fmt: skip
     assert done.returncode == 1
@@ -77,7 +77,7 @@ def test_a_log_level_that_there_is_not(tmp_path: Path) -> None:
     """It is for all services, so it is refused once, and nothing is made."""
     done = subprocess.run(
         [WHERRY, "up", "--root", tmp_path / "root", "--state", tmp_path / "state", "--log-level", "loud"],
-        capture_output=True, text=True, timeout=30, check=False,
+        capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "wherry up: there is no log level 'LOUD'"
@@ -92,7 +92,7 @@ def test_a_root_that_can_be_none(tmp_path: Path) -> None:
         for root in (tmp_path / "file", tmp_path / "read-only", tmp_path / "read-only" / "root"):
             done = subprocess.run(
                 [WHERRY, "up", "--root", root, "--state", tmp_path / "state"],
-                capture_output=True, text=True, timeout=30, check=False,
+                capture_output=True, text=True, timeout=60, check=False,
             )  # fmt: skip
             assert done.returncode == 1
             assert str(root) in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
@@ -147,10 +147,12 @@ def left_of(node: Node) -> list[str]:
 def test_containers_outlive_their_node(busybox_ref: str, tmp_path: Path) -> None:
     with Node(tmp_path) as made:
         made.run("run", "-d", "--name", "stays", busybox_ref, "sleep", "1000")
-        made.run("run", "-d", "--name", "ends", busybox_ref, "sh", "-c", "sleep 2; exit 5")
+        gate = "while [ ! -e /gate ]; do sleep 0.1; done; exit 5"
+        made.run("run", "-d", "--name", "ends", busybox_ref, "sh", "-c", gate)
         pid = {row["id"]: row["pid"] for row in made.json("ps")}
         assert made.stop(signal.SIGTERM) == 0
     assert os.path.exists(f"/proc/{pid['stays']}")
+    Path(f"/proc/{pid['ends']}/root/gate").touch()
     eventually(lambda: not os.path.exists(f"/proc/{pid['ends']}"), "it does not end")
     with made:
         rows = {row["id"]: row for row in made.json("ps", "-a")}

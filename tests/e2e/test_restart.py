@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -120,7 +119,7 @@ def test_a_keeper_without_a_node_of_its_own(node: Node, namespace: str, run: Any
 
 def test_a_keeper_where_no_node_is(node: Node, tmp_path: Path) -> None:
     environment = {**node.environment, "WHERRY_STATE": str(tmp_path / "none")}
-    done = subprocess.run([WHERRY, "keep"], env=environment, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([WHERRY, "keep"], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert (
         done.stderr
@@ -148,7 +147,9 @@ def test_a_restart_of_what_nobody_leaves_in_the_background(node: Node, namespace
 async def test_ends_that_a_tenant_makes_up(node: Node, namespace: str, run: Any) -> None:
     """Events of its own namespace are its to publish, whatever they say: others' containers are started again."""
     node.run("auth", "tenant", namespace, "--state", str(node.state))
-    await asyncio.sleep(0.5)
+    own = {**node.environment, "WHERRY_CREDS": str(node.state / "creds" / f"tenant-{namespace}.nk")}
+    # At first nats-server is reading its users again.
+    eventually(lambda: not node.run("ps", "-n", namespace, env=own, check=False).returncode, "it does not get in")
     keeper = node.pids()["keeper"]
     creds = str(node.state / "creds" / f"tenant-{namespace}.nk")
     async with wherry.connect(state=str(node.state), namespace=namespace, creds=creds) as tenant:

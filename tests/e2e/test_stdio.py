@@ -168,7 +168,7 @@ def test_what_is_removed_when_it_ends(afar: Afar, busybox_ref: str) -> None:
     following = afar.popen("logs", "-f", "quick")
     assert following.stdout is not None and following.stdout.readline() == b"quick\n"
     Path(f"/proc/{pids['quick']}/root/gate").touch()
-    assert following.stdout.read() == b"end\n" and following.wait(30) == 0
+    assert following.stdout.read() == b"end\n" and following.wait(60) == 0
     eventually(lambda: "quick" not in _running(afar), "quick stays")
     assert b"--rm" in afar.run("restart", "other", check=False).stderr
     with afar.node.standing_still("task", signal.SIGKILL):
@@ -200,7 +200,7 @@ def test_a_tenant_from_afar(afar: Afar, busybox_ref: str) -> None:
         assert b"42" in _asked(shell, b"echo $((6*7))\n")
         shell.type(b"exit 6\n")
         assert shell.wait() == 6
-    assert b"42" in following.stdout.read() and following.wait(30) == 0
+    assert b"42" in following.stdout.read() and following.wait(60) == 0
     afar.environment = admin
     eventually(lambda: not _left(afar), f"{_left(afar)} stay")
 
@@ -237,11 +237,11 @@ def test_a_log_goes_on_while_the_task_service_is_dead(afar: Afar, busybox_ref: s
     log = afar.node.root / "task/logs" / afar.environment["WHERRY_NAMESPACE"] / "c/log"
     with afar.node.standing_still("task", signal.SIGKILL):
         size = log.stat().st_size
-        eventually(lambda: log.stat().st_size > size + 2000, "nothing is logged meanwhile")
+        eventually(lambda: log.stat().st_size > size + 500, "nothing is logged meanwhile", 60)
         Path(f"/proc/{pid}/root/gate").touch()
         eventually(lambda: not Path(f"/proc/{pid}").exists(), "it does not end")
     rest = following.stdout.read().split()
-    assert following.wait(30) == 0 and len(rest) > 50
+    assert following.wait(60) == 0 and len(rest) > 50
     assert rest == [b"%d" % number for number in range(2, len(rest) + 2)]
     assert afar.run("logs", "c").stdout.split() == [b"1", *rest]
 
@@ -254,9 +254,9 @@ def test_logs(afar: Afar, busybox_ref: str) -> None:
     assert followed.stderr == b"".join(b"error %d\n" % i for i in range(1, 7))
     assert afar.run("logs", "--tail", "1", "c").stdout == b"end"
     stamped = afar.run("logs", "-t", "c").stdout.splitlines()
-    stamp = stamped[3].split(b" ")[0].decode()
-    assert afar.run("logs", "--since", stamp[:26] + "Z", "c").stdout.startswith(b"line 4\n")
-    assert afar.run("logs", "--until", stamp[:26] + "Z", "c").stdout == b"line 1\nline 2\nline 3\n"
+    stamp = stamped[3].split(b" ")[0].decode()[:22] + "0000Z"  # a bit before it, and long behind the line before
+    assert afar.run("logs", "--since", stamp, "c").stdout.startswith(b"line 4\n")
+    assert afar.run("logs", "--until", stamp, "c").stdout == b"line 1\nline 2\nline 3\n"
     assert afar.run("logs", "--since", "1h", "c").stdout == followed.stdout
     afar.run("start", "c")
     eventually(lambda: afar.run("logs", "c").stdout.count(b"end") == 2, "the second run is not logged behind the first")
@@ -337,12 +337,14 @@ def test_clients_that_vanish(afar: Afar, busybox_ref: str) -> None:
     pid = afar.node.service_pid("task")
     before = descriptors(pid)
     terminals = [afar.terminal("exec", "-it", "c", "sh", "-c", "echo he''re; sleep 2") for _ in range(6)]
+    most = 0
     for terminal in terminals:
         terminal.until(b"here")
+        most = max(most, descriptors(pid))
         terminal.process.kill()
     for terminal in terminals:
         terminal.__exit__()
-    assert descriptors(pid) > before
+    assert most > before
     eventually(lambda: descriptors(pid) <= before + 2, f"{descriptors(pid)} descriptors, {before} before", 40)
 
 

@@ -23,7 +23,7 @@ def creds(node: Node, namespace: str) -> Path:
 
 @pytest.fixture
 async def tenant(node: Node, namespace: str, creds: Path) -> AsyncIterator[wherry.Client]:
-    for _ in range(50):
+    for _ in range(600):
         try:
             client = await wherry.connect(state=str(node.state), namespace=namespace, creds=str(creds))
         except wherry.Unauthenticated:  # nats-server is reading its users again

@@ -91,7 +91,7 @@ def test_some(tmp_path: Path) -> None:
 def test_what_cannot_be(arguments: tuple[str, ...], name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [WHERRY, "up", "--root", tmp_path / "root", "--state", tmp_path / "state", *arguments], capture_output=True,
-        text=True, timeout=30, env=clean_environment(), check=False,
+        text=True, timeout=60, env=clean_environment(), check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert f"cannot share a process: {name}" in done.stderr

@@ -108,7 +108,7 @@ def test_a_file_it_makes_has_the_callers_umask(node: Node, command: Any, busybox
 def test_an_interrupt_reaches_it(node: Node, command: Any) -> None:
     process, runner = following(node, command)
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130
+    assert process.wait(60) == 130
     eventually(lambda: not alive(runner), "it goes on")
 
 
@@ -123,7 +123,7 @@ def test_stopped_and_continued(node: Node, command: Any) -> None:
     process.send_signal(signal.SIGCONT)
     eventually(lambda: "T" not in (state(runner), state(process.pid)), "they do not go on")
     process.terminate()
-    assert process.wait(20) == -signal.SIGTERM
+    assert process.wait(60) == -signal.SIGTERM
     eventually(lambda: not alive(runner), "it goes on")
 
 
@@ -136,7 +136,7 @@ def test_it_ends_with_its_caller(node: Node, command: Any) -> None:
 def test_killed_like_its_command(node: Node, command: Any) -> None:
     process, runner = following(node, command)
     os.kill(runner, signal.SIGKILL)
-    assert process.wait(20) == -signal.SIGKILL
+    assert process.wait(60) == -signal.SIGKILL
 
 
 def test_another_installation_runs_it_itself(node: Node, command: Any, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_one_that_outlives_its_node_does_not_keep_the_next_from_starting(
         node.start()
         assert process.poll() is None
         node.run("kill", "stays")
-        assert process.wait(30) == 137
+        assert process.wait(60) == 137
 
 
 def test_a_node_under_nohup_runs_what_a_hangup_ends(tmp_path: Path, command: Any) -> None:
@@ -214,7 +214,7 @@ def test_a_node_under_nohup_runs_what_a_hangup_ends(tmp_path: Path, command: Any
         eventually(lambda: runners(node), "nothing runs the command")
         eventually(lambda: "pidfd" in " ".join(_open(process.pid)), "it is not told that it runs")
         process.send_signal(signal.SIGHUP)
-        assert process.wait(20) == -signal.SIGHUP
+        assert process.wait(60) == -signal.SIGHUP
     finally:
         node.stop()
 

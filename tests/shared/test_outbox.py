@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -494,13 +495,20 @@ async def test_a_crowd_gathers_and_what_comes_alone_leaves_at_once(
 ) -> None:
     batches: list[int] = []
     publish_all = events.publish_all
+    pause, pauses, gathered = asyncio.sleep, list[float](), asyncio.Event()
 
     async def noted(transport: Any, outgoing: Any) -> Any:
         batches.append(len(outgoing))
         return await publish_all(transport, outgoing)
 
+    async def sleep(seconds: float) -> None:
+        if not seconds:
+            return await pause(0)
+        pauses.append(seconds)
+        await gathered.wait()
+
     monkeypatch.setattr(events, "publish_all", noted)
-    monkeypatch.setattr(outbox_module, "GATHER", 0.3)
+    monkeypatch.setattr(outbox_module, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
     bus = Bus(MemoryTransport(), node="n1")
     await bus.transport.event_log("s", "wherry.ev.v1.n1.>").ensure(max_age=1, max_bytes=1)
     outbox = Outbox(database, bus)
@@ -509,14 +517,20 @@ async def test_a_crowd_gathers_and_what_comes_alone_leaves_at_once(
     await drained(database)
     crowd = outbox_module.CROWD
     await database.write(lambda tx: [change(n)(tx) for n in range(1, crowd + 1)])
+    async with asyncio.timeout(PATIENCE):
+        while not pauses:
+            await asyncio.sleep(0.001)
     for n in range(crowd + 1, crowd + 6):
         await write(database, n)
+    assert batches == [1, crowd]
+    gathered.set()
     await drained(database)
     assert batches == [1, crowd, 5]
-    await asyncio.sleep(0.4)
-    async with asyncio.timeout(0.2):
-        await write(database, 100)
+    gathered.clear()  # who waits from here on waits for ever
+    await write(database, 100)
+    async with asyncio.timeout(PATIENCE):
         while batches[3:] != [1]:
             await asyncio.sleep(0.001)
+    assert set(pauses) == {outbox_module.GATHER}
     await outbox.stop()
     await bus.close()
