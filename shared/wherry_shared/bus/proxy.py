@@ -28,6 +28,9 @@ ERROR, ERROR_CODE = "Nats-Service-Error", "Nats-Service-Error-Code"
 
 # A request that got lost with its service is sent again after this long: 2 s, then 4, then 8.
 FIRST_ATTEMPT, LAST_ATTEMPT = 2.0, 8.0
+# Who knows that nobody answers does not ask once more with less time than this: what is cut off by the deadline may
+# have taken effect, for all that the caller is told then.
+LEAST_LEFT = 0.02
 _SUBJECTS_MAX = 1024
 _token = random.SystemRandom().getrandbits
 
@@ -109,7 +112,7 @@ class Caller:
         # What is raised at the deadline; once a request went unanswered, nobody knows whether it took effect.
         reason: WherryError | None = None
         unanswered = False
-        while (left := deadline - time.time()) > 0:
+        while (left := deadline - time.time()) > (0.0 if reason is None else LEAST_LEFT):
             try:
                 message = await self._transport.request(subject, body, headers=headers, timeout=min(left, attempt))
             except NoResponders:
