@@ -345,7 +345,7 @@ def test_a_container_whose_records_are_gone(node: Node, namespace: str, containe
         found = broken(examine(node))
         process.stdin.write("\n")
         process.stdin.close()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     # The collector may have taken the orphan's snapshot by then, which is found as well.
     assert {
         f"container c2 of namespace {namespace} has no snapshot", f"task c1 of namespace {namespace} has no container",

@@ -151,7 +151,7 @@ def test_an_interrupt_ends_an_import_that_waits(node: Node, ns: list[str]) -> No
 
     eventually(leased, "the import does not begin")
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130
+    assert process.wait(60) == 130
     said = process.communicate()[0]
     assert b"Traceback" not in said, said
     assert not leased()
@@ -165,7 +165,7 @@ def test_a_reader_who_goes_away(node: Node, ns: list[str], busybox: str) -> None
     process.stdout.read(100)
     process.stdout.close()
     said = process.stderr.read().decode()
-    assert process.wait(20) == 1 and "went away" in said and "Traceback" not in said
+    assert process.wait(60) == 1 and "went away" in said and "Traceback" not in said
 
 
 def test_df_and_prune(node: Node, ns: list[str], busybox: str) -> None:

@@ -243,7 +243,7 @@ def test_tenants_that_are_made_at_the_same_moment(node: Node, namespace: str) ->
         subprocess.Popen([WHERRY, "auth", "tenant", name], env=node.environment, stdout=subprocess.PIPE)
         for name in names
     ]
-    assert [process.wait(30) for process in making] == [0] * len(names)
+    assert [process.wait(60) for process in making] == [0] * len(names)
     for name in names:
         own = {**node.environment, "WHERRY_CREDS": str(node.state / "creds" / f"tenant-{name}.nk")}
         ps = ("ps", "-n", name)
