@@ -127,9 +127,24 @@ async def test_where_the_filesystem_lacks(missing: str, tmp_path: Path, monkeypa
     await backend.close()
 
 
+class Turn:
+    """A lock, and who came to it: a thread that runs may be a step before that still."""
+
+    def __init__(self) -> None:
+        self.came, self._lock = threading.Semaphore(0), threading.Lock()
+
+    def __enter__(self) -> None:
+        self.came.release()
+        self._lock.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+
 def test_names_made_durable_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those who come while an fsync is under way share the next one, and its failure."""
-    directory = Directory(tmp_path)
+    directory, turn = Directory(tmp_path), Turn()
+    monkeypatch.setattr(directory, "_turn", turn)
     under_way, go_on, fail = threading.Semaphore(0), threading.Event(), [False]
     count = 0
 
@@ -137,7 +152,7 @@ def test_names_made_durable_together(tmp_path: Path, monkeypatch: pytest.MonkeyP
         nonlocal count
         count += 1
         under_way.release()
-        go_on.wait(10)
+        go_on.wait(60)
         if fail[0] and count % 2 == 0:
             raise OSError(errno.EIO, "lost")
 
@@ -158,8 +173,8 @@ def test_names_made_durable_together(tmp_path: Path, monkeypatch: pytest.MonkeyP
         under_way.acquire()
         for thread in threads[1:]:
             thread.start()
-        while directory._turn.locked() and sum(t.is_alive() for t in threads) < 9:
-            pass
+        for _ in threads:
+            turn.came.acquire()
         go_on.set()
         for thread in threads:
             thread.join()

@@ -43,7 +43,8 @@ def test_in_and_out(node: Node, ns: list[str], tmp_path: Path) -> None:
     node.run("content", "get", *ns, digest, "-o", str(other))
     assert other.read_bytes() == data
     (row,) = node.json("content", "ls", *ns)
-    assert (row["digest"], row["size"], row["labels"]) == (digest, len(data), {"a": "b", "c": "d", "containerd.io/gc.root": "1"})
+    labels = {"a": "b", "c": "d", "containerd.io/gc.root": "1"}
+    assert (row["digest"], row["size"], row["labels"]) == (digest, len(data), labels)
     assert node.run("content", "ls", "-q", *ns, "size==3000000", "size==1").stdout.split() == [digest]
     assert node.run("content", "ls", "-q", *ns, "labels.a==x").stdout == ""
     again = node.run("content", "ingest", *ns, str(path), "--digest", digest)
