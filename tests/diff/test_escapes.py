@@ -235,6 +235,26 @@ def test_the_deepest_tree_can_be_made_replaced_and_removed(place: Place) -> None
     assert names(place.root) == []
 
 
+def test_a_directory_that_is_moved_up_does_not_lead_out(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenant can run a container on the snapshot that it has a layer applied to: what the container moves meanwhile
+    had the way back end above the root, among the snapshots of others."""
+    root = place.root / "snapshot"
+    for directory in (root / "d" / "victim", root / "d" / "z" / "q", place.root / "z", place.root / "victim"):
+        directory.mkdir(parents=True)
+    (place.root / "victim" / "kept").write_text("somebody else's")
+    listdir = os.listdir
+
+    def moving(fd: int) -> list[str]:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("/d/z/q"):
+            os.rename(root / "d" / "z" / "q", root / "q")
+        return sorted(listdir(fd))
+
+    with monkeypatch.context() as patch, pytest.raises(FailedPrecondition, match="'d/z/q' was moved"):
+        patch.setattr(os, "listdir", moving)
+        put(archive(entry(b".wh.d")), root, overlay=place.overlay)
+    assert (place.root / "victim" / "kept").read_text() == "somebody else's"
+
+
 def test_hard_links_over_symlinks_are_never_followed(place: Place) -> None:
     put(
         archive(

@@ -7,8 +7,9 @@ Why the cache of open directories (`opened`) is right. Its keys are *canonical* 
 none a symbolic link. While `opened[p] = fd` stands, `p` names the directory behind `fd`, because
 1. an entry is made only when that was seen: `p`'s last component was opened with O_NOFOLLOW below the descriptor of its
    canonical parent, or the whole of `p` by openat2 without symbolic links;
-2. nobody but this object changes the tree while a layer is extracted (the snapshot is not mounted yet), and it never
-   renames: the only way for `p` to stop naming that directory is the removal of it or of a directory above it;
+2. nobody but this object changes the tree while a layer is extracted (the snapshot is not mounted yet; who runs a
+   container on it all the same spoils his own layer, and nothing outside the root), and it never renames: the only way
+   for `p` to stop naming that directory is the removal of it or of a directory above it;
 3. a directory must be empty to be removed, so all below goes first; every rmdir is in `_remove_directory`, which
    forgets each directory that it removes. Replacing (file, symlink or whiteout over directory) is remove and create.
 Removing something else than a directory cannot touch a key, so the common case costs no look at the cache.
@@ -251,21 +252,26 @@ class Tree:
     def _remove_directory(self, parent: int, path: bytes, base: bytes) -> None:
         """Depth first, without recursion and with one descriptor, however deep the tree is.
 
-        `..` leads back because nobody moves directories meanwhile (2. above).
+        That `..` leads back is looked at: a container that runs on the snapshot all the same can move a directory
+        further up, from where the way back would lead out of the root, to what is somebody else's.
         """
         levels = [[base]]  # names still to remove, one list per directory on the way down to `fd`
+        above: list[tuple[int, int]] = []  # those directories, but for `fd`
         prefix = path.rpartition(b"/")[0]
         fd = os.dup(parent)
         try:
             while True:
                 if levels[-1]:
                     name = levels[-1][-1]
+                    above.append(_identity(fd))
                     fd = _step(fd, name)
                     prefix = join(prefix, name)
                     levels.append(list(self._remove_files(fd, prefix)))
                 else:
                     levels.pop()
                     fd = _step(fd, b"..")
+                    if _identity(fd) != above.pop():
+                        raise FailedPrecondition(f"the directory {show(prefix)} was moved while the layer was extracted")
                     os.rmdir(levels[-1].pop(), dir_fd=fd)
                     self._forget(prefix)
                     prefix = prefix.rpartition(b"/")[0]
@@ -382,6 +388,11 @@ class Tree:
         except FileNotFoundError:
             return None
         return None if self._overlay and is_whiteout(info) else info
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    info = os.fstat(fd)
+    return info.st_dev, info.st_ino
 
 
 def _step(fd: int, name: bytes) -> int:
