@@ -12,7 +12,7 @@ import pytest
 import wherry
 from node import WHERRY, Node, eventually
 from wherry.spec import MOUNTS, Options, User, make
-from wherry_shared.errors import InvalidArgument, PermissionDenied, WherryError
+from wherry_shared.errors import FailedPrecondition, InvalidArgument, PermissionDenied, WherryError
 from wherry_shared.values import Descriptor, Mount
 
 
@@ -99,6 +99,29 @@ async def test_no_way_to_the_kernels_settings(
             wrote = await task.run(["sh", "-c", f"was=$(cat {path}) && echo $was > {path}"])  # what it was
             assert wrote.code, f"{path} is the host's, and was written"
     await container.delete(snapshot=True)
+
+
+@pytest.mark.parametrize("snapshotter", ["native", "overlay"])
+async def test_no_two_containers_write_to_one_root_filesystem(
+    tenant: wherry.Client, node: Node, busybox_ref: str, snapshotter: str
+) -> None:
+    """While a runtime makes the second one's mounts, the first one moved its /proc to where nothing is protected: its
+    core_pattern is a program that the kernel runs as the host's root."""
+    image = await tenant.pull(busybox_ref, unpack=True, snapshotter=snapshotter)
+    first = await tenant.new_container("first", image, args=["sleep", "1000"], snapshotter=snapshotter)
+    second = await tenant.containers.create(first.record.model_copy(update={"id": "second"}))
+    async with first.new_task() as task:
+        await task.start()
+        for _ in range(2):
+            with pytest.raises(FailedPrecondition, match="in use: task first"):
+                await tenant.tasks.create("second", await first.mounts())
+            node.wait_restarted("task", node.kill("task"))
+        await task.kill(9)
+        await task.wait()
+        assert await tenant.tasks.create("second", await first.mounts()), "what has ended writes no more"
+        await tenant.tasks.delete("second")
+    await tenant.containers.delete(second.id)
+    await first.delete(snapshot=True)
 
 
 async def test_foreign_directories_are_no_mounts_for_a_tenant(

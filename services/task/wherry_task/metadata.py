@@ -27,18 +27,21 @@ MIGRATIONS = (
     """,
     "ALTER TABLE processes ADD COLUMN kept INTEGER NOT NULL DEFAULT -1;",
     "ALTER TABLE processes ADD COLUMN hold TEXT NOT NULL DEFAULT '';",
+    "ALTER TABLE tasks ADD COLUMN root TEXT NOT NULL DEFAULT '';",
 )
 
 
 @dataclass
 class TaskRow:
-    """A task as it stands on disk. boot: the kernel's boot id when it was made."""
+    """A task as it stands on disk. boot: the kernel's boot id when it was made. root: where its root filesystem is
+    written to; "" where nobody knows."""
 
     namespace: str
     container: str
     bundle: str
     binary: str
     boot: str
+    root: str = ""
 
 
 @dataclass
@@ -64,7 +67,7 @@ class ProcessRow:
 
 def tasks(database: Database) -> list[TaskRow]:
     """Every task."""
-    return [TaskRow(*row) for row in database.all("SELECT namespace, container, bundle, binary, boot FROM tasks")]
+    return [TaskRow(*row) for row in database.all("SELECT namespace, container, bundle, binary, boot, root FROM tasks")]
 
 
 def processes(database: Database, namespace: str, container: str) -> list[ProcessRow]:
@@ -85,8 +88,8 @@ def _process(row: Any) -> ProcessRow:
 def put_task(tx: Transaction, row: TaskRow) -> None:
     """Record a new task."""
     tx.execute(
-        "INSERT INTO tasks (namespace, container, bundle, binary, boot) VALUES (?, ?, ?, ?, ?)",
-        (row.namespace, row.container, row.bundle, row.binary, row.boot),
+        "INSERT INTO tasks (namespace, container, bundle, binary, boot, root) VALUES (?, ?, ?, ?, ?, ?)",
+        (row.namespace, row.container, row.bundle, row.binary, row.boot, row.root),
     )
 
 

@@ -85,8 +85,9 @@ class TaskService(Tasks):
         removal = born_of(container) if container.labels.get(REMOVE_LABEL) in REMOVE_VALUES else ""
         try:
             pid = await self._supervisor.create(
-                namespace, container_id, container.spec, binary, creation, container.created_at, removal=removal
-            )
+                namespace, container_id, container.spec, binary, creation, container.created_at, removal=removal,
+                alone=not judged.is_admin,
+            )  # fmt: skip
         except BaseException:
             if restore != checkpoint:
                 await self._checkpoints.forget(namespace, container_id)

@@ -39,7 +39,7 @@ from wherry_shared.errors import (
 from wherry_shared.sqlite import Database, Transaction
 from wherry_shared.values import Descriptor, Page
 
-from . import metadata
+from . import metadata, roots
 from .backends import Bundle, Creation, Launcher
 from .bundles import Bundles
 from .ends import SIGKILL, Ends
@@ -68,7 +68,7 @@ class Supervisor:
         self._launcher = launcher
         self._bundles = bundles
         self._tasks: dict[Key, Task] = {}
-        self._creating: set[Key] = set()
+        self._creating: dict[Key, str] = {}
         self._boot = boot_id()
         self._ends = Ends(database, launcher, streams)
         self.streams = streams
@@ -87,16 +87,18 @@ class Supervisor:
 
     async def create(
         self, namespace: str, container: str, spec: dict[str, Any], binary: str, creation: Creation,
-        born: datetime | None = None, *, removal: str = "",
+        born: datetime | None = None, *, removal: str = "", alone: bool = False,
     ) -> int:  # fmt: skip
         """Make the container; it is there and answered only when it is on record. born: when its record was made.
 
-        removal: of which birth the container is that goes with this task; "" when it stays.
+        removal: of which birth the container is that goes with this task; "" when it stays. alone: see roots.check.
         """
         key = (namespace, container)
         if key in self._tasks or key in self._creating:
             raise AlreadyExists(f"task {container} exists")
-        self._creating.add(key)
+        if alone:
+            roots.check(creation.mounts, self._tasks.values(), self._creating.values())
+        self._creating[key] = roots.written(creation.mounts)
         try:
             path = self._bundles.make(namespace, container, spec, binary)
             bundle = Bundle(path, container, binary, self._bundles.runtime_root(namespace, binary), namespace)
@@ -108,14 +110,14 @@ class Supervisor:
                 await asyncio.shield(self._recovery.abandon(bundle))
                 raise
         finally:
-            self._creating.discard(key)
+            del self._creating[key]
 
     async def _create(self, key: Key, bundle: Bundle, creation: Creation, removal: str) -> int:
         namespace, container = key
         real = self.streams.real((*key, ""), creation.stdio)
         shim, pid = await self._launcher.launch(bundle, replace(creation, stdio=real))
         try:
-            row = TaskRow(namespace, container, str(bundle.path), bundle.binary, self._boot)
+            row = TaskRow(namespace, container, str(bundle.path), bundle.binary, self._boot, self._creating[key])
             task = Task(row, bundle, shim)
             init = Running(ProcessRow("", pid, "created", "", creation.stdio))
             task.processes[""] = init
