@@ -171,6 +171,16 @@ async def test_a_mask_changes_what_it_names(containers: Containers) -> None:
     assert (now.snapshot_key, now.spec, now.labels, now.extensions) == ("k2", {}, new.labels, new.extensions)
 
 
+async def test_what_a_tenant_says_by_another_type_is_its_word_too(house: House, containers: Containers) -> None:
+    """To Python 1 is true; crun passes over it, and the process may get new privileges."""
+    catalog = Catalog(metadata.table(house.database))
+    await catalog.create("default", container(spec={"process": {"noNewPrivileges": True}}))
+    for value, tenant in ((True, ""), (1, "tenant-default")):
+        changed = container(spec={"process": {"noNewPrivileges": value}})
+        await catalog.update("default", changed, ["spec"], "tenant-default")
+        assert (await containers.get("redis")).tenant == tenant
+
+
 @pytest.mark.parametrize("path", ["id", "runtime", "snapshotter", "snapshotkey", "labels.", "extensions.", "spec.root"])
 async def test_an_unknown_path_is_refused(containers: Containers, path: str) -> None:
     made = await containers.create(container())

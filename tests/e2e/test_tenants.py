@@ -204,6 +204,7 @@ async def test_no_way_to_the_host_by_a_restart_policy(
     await tenant.containers.update(
         (await tenant.containers.get("b")).model_copy(update={"labels": {"a": "b"}}), ["labels"]
     )
+    assert (await tenant.containers.get("b")).tenant == ""
     node.run("start", "-n", namespace, "b")
     eventually(lambda: (tmp_path / "by-admin").exists(), "an admin may")
     changed = await tenant.containers.get("b")

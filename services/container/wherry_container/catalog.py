@@ -78,9 +78,10 @@ class Catalog:
         await self._containers.database.mutate(write, frees=True)
 
 
-def _made_of(container: Container) -> tuple[Any, ...]:
+def _made_of(container: Container) -> str:
+    """As text: a runtime takes true for something else than 1, and Python does not."""
     steering = {key: value for key, value in container.labels.items() if key.startswith(STEERING)}
-    return (*(getattr(container, name) for name in MADE_OF), steering)
+    return repr([*(getattr(container, name) for name in MADE_OF), steering])
 
 
 def _changed(old: Container, new: Container, mask: Sequence[str]) -> Container:

@@ -271,7 +271,7 @@ class Tree:
                     levels.pop()
                     fd = _step(fd, b"..")
                     if _identity(fd) != above.pop():
-                        raise FailedPrecondition(f"the directory {show(prefix)} was moved while the layer was extracted")
+                        raise FailedPrecondition(f"the directory {show(prefix)} was moved while a layer was extracted")
                     os.rmdir(levels[-1].pop(), dir_fd=fd)
                     self._forget(prefix)
                     prefix = prefix.rpartition(b"/")[0]

@@ -2,7 +2,7 @@
 
 A runtime makes a container's mounts one after the other, and hides and protects what is in /proc by its paths. Another
 container that has the same directory as its root can move the mounted /proc out of the way in between: what is then
-hidden and protected is somewhere else, and the kernel's settings, core_pattern among them, are the first one's to write.
+hidden and protected is somewhere else, and the kernel's settings, core_pattern among them, are the first one's.
 """
 
 from __future__ import annotations
