@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from wherry_shared.errors import InvalidArgument
 from . import capabilities, cdi, limits, seccomp, volumes
 from .devices import EVERYTHING, NOTHING, Device, all_of_host
 from .registry.documents import ImageConfig
+from .registry.platforms import default_platform, normalise
 
 # The lowest that what is used here needs; older runtimes refuse newer numbers.
 OCI_VERSION = "1.0.2"
@@ -41,7 +41,6 @@ PRIVATE, HOST = "private", "host"
 RLIMITS: Mapping[str, tuple[int, int]] = {"RLIMIT_NOFILE": (1024, 1024)}
 ID_MAX = (1 << 31) - 1
 """The last id of a user or group (GHSA-265r-hfxg-fhmg)."""
-_MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
 
 
 @dataclass(frozen=True)
@@ -322,6 +321,6 @@ def _seccomp(image: ImageConfig | None, options: Options) -> dict[str, Any] | No
 
 
 def architecture(image: ImageConfig | None) -> str:
-    """The image's architecture in Go's words, this machine's without one."""
-    machine = os.uname().machine
-    return image.platform.architecture if image else _MACHINES.get(machine, machine)
+    """The image's architecture in Go's words, this machine's where it names none that is known."""
+    named = normalise(image.platform).architecture if image else ""
+    return named if named in seccomp.ARCHITECTURES else default_platform().architecture

@@ -8,6 +8,7 @@ import pytest
 from wherry import capabilities, flags, limits, spec
 from wherry.container import image_labels
 from wherry.registry.documents import ImageConfig
+from wherry.registry.platforms import default_platform
 from wherry.spec import Options, User
 from wherry_shared.errors import InvalidArgument, Unimplemented
 from wherry_shared.values import Platform
@@ -38,6 +39,14 @@ def test_the_default_is_confined() -> None:
     assert linux["seccomp"]["defaultAction"] == "SCMP_ACT_ERRNO"
     assert linux["resources"]["devices"] == [{"allow": False, "access": "rwm"}]
     assert found["ociVersion"] == "1.0.2" and "hooks" not in found and "cgroupsPath" not in linux
+
+
+@pytest.mark.parametrize("architecture", ["", "x86_64", "AMD64", "unknown"])
+def test_an_image_that_names_its_architecture_in_other_words_may_call_what_this_machine_has(architecture: str) -> None:
+    found = made(config=image(platform=Platform(os="linux", architecture=architecture)))["linux"]["seccomp"]
+    own = "amd64" if architecture in ("x86_64", "AMD64") else default_platform().architecture
+    assert found == made(config=image(platform=Platform(os="linux", architecture=own)))["linux"]["seccomp"]
+    assert found["architectures"]
 
 
 def test_image_and_caller_make_the_command() -> None:
