@@ -316,7 +316,7 @@ class Client:
 
         found = await self.image(source) if isinstance(source, str) else source
         wish = Wish(compression, level, oci, tuple(platforms))
-        return await convert_image(self, found, str(Reference.parse(name)), wish, on_progress)
+        return await convert_image(self, found, str(Reference.parse(name).check_target("")), wish, on_progress)
 
     # ---- containers
 

@@ -18,19 +18,12 @@ from wherry_shared.api.diff import UNCOMPRESSED_LABEL, Change
 from wherry_shared.api.image import Image as Record
 from wherry_shared.api.task import HOLD_SECONDS, Tasks
 from wherry_shared.bus.proxy import walk as pages
-from wherry_shared.errors import (
-    Aborted,
-    AlreadyExists,
-    FailedPrecondition,
-    InvalidArgument,
-    NotFound,
-    WherryError,
-)  # fmt: skip
+from wherry_shared.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, WherryError
 from wherry_shared.streams import write_blob
 from wherry_shared.values import Descriptor, Mount, now
 
 from .graph import manifest_labels
-from .image import Image, Resolved, read_document
+from .image import Image, Resolved, put_record, read_document
 from .paging import walk
 from .registry import documents
 from .registry.reference import Reference
@@ -92,7 +85,7 @@ class Commit:
         FailedPrecondition: the container has no snapshot, or nothing knows any more what image it was made from.
         """
         client, record = self._client, self._container.record
-        reference = str(Reference.parse(name))
+        reference = str(Reference.parse(name).check_target(""))
         async with client.lease():
             parent = await parent_of(self._container)
             base = await self._base(parent)
@@ -100,7 +93,7 @@ class Commit:
             raw = documents.parse_object(await read_document(client, base.manifest.config), "image config")
             config = self._config(raw, diff_id)
             target = await self._documents(base, config, layer)
-            image = await self._record(reference, target)
+            image = await put_record(client, Record(name=reference, target=target), ["target"])
             if self._wish.unpack:
                 await image.unpack(record.snapshotter)
         return image
@@ -211,13 +204,6 @@ class Commit:
         if not labels.items() <= info.labels.items():
             await content.update(digest, labels, [f"labels.{key}" for key in labels])
         return Descriptor(media_type=media_type, digest=digest, size=len(data))
-
-    async def _record(self, name: str, target: Descriptor) -> Image:
-        record = Record(name=name, target=target)
-        try:
-            return Image(self._client, await self._client.images.create(record))
-        except AlreadyExists:
-            return Image(self._client, await self._client.images.update(record, ["target"]))
 
 
 class Hold:

@@ -23,7 +23,7 @@ from wherry_shared.values import Descriptor, Platform
 
 from .compression import PIECE, Kind, compressor, decompress, through
 from .graph import Graph, Survey, every, only
-from .image import Image, read_document
+from .image import Image, put_record, read_document
 from .progress import OnProgress, Progress, silent
 from .registry import documents, labels
 from .registry.platforms import is_attestation
@@ -98,12 +98,9 @@ class Convert:
         await self._layers(graph)
         target = await self._document(graph, source.target)
         record = Record(name=name, target=_bare(target), labels=source.record.labels)
-        try:
-            made = await self._client.images.create(record)
-        except AlreadyExists:
-            made = await self._client.images.update(record, ["target"])
+        made = await put_record(self._client, record, ["target"])
         self._on_progress(Progress(name, "done", "image"))
-        return Image(self._client, made)
+        return made
 
     def _select(self) -> Any:
         return only(self._wish.platforms) if self._wish.platforms else every

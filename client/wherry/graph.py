@@ -33,23 +33,23 @@ class Part:
 
 
 class Select(Protocol):
-    """Chooses among an index's children: those that belong to the image in hand."""
+    """Chooses among an index's children: those that belong to the image in hand, and who chooses below each."""
 
-    def __call__(self, index: documents.Index) -> Sequence[Descriptor]: ...
+    def __call__(self, index: documents.Index) -> Sequence[tuple[Descriptor, Select]]: ...
 
 
-def every(index: documents.Index) -> Sequence[Descriptor]:
+def every(index: documents.Index) -> Sequence[tuple[Descriptor, Select]]:
     """All platforms, and what build tools put beside them."""
-    return index.manifests
+    return [(child, every) for child in index.manifests]
 
 
 def only(wanted: Iterable[Platform]) -> Select:
-    """The best child for each platform. NotFound when there is none for one of them."""
+    """The best child for each platform, and in a nested index for those that led there. NotFound when there is none."""
     chosen = list(wanted)
 
-    def select(index: documents.Index) -> Sequence[Descriptor]:
-        picked = {platforms.pick(index.manifests, platform).digest for platform in chosen}
-        return [child for child in index.manifests if child.digest in picked]
+    def select(index: documents.Index) -> Sequence[tuple[Descriptor, Select]]:
+        below = {child.digest: only(own) for child, own in platforms.choose(index.manifests, chosen)}
+        return [(child, below[child.digest]) for child in index.manifests if child.digest in below]
 
     return select
 
@@ -156,9 +156,10 @@ class Survey:
             raise InvalidArgument(f"{graph.target.digest}: indexes are nested deeper than {NESTING_MAX}")
         index = documents.parse_index(raw, descriptor.media_type, f"index {descriptor.digest}")
         graph.indexes[descriptor.digest] = index
-        graph.children[descriptor.digest] = tuple(select(index))
-        for child in graph.children[descriptor.digest]:
-            await self._visit(graph, child, select, depth + 1)
+        chosen = select(index)
+        graph.children[descriptor.digest] = tuple(child for child, _ in chosen)
+        for child, below in chosen:
+            await self._visit(graph, child, below, depth + 1)
 
     def _manifest(self, graph: Graph, descriptor: Descriptor, raw: bytes) -> None:
         what = f"manifest {descriptor.digest}"

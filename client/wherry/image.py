@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # An index may hold indexes; nobody nests deeper than this.
 NESTING_MAX = 4
+_RECORD_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,11 @@ class Image:
 
     async def tag(self, name: str, *, force: bool = False) -> Image:
         """Another name for the same target, with the same labels. AlreadyExists, unless `force` lets it move there."""
-        record = Record(name=str(Reference.parse(name)), target=self.target, labels=self.record.labels)
-        try:
-            return Image(self.client, await self.client.images.create(record))
-        except AlreadyExists:
-            if not force:
-                raise
-        return Image(self.client, await self.client.images.update(record))
+        name = str(Reference.parse(name).check_target(self.target.digest))
+        record = Record(name=name, target=self.target, labels=self.record.labels)
+        if force:
+            return await put_record(self.client, record)
+        return Image(self.client, await self.client.images.create(record))
 
     async def usage(self) -> Usage:
         """What it takes: its content, its part in that alone, its documents, its snapshots."""
@@ -123,6 +123,23 @@ class Image:
         NotFound when it is gone already.
         """
         await self.client.images.delete(self.name, sync=sync)
+
+
+async def put_record(client: Client, record: Record, mask: Sequence[str] = ()) -> Image:
+    """Record an image; of one that has the name already what `mask` names is updated (labels and target unless given).
+
+    It may be removed between the two, and made again.
+    """
+    for _ in range(_RECORD_TRIES):
+        try:
+            return Image(client, await client.images.create(record))
+        except AlreadyExists:
+            pass
+        try:
+            return Image(client, await client.images.update(record, list(mask)))
+        except NotFound as e:
+            gone = e
+    raise gone
 
 
 async def read_document(client: Client, descriptor: Descriptor) -> bytes:

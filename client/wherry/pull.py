@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from wherry_shared.api.content import CHUNK, Info
@@ -21,7 +21,7 @@ from wherry_shared.errors import (
 from wherry_shared.streams import BlobWriter, write_blob
 from wherry_shared.values import Descriptor, Platform
 
-from .image import NESTING_MAX, Image, Resolved, read_document
+from .image import NESTING_MAX, Image, Resolved, put_record, read_document
 from .progress import OnProgress, Progress
 from .registry import Registry, documents, labels, platforms
 from .registry.reference import Reference
@@ -64,11 +64,13 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class _Want:
-    """What of one document: its layers, its snapshots. referrer: it refers to the image, and is no part of it."""
+    """What of one document: its layers, its snapshots; of an index for which platforms. referrer: it refers to the
+    image, and is no part of it."""
 
     layers: bool = False
     unpack: bool = False
     referrer: bool = False
+    platforms: tuple[Platform, ...] = ()
 
 
 class Pull:
@@ -103,7 +105,8 @@ class Pull:
         """Fetch all that the options ask for, unpack, and record the image. The record comes last."""
         name = str(self._reference)
         self._snapshotter = snapshotter
-        want = _Want(layers=True, unpack=self._options.unpack)
+        wanted = self._options.platforms or (platforms.default_platform(),)
+        want = _Want(layers=True, unpack=self._options.unpack, platforms=wanted)
         async with together() as self._group:
             await self._node(target, data, want, NESTING_MAX)
         image = await self._record(name, target)
@@ -139,13 +142,13 @@ class Pull:
         options = self._options
         if want.referrer:
             return [(child, want) for child in index.manifests]
-        if options.all_platforms:
-            wanted = platforms.choose(index.manifests, options.platforms, missing_ok=True)
-            return [(c, _Want(layers=True, unpack=want.unpack and c in wanted)) for c in index.manifests]
-        wanted = platforms.choose(index.manifests, options.platforms)
-        found = [(child, want) for child in wanted]
-        if options.all_metadata:
-            found += [(child, _Want()) for child in index.manifests if child not in wanted]
+        ours = want.platforms  # none: it is an index of what is taken along
+        chosen = platforms.choose(index.manifests, ours, missing_ok=options.all_platforms) if ours else []
+        found = [(child, replace(want, platforms=own)) for child, own in chosen]
+        if options.all_platforms or options.all_metadata:
+            rest = _Want(layers=options.all_platforms)
+            known = {child.digest for child, _ in chosen}
+            found += [(child, rest) for child in index.manifests if child.digest not in known]
         return found
 
     async def _child(self, descriptor: Descriptor, want: _Want, depth: int) -> None:
@@ -315,8 +318,4 @@ class Pull:
 
     async def _record(self, name: str, target: Descriptor) -> Image:
         bare = Descriptor(media_type=target.media_type, digest=target.digest, size=target.size)
-        record = Record(name=name, target=bare)
-        try:
-            return Image(self._client, await self._client.images.create(record))
-        except AlreadyExists:
-            return Image(self._client, await self._client.images.update(record, ["target"]))
+        return await put_record(self._client, Record(name=name, target=bare), ["target"])

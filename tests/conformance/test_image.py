@@ -136,6 +136,18 @@ async def test_a_bad_digest_an_empty_name_and_a_long_label_are_refused(images: I
     assert await images.get(NAME) == good
 
 
+async def test_a_name_with_a_digest_means_that_image_alone(images: Images) -> None:
+    own = image().target.digest
+    await images.create(image(f"redis@{own}"))
+    await images.create(image("a@b"))
+    for name in (f"redis@{digest('b')}", f"redis:7@{digest('b')}"):
+        with pytest.raises(InvalidArgument, match="another digest"):
+            await images.create(image(name))
+    with pytest.raises(InvalidArgument, match="another digest"):
+        await images.update(image(f"redis@{own}", letter="b"), ["target"])
+    assert (await images.get(f"redis@{own}")).target.digest == own
+
+
 async def test_without_a_mask_all_is_replaced_but_the_creation(images: Images) -> None:
     made = await images.create(image(labels={"a": "1", "b": "2"}))
     new = await images.update(image(letter="b", labels={"c": "3", "a": ""}))

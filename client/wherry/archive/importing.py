@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from wherry_shared.api.image import Image as Record
 from wherry_shared.errors import (
-    AlreadyExists,
     DataLoss,
     InvalidArgument,
     NotFound,
@@ -21,7 +20,7 @@ from wherry_shared.values import Descriptor, Platform, check_labels
 
 from ..compression import decompress, through
 from ..graph import Graph, Select, Survey, every, keep, only, platform_of
-from ..image import Image, read_document
+from ..image import Image, put_record, read_document
 from ..progress import OnProgress, Progress, silent
 from ..registry import documents
 from ..registry.reference import Reference
@@ -75,7 +74,7 @@ class Import:
         self._intake = Intake(client, "the archive", on_progress)
         self._survey = Survey(client)
         self._namer = Namer(wishes.base_name, wishes.digests)
-        self._index_name = str(Reference.parse(wishes.index_name)) if wishes.index_name else ""
+        self._index_name = str(Reference.parse(wishes.index_name).check_target("")) if wishes.index_name else ""
 
     async def run(self, source: Source) -> list[Image]:
         """Read it, check every image, label, record. Nothing is recorded unless everything is whole."""
@@ -211,8 +210,9 @@ class Import:
             return only([self._wishes.platform])
         archived = self._intake.digests()
 
-        def held(index: documents.Index) -> Sequence[Descriptor]:
-            return [child for child in index.manifests if child.digest in archived] or index.manifests
+        def held(index: documents.Index) -> Sequence[tuple[Descriptor, Select]]:
+            children = [child for child in index.manifests if child.digest in archived] or index.manifests
+            return [(child, held) for child in children]
 
         return held
 
@@ -221,10 +221,7 @@ class Import:
         bare = Descriptor(media_type=target.media_type, digest=target.digest, size=target.size)
         record = Record(name=name, target=bare, labels=dict(self._wishes.labels))
         mask = ["target", *(f"labels.{key}" for key in self._wishes.labels)]
-        try:
-            return Image(self._client, await self._client.images.create(record))
-        except AlreadyExists:
-            return Image(self._client, await self._client.images.update(record, mask))
+        return await put_record(self._client, record, mask)
 
 
 def _add(roots: dict[str, Descriptor], name: str, target: Descriptor) -> None:

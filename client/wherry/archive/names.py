@@ -78,7 +78,7 @@ class Namer:
     def _names(self, given: list[str], digest: str) -> list[str]:
         names = []
         for name in given:
-            full = Reference.parse(name)
+            full = Reference.parse(name).check_target(digest)
             if self.base and not _is_within(full.name, self._base):
                 self.refused.append(str(full))
             else:

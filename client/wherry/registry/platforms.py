@@ -94,12 +94,13 @@ def _version_fits(candidate: Platform, wanted: Platform) -> bool:
 
 def choose(
     children: Sequence[Descriptor], wanted: Sequence[Platform] = (), *, missing_ok: bool = False
-) -> list[Descriptor]:
-    """The children to run on each of the wanted platforms (none: this host's), each child once.
+) -> list[tuple[Descriptor, tuple[Platform, ...]]]:
+    """The children to run on each of the wanted platforms (none: this host's), each child once and with those that it
+    is for: of an index among them no others are wanted.
 
     NotFound for one that has none, unless `missing_ok`.
     """
-    found: list[Descriptor] = []
+    found: dict[str, tuple[Descriptor, list[Platform]]] = {}
     for platform in wanted or (default_platform(),):
         try:
             best = pick(children, platform)
@@ -107,9 +108,8 @@ def choose(
             if not missing_ok:
                 raise
             continue
-        if best not in found:
-            found.append(best)
-    return found
+        found.setdefault(best.digest, (best, []))[1].append(platform)
+    return [(child, tuple(own)) for child, own in found.values()]
 
 
 def pick(children: Iterable[Descriptor], wanted: Platform | None = None) -> Descriptor:

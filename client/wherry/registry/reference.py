@@ -67,6 +67,13 @@ class Reference:
         """What the registry is asked for: the digest if there is one, else the tag."""
         return self.digest or self.tag
 
+    def check_target(self, digest: str) -> Reference:
+        """Itself; InvalidArgument where it names another digest than its image's ("": that is still to be made)."""
+        if self.digest and self.digest != digest:
+            own = f"its image is {digest}" if digest else "its image is still to be made"
+            raise InvalidArgument(f"image reference {str(self)!r} names a digest, and {own}")
+        return self
+
     def __str__(self) -> str:
         tag = f":{self.tag}" if self.tag else ""
         return f"{self.name}{tag}@{self.digest}" if self.digest else f"{self.name}{tag}"

@@ -76,7 +76,7 @@ def _created(image: Image) -> Image:
     at = now()
     labels = check_labels(stored_labels(image.labels))
     return image.model_copy(
-        update={"target": _checked(image.target), "labels": labels, "created_at": at, "updated_at": at}
+        update={"target": _checked(image.name, image.target), "labels": labels, "created_at": at, "updated_at": at}
     )
 
 
@@ -88,15 +88,21 @@ def _changed(old: Image, new: Image, mask: Sequence[str]) -> Image:
     annotations = update_map(target.annotations, new.target.annotations, paths, "annotations")
     return old.model_copy(
         update={
-            "target": _checked(target.model_copy(update={"annotations": annotations})),
+            "target": _checked(old.name, target.model_copy(update={"annotations": annotations})),
             "labels": update_labels(old.labels, new.labels, paths),
             "updated_at": now(),
         }
     )
 
 
-def _checked(target: Descriptor) -> Descriptor:
-    """A target as it is kept: annotations follow the rule of labels, an empty value is not there."""
+def _checked(name: str, target: Descriptor) -> Descriptor:
+    """A target as it is kept: annotations follow the rule of labels, an empty value is not there.
+
+    A name that ends with a digest means that digest's image alone: whoever names one trusts what it finds.
+    """
+    _, at, digest = name.rpartition("@")
+    if at and digest.startswith(("sha256:", "sha512:")) and digest != target.digest:
+        raise InvalidArgument(f"image {name!r} cannot be {target.digest}: its name is another digest's")
     if target.size <= 0:
         raise InvalidArgument(f"target.size {target.size} is not a size: more than 0 is needed")
     if not target.media_type:
