@@ -154,9 +154,10 @@ class Client:
             from .registry import Reference, Registry
 
             wanted = (platform,) if isinstance(platform, Platform) else tuple(platform or ())
+            strict = bool(wanted)
             wanted = wanted or (await self.platform(),)
             options = Options(
-                wanted, all_platforms, all_metadata, referrers, unpack, discard_unpacked_layers, foreign_layers
+                wanted, strict, all_platforms, all_metadata, referrers, unpack, discard_unpacked_layers, foreign_layers
             )
             async with Registry(
                 insecure=insecure, foreign_layers=foreign_layers, hosts_dir=hosts_dir, credentials=credentials
@@ -200,6 +201,7 @@ class Client:
 
         wanted = () if platform is None else (platform,) if isinstance(platform, Platform) else tuple(platform)
         image = await self.image(name)
+        await image.require(wanted)
         options = Options(wanted, foreign_layers, referrers)
         push = Push(self, image, Reference.parse(target or image.name), options, on_progress)
         async with Registry(insecure=insecure, hosts_dir=hosts_dir, credentials=credentials) as registry:
@@ -291,6 +293,8 @@ class Client:
         from .archive.exporting import Choice, export_images
 
         found = [await self.image(image) if isinstance(image, str) else image for image in images]
+        for one in found:
+            await one.require(() if all_platforms else platforms)
         wanted = tuple(platforms) if platforms or all_platforms else (await self.platform(),)
         choice = Choice(wanted, all_platforms, docker, foreign_layers)
         await export_images(self, found, target, choice, on_progress)
@@ -315,6 +319,7 @@ class Client:
         from .registry.reference import Reference
 
         found = await self.image(source) if isinstance(source, str) else source
+        await found.require(platforms)
         wish = Wish(compression, level, oci, tuple(platforms))
         return await convert_image(self, found, str(Reference.parse(name).check_target("")), wish, on_progress)
 

@@ -64,7 +64,7 @@ class Image:
         descriptor, manifest = await self.manifest(platform)
         config = documents.parse_config(await read_document(self.client, manifest.config))
         if descriptor == self.target:
-            self._check(config.platform, platform)
+            platforms.require(config.platform, [platform] if platform else [], self.name)
         return Resolved(descriptor, manifest, config)
 
     async def manifest(self, platform: Platform | None = None) -> tuple[Descriptor, documents.Manifest]:
@@ -81,11 +81,13 @@ class Image:
             descriptor = platforms.pick(documents.parse_index(data, descriptor.media_type).manifests, wanted)
         raise InvalidArgument(f"image {self.name}: indexes are nested deeper than {NESTING_MAX}")
 
-    def _check(self, own: Platform, wanted: Platform | None) -> None:
-        """An image that is no index is of one platform: NotFound where that is not what was asked for."""
-        if wanted is not None and own.os and platforms.rank(own, wanted) is None:
-            names = platforms.describe(own), platforms.describe(wanted)
-            raise NotFound(f"image {self.name} is for {names[0]} and not for {names[1]}")
+    async def require(self, wanted: Sequence[Platform]) -> None:
+        """NotFound where it is no index, which tells by itself, and its one platform is not what was asked for."""
+        if wanted and self.target.media_type not in documents.INDEX_TYPES:
+            _, manifest = await self.manifest()
+            if manifest.config.media_type in documents.CONFIG_TYPES:
+                for platform in wanted:
+                    await self.resolve(platform)
 
     async def unpack(self, snapshotter: str = "", platform: Platform | None = None) -> str:
         """Make the image's snapshots where they are missing; answers the chain id of the topmost."""

@@ -47,13 +47,15 @@ PROGRESS_BYTES = 1 << 20
 class Options:
     """What of an image is pulled, and what is kept of it.
 
-    platforms: those wanted; all_platforms: every one that there is. all_metadata: the manifests and configs of the
+    platforms: those wanted; strict: also of an image of one platform alone; all_platforms: every one that there is.
+    all_metadata: the manifests and configs of the
     other platforms, too. referrers: what refers to the image (signatures, SBOMs), too. unpack: the wanted platforms,
     also of all, if they are images and no artifacts. discard_unpacked_layers: layers are not kept once they are
     unpacked. foreign_layers: from the URLs that manifests name.
     """
 
     platforms: tuple[Platform, ...] = ()
+    strict: bool = False
     all_platforms: bool = False
     all_metadata: bool = False
     referrers: bool = False
@@ -94,7 +96,7 @@ class Pull:
         self._ready: dict[str, asyncio.Future[None]] = {}
         self._configs: dict[str, bytes] = {}
         self._group: asyncio.TaskGroup
-        self._snapshotter = ""
+        self._snapshotter = self._root = ""
 
     async def resolve(self) -> tuple[Descriptor, bytes]:
         """What the name means now."""
@@ -104,6 +106,7 @@ class Pull:
     async def run(self, target: Descriptor, data: bytes, snapshotter: str = "") -> Image:
         """Fetch all that the options ask for, unpack, and record the image. The record comes last."""
         name = str(self._reference)
+        self._root = target.digest
         self._snapshotter = snapshotter
         wanted = self._options.platforms or (platforms.default_platform(),)
         want = _Want(layers=True, unpack=self._options.unpack, platforms=wanted)
@@ -168,13 +171,22 @@ class Pull:
         ]  # fmt: skip
         if unpack and self._options.discard_unpacked_layers:
             await self._fetch([manifest.config], "config")
+            await self._check_platform(descriptor, manifest)
             if await self._is_unpacked(await self._config(manifest), unpack):
                 return
             await self._fetch(layers, "layer")
         else:
             await self._fetch([manifest.config, *layers], "layer", config=manifest.config.digest)
+            await self._check_platform(descriptor, manifest)
         if unpack:
             await self._unpack(Resolved(descriptor, manifest, await self._config(manifest)), unpack)
+
+    async def _check_platform(self, descriptor: Descriptor, manifest: documents.Manifest) -> None:
+        """An image that is no index is of one platform, which only its config says."""
+        strict = self._options.strict and not self._options.all_platforms and descriptor.digest == self._root
+        if strict and manifest.config.media_type in documents.CONFIG_TYPES:
+            own = (await self._config(manifest)).platform
+            platforms.require(own, self._options.platforms, str(self._reference))
 
     async def _unpack(self, image: Resolved, snapshotter: str) -> None:
         unpack = Unpack(self._client, image, snapshotter, ready=self._ready, on_progress=self._report)

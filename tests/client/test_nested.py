@@ -1,4 +1,4 @@
-"""An index of indexes, one a platform: in each only that platform's image is looked for, whatever is done with it."""
+"""Platforms that are asked for: of an index of indexes, and of an image that has one alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import images
 import pytest
-from wherry.client import Client
+from wherry.client import Client, walk
 from wherry_shared.errors import NotFound
 from wherry_shared.values import Platform
 
@@ -80,3 +80,30 @@ async def test_all_metadata_goes_into_the_indexes_of_other_platforms(client: Cli
     documents = {digest for digest, data in layout.blobs.items() if data.startswith(b"{")}
     here = await everything(client)
     assert documents <= here and len(here) == len(documents) + 1, "and this host's one layer"
+
+
+async def test_an_image_of_one_platform_is_not_taken_for_another(client: Client) -> None:
+    layout = Layout()
+    store = Store()
+    store.put(layout, layout.image([tar_of({"a": b"1"})], OTHERS[0]))
+    other, own = [Platform(os="linux", architecture=name) for name in (HOST, OTHERS[0])]
+    async with serving(store.handle) as trap:
+        name = f"{trap.address}/team/app:v1"
+        for wanted in (other, [own, other]):
+            with pytest.raises(NotFound, match=OTHERS[0]):
+                await client.pull(name, platform=wanted)
+        assert await walk(client.images.walk) == []
+        await client.pull(name, platform=other, all_platforms=True)
+        await client.pull(name, platform=own)
+        image = await client.pull(name)
+        with pytest.raises(NotFound, match=OTHERS[0]):
+            await client.push(name, f"{trap.address}/team/other:v1", platform=other)
+        await client.push(name, f"{trap.address}/team/own:v1", platform=own)
+        assert "team/other" not in store.manifests and "team/own" in store.manifests
+    with pytest.raises(NotFound, match=OTHERS[0]):
+        await client.export_images([name], io.BytesIO(), platforms=[other])
+    await client.export_images([name], io.BytesIO())
+    await client.export_images([name], io.BytesIO(), platforms=[own])
+    with pytest.raises(NotFound, match=OTHERS[0]):
+        await client.convert(image, "other:1", platforms=[other])
+    await client.convert(image, "own:1", platforms=[own])

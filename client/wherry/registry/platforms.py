@@ -85,6 +85,13 @@ def rank(candidate: Platform, wanted: Platform) -> int | None:
     return order.index(own) if own in order else None
 
 
+def require(own: Platform, wanted: Iterable[Platform], name: str) -> None:
+    """NotFound unless an image of one platform, if it says which, runs on each of these."""
+    for platform in wanted:
+        if own.os and rank(own, platform) is None:
+            raise NotFound(f"image {name} is for {describe(own)} and not for {describe(platform)}")
+
+
 def _version_fits(candidate: Platform, wanted: Platform) -> bool:
     if not wanted.os_version or candidate.os_version == wanted.os_version:
         return True
