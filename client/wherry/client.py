@@ -38,7 +38,7 @@ from wherry_shared.errors import (
 from wherry_shared.runtime import NODE_FILE
 from wherry_shared.values import Descriptor, Platform, check_identifier, now
 
-from . import nearby
+from . import nearby, pulling
 from .container import DEFAULT_SNAPSHOTTER, Container, NewContainer
 from .image import Image
 from .paging import walk as walk
@@ -56,8 +56,9 @@ DEFAULT_STATE = "/run/wherry"
 DEFAULT_NAMESPACE = "default"
 DEFAULTS = "containerd.io/defaults/"
 LEASE_HOURS = 24
-# Which reference a lease is a pull of.
+# Which reference a lease is a pull of, and whose.
 PULL_LABEL = "wherry/pull"
+PULLER_LABEL = "wherry/puller"
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,12 @@ class Client:
         insecure: hosts (`host:port`) that may be spoken to in plain http; loopback may always. hosts_dir: where
         mirrors and per-host settings are configured (`WHERRY_CONFIG`). credentials: instead of docker's files.
         What is here is not fetched. What an interrupted pull has fetched stays under its lease, for LEASE_HOURS, and
-        the next one goes on where it stopped.
+        the next one goes on where it stopped, and lets go of it when it is done.
         NotFound: no such image or platform. DataLoss: the registry sent something else than it announced.
         """
         # The services have their first requests to do while the registry client is loaded and asks for the name.
-        ground = asyncio.create_task(self._break_ground(snapshotter, unpack=unpack, labels={PULL_LABEL: reference}))
+        labels = {PULL_LABEL: reference, PULLER_LABEL: pulling.begin()}
+        ground = asyncio.create_task(self._break_ground(snapshotter, unpack=unpack, labels=labels))
         begun = interrupted = False
         try:
             await asyncio.sleep(0)
@@ -167,13 +169,26 @@ class Client:
                 lease, chosen = await ground
                 begun = True
                 with context.use(lease=lease.id):
-                    return await pull.run(target, data, chosen)
+                    image = await pull.run(target, data, chosen)
+            await self._end_given_up(image.name)
+            return image
         except (asyncio.CancelledError, Unavailable, DeadlineExceeded):
             interrupted = begun
             raise
         finally:
+            pulling.end(labels[PULLER_LABEL])
             if not interrupted:
                 await self._leave_ground(ground)
+
+    async def _end_given_up(self, name: str) -> None:
+        """End the leases of pulls that were to bring this image, and that nobody goes on with: it is here."""
+        from .registry.reference import Reference
+
+        with contextlib.suppress(WherryError):  # they end by themselves, later
+            for lease in await walk(self.leases.walk, [f'labels."{PULLER_LABEL}"']):
+                wanted = str(Reference.parse(lease.labels.get(PULL_LABEL, "")))
+                if wanted == name and pulling.is_given_up(lease.labels[PULLER_LABEL]):
+                    await self._end_lease(lease)
 
     async def push(
         self,
