@@ -135,3 +135,15 @@ def _tar(name: str, data: bytes) -> io.BytesIO:
         tar.addfile(member, io.BytesIO(data))
     made.seek(0)
     return made
+
+
+@pytest.mark.parametrize("runtime", ["crun", "runc"])
+def test_its_null_device_is_not_the_nodes(node: Node, ns: list[str], pulled: str, runtime: str) -> None:
+    """Bound from the node, as a user namespace may make none; crun gives its owner away with the standard streams."""
+    node.run("run", "-d", *ns, *REMAP, "--runtime", runtime, "--name", "null", pulled, "sleep", "1000")
+    (found,) = node.json("inspect", *ns, "null")
+    ours, its = os.stat("/dev/null"), os.stat(f"/proc/{found['task']['pid']}/root/dev/null")
+    assert its.st_rdev == ours.st_rdev
+    assert (its.st_dev, its.st_ino) != (ours.st_dev, ours.st_ino)
+    node.run("exec", *ns, "null", "sh", "-c", "echo x > /dev/null")
+    node.run("rm", "-f", *ns, "null")

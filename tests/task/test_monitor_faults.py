@@ -351,3 +351,17 @@ def test_a_killed_container_may_die_before_it_is_thawed(rig: Rig, runtime: str) 
     assert client.call("wait")["exit_status"] == 137
     assert client.call("state")["state"] == "stopped"
     rig.finish(client)
+
+
+def test_nobody_has_the_hosts_null_device(rig: Rig, runtime: str) -> None:
+    """crun gives it away to the user of an exec, and whoever owns what he has as a stream may close it to all."""
+    client, path = rig.run(runtime, ["sleep", "60"])
+    pid = int(client.call("state")["pid"])
+    execed = rig.exec(client, path, "e", ["sleep", "60"])
+    ours = os.stat("/dev/null")
+    for each in (pid, execed):
+        for fd in range(3):
+            found = os.stat(f"/proc/{each}/fd/{fd}")
+            assert found.st_rdev == ours.st_rdev
+            assert (found.st_dev, found.st_ino) != (ours.st_dev, ours.st_ino), f"stream {fd} is the host's"
+    rig.finish(client)

@@ -7,8 +7,9 @@ from the zygote's start, so a volume mounted later on the host is seen. What fol
 * exec needs no rootfs mount, only the init's namespaces, and runs from the monitor anyhow;
 * after a monitor's death nothing can go on with the container: it is killed (zygote.py) and cleaned (cleanup.py).
 Mount events still travel both ways between the host and the monitor (so an `rshared` volume works), but for the mount
-that holds the bundle, which becomes a slave so that the rootfs does not appear on the host, and for /sys/fs/cgroup on
-hybrid hosts. A volume with `rshared` must therefore not lie in the same mount as the state directory.
+that holds the bundle, which becomes a slave so that the rootfs does not appear on the host, /dev, where a null device of
+the container's own covers the host's, and /sys/fs/cgroup on hybrid hosts. A volume with `rshared` must therefore not lie
+in the same mount as the state directory.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ CGROUP = "/sys/fs/cgroup"
 _UNIFIED = CGROUP + "/unified"
 _PAGE = 4096
 _MAX_MOUNTS = 256
+_NULL = "/dev/null"
 
 _SET = {
     "ro": libc.MS_RDONLY, "nosuid": libc.MS_NOSUID, "nodev": libc.MS_NODEV, "noexec": libc.MS_NOEXEC,
@@ -50,6 +52,7 @@ def enter_namespace(bundle: str) -> None:
     """Take a private copy of the mount namespace, fit for the mounts of this bundle and for every runtime."""
     libc.unshare_mounts()
     _enslave_mount_of(bundle)
+    _cover_null(bundle)
     _hide_unified()
 
 
@@ -63,6 +66,23 @@ def _enslave_mount_of(path: str) -> None:
             path = os.path.dirname(path)
         else:
             return
+
+
+def _cover_null(bundle: str) -> None:
+    """Put another null device over /dev/null. A runtime gives its owner away, to the container's user, where it is a
+    standard stream; who has it as one, or at /dev/null in a user namespace, may change its mode: the host's, for all.
+    """
+    libc.mount("tmpfs", bundle, "tmpfs", libc.MS_NOSUID | libc.MS_NOEXEC, "size=4k,mode=0700")
+    try:
+        own = os.path.join(bundle, "null")
+        os.mknod(own, stat.S_IFCHR, os.makedev(1, 3))
+        os.chmod(own, 0o666)  # noqa: S103 - as every null device
+        _enslave_mount_of("/dev")
+        libc.mount(own, _NULL, None, libc.MS_BIND)
+    except PermissionError:
+        return  # we are in a user namespace ourselves: the host's is not ours to change, nor then the container's
+    finally:
+        libc.unmount(bundle, libc.MNT_DETACH)
 
 
 def _hide_unified() -> None:
