@@ -7,6 +7,8 @@ import contextlib
 import itertools
 import json
 import os
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,27 @@ FRAME_MAX = 1 << 20
 # A monitor does everything in a moment, but for the runtime's own work and output that is still being read.
 PATIENCE = 10.0
 LONG_PATIENCE = 50.0
+# One fork of the zygote's takes less.
+QUEUE_SECONDS = 0.005
+
+
+async def _connected(path: str) -> socket.socket:
+    """A connection, also where so many wait to be accepted that the next is refused for now: a loop would say that
+    nobody listens, or that it is connected. Raises OSError."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    ends = time.monotonic() + PATIENCE
+    try:
+        while True:
+            try:
+                sock.connect(path)
+                return sock
+            except BlockingIOError:
+                if time.monotonic() > ends:
+                    raise
+            await asyncio.sleep(QUEUE_SECONDS)
+    except BaseException:
+        sock.close()
+        raise
 
 
 class Channel:
@@ -38,10 +61,10 @@ class Channel:
         """Connect to a socket by its directory (a long path would not fit into an address). Raises OSError."""
         fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            reader, writer = await asyncio.open_unix_connection(f"/proc/self/fd/{fd}/{name}")
+            sock = await _connected(f"/proc/self/fd/{fd}/{name}")
         finally:
             os.close(fd)
-        return cls(reader, writer)
+        return cls(*await asyncio.open_unix_connection(sock=sock))
 
     @property
     def alive(self) -> bool:

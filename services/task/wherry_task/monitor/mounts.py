@@ -7,9 +7,9 @@ from the zygote's start, so a volume mounted later on the host is seen. What fol
 * exec needs no rootfs mount, only the init's namespaces, and runs from the monitor anyhow;
 * after a monitor's death nothing can go on with the container: it is killed (zygote.py) and cleaned (cleanup.py).
 Mount events still travel both ways between the host and the monitor (so an `rshared` volume works), but for the mount
-that holds the bundle, which becomes a slave so that the rootfs does not appear on the host, /dev, where a null device of
-the container's own covers the host's, and /sys/fs/cgroup on hybrid hosts. A volume with `rshared` must therefore not lie
-in the same mount as the state directory.
+that holds the bundle, which becomes a slave so that the rootfs does not appear on the host, for /dev, where a null
+device of the container's own covers the host's, and for /sys/fs/cgroup on hybrid hosts. A volume with `rshared` must
+therefore not lie in the same mount as the state directory.
 """
 
 from __future__ import annotations
