@@ -24,6 +24,8 @@ _TMPFS_VALUES = re.compile(
     r"(?:size=[0-9]+[kmgKMG%]?|nr_inodes=[0-9]+[kmg]?|mode=[0-7]{3,4}|uid=[0-9]{1,10}|gid=[0-9]{1,10})\Z"
 )
 _TMPFS = ["nosuid", "nodev", "noexec"]
+_OPPOSITES = {"suid": "nosuid", "dev": "nodev", "exec": "noexec", "rw": "ro"}
+_OPPOSITES |= {no: yes for yes, no in _OPPOSITES.items()}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 
 
@@ -84,7 +86,8 @@ def tmpfs(text: str) -> Mount:
     for option in filter(None, given.split(",")):
         if option not in _TMPFS_FLAGS and not _TMPFS_VALUES.match(option):
             raise InvalidArgument(f"tmpfs {destination}: the option {option[:60]!r} is not understood")
-        options.append(option)
+        # Taken out, not answered: crun keeps a flag that a later word takes back.
+        options = [*(each for each in options if each != _OPPOSITES.get(option)), option]
     return {"type": "tmpfs", "source": "tmpfs", "destination": target(destination), "options": options}
 
 

@@ -29,7 +29,8 @@ def test_binds(tmp_path: Path) -> None:
 
 def test_tmpfs() -> None:
     assert volumes.tmpfs("/t")["options"] == ["nosuid", "nodev", "noexec"]
-    assert volumes.tmpfs("/t:size=1m,exec,mode=1777")["options"][-3:] == ["size=1m", "exec", "mode=1777"]
+    assert volumes.tmpfs("/t:size=1m,exec,mode=1777")["options"] == ["nosuid", "nodev", "size=1m", "exec", "mode=1777"]
+    assert volumes.tmpfs("/t:suid,dev,ro,rw")["options"] == ["noexec", "suid", "dev", "rw"]
     assert volumes.mount("type=tmpfs,target=/t,tmpfs-size=1m")["options"][-1] == f"size={1 << 20}"
     assert "size=2097152" in volumes.shm("2m")["options"]
 
