@@ -58,7 +58,7 @@ def pairs(given: Given, name: str) -> dict[str, str]:
 
 def labels(given: Given) -> dict[str, str]:
     """The labels of `--label`, `--label-file` and `--restart`; one without a value has an empty one."""
-    lines = [line for path in given.get("label_file", ()) for line in _lines(path)]
+    lines = [line for path in given.get("label_file", ()) for line in _settings(path)]
     made = dict(text.partition("=")[::2] for text in [*lines, *given.get("label", ())])
     if restart := given.get("restart", ""):
         made |= restarts.labels_for(restart)
@@ -82,7 +82,7 @@ def log_options(given: Given) -> str:
 
 def environment(files: Sequence[str], items: Sequence[str]) -> list[str]:
     """NAME=VALUE of files and of arguments, in this order; NAME alone is this process's own, or taken out."""
-    lines = [line for path in files for line in _lines(path)]
+    lines = [line for path in files for line in _settings(path)]
     made = []
     for item in [*lines, *items]:
         if "=" not in item and item in os.environ:
@@ -91,19 +91,30 @@ def environment(files: Sequence[str], items: Sequence[str]) -> list[str]:
     return made
 
 
+def _settings(path: str) -> list[str]:
+    """The lines of NAME or NAME=VALUE. InvalidArgument: a name with blanks, which Docker refuses, too."""
+    lines = _lines(path)
+    for name in (line.partition("=")[0] for line in lines):
+        if not name or any(c.isspace() for c in name):
+            raise InvalidArgument(f"{path}: {name[:80]!r} is no name")
+    return lines
+
+
 def _lines(path: str) -> list[str]:
-    """A file's lines without comments and empty ones. NotFound; InvalidArgument: larger than 1 MiB, no UTF-8."""
+    """A file's lines without comments and empty ones; blanks at an end are a value's, as Docker has it. NotFound;
+    InvalidArgument: larger than 1 MiB, no UTF-8."""
     try:
         with open(path, "rb") as f:
             data = f.read(FILE_MAX + 1)
-        text = data.decode()
+        text = data.decode("utf-8-sig")
     except OSError as e:
         raise NotFound(f"{path}: {e.strerror}") from None
     except UnicodeDecodeError:
         raise InvalidArgument(f"{path} is not UTF-8") from None
     if len(data) > FILE_MAX:
         raise InvalidArgument(f"{path} is larger than {FILE_MAX} bytes")
-    return [line for line in (raw.strip() for raw in text.splitlines()) if line and not line.startswith("#")]
+    lines = (raw.removesuffix("\r").lstrip() for raw in text.split("\n"))  # not by what else Unicode parts lines with
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def resources(given: Given) -> dict[str, Any]:

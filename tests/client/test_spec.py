@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -257,3 +258,14 @@ def test_volumes_have_no_names() -> None:
     for text in ("data:/x", "/x"):
         with pytest.raises(Unimplemented):
             flags.options({"volume": [text]})
+
+
+def test_files_of_names_and_values(tmp_path: Path) -> None:
+    """As Docker reads them: a value keeps its blanks, and lines end where they end and nowhere else."""
+    given = tmp_path / "env"
+    given.write_bytes("\ufeffA=x  \n  B= 1\r\n# C=2\n\n\tD=\u2028y\x0cz\x85\r\n".encode())
+    assert flags.environment([str(given)], ["E=3"]) == ["A=x  ", "B= 1", "D=\u2028y\x0cz\x85", "E=3"]
+    for bad in ("A B=1", "A =1", "=1"):
+        given.write_text(bad)
+        with pytest.raises(InvalidArgument):
+            flags.environment([str(given)], [])
