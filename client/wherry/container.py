@@ -202,7 +202,7 @@ class Container:
 
     async def start(self, *, stdin: bool | None = None, again: int = 0) -> None:
         """Run it in the background, its output logged; one that runs is left as it is, what is left of one that has
-        ended is removed. When it does not start, no task is left.
+        ended is removed. When it does not start, no task is left. FailedPrecondition: it is paused.
 
         stdin: whether it stays open for who attaches; unless said, it does for a terminal. again: how often its policy
         has made it start since somebody did.
@@ -213,6 +213,8 @@ class Container:
             status = (await self.client.tasks.get(self.id)).status
             if status == "created":
                 await self.client.tasks.start(self.id)
+            if status == "paused":
+                raise FailedPrecondition(f"cannot start a paused container: unpause {self.id}")
             if status != "stopped":
                 return
             await self.client.tasks.delete(self.id)

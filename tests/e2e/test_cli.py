@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -256,11 +257,19 @@ def test_events_since(node: Node, ns: list[str], pulled: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["0001-01-01", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "²s", "9999999d"]
+    "text", ["0001-01-01", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "²s", "9999999d", "1h30", "m"]
 )
 def test_what_is_no_time_is_said(text: str) -> None:
     with pytest.raises(InvalidArgument, match="neither like 10m"):
         parse_since(text)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("10m", 600), ("1h30m", 5400), ("1.5h", 5400), ("1m500ms", 60.5)])
+def test_a_time_ago(text: str, seconds: float) -> None:
+    """As Docker takes it; a number of nine digits and more is a time of Unix."""
+    before = datetime.now(UTC)
+    assert before <= parse_since(text) + timedelta(seconds=seconds) <= datetime.now(UTC)
+    assert parse_since("1700000000.5") == datetime(2023, 11, 14, 22, 13, 20, 500000, UTC)
 
 
 def test_info_names_ten_services(node: Node) -> None:

@@ -226,13 +226,17 @@ def test_a_life_in_verbs(node: Node, ns: list[str], pulled: str) -> None:
     assert node.run("exec", *ns, "shop", "cat", "/kept").stdout == "kept\n"
     node.run("pause", *ns, "shop")
     assert [p["status"] for p in node.json("ps", *ns, "-f", "status=paused")] == ["paused"]
+    done = node.run("start", *ns, "shop", check=False)
+    assert done.returncode == 1 and "unpause web" in done.stderr
     node.run("unpause", *ns, "shop")
     assert "sleep 1000" in node.run("top", *ns, "shop").stdout
     assert node.run("ps", *ns, "-q", "--filter", "label=tier=front").stdout == "web\n"
     assert node.run("ps", *ns, "-q", "--filter", "label=tier=back").stdout == ""
     assert node.run("ps", *ns, "--format", "{{.ID}} {{.Names}} {{.Status}}").stdout == "web shop running\n"
     node.run("stop", *ns, "-t", "0", "web")
-    assert node.run("wait", *ns, "web").stdout == "137\n"
+    done = node.run("wait", *ns, "web", "nobody", "shop", check=False)
+    assert (done.returncode, done.stdout) == (1, "137\n137\n")
+    assert done.stderr == "wherry: container 'nobody': not found\n"
     assert [p["status"] for p in node.json("ps", *ns, "-a")] == ["stopped (137)"]
     node.run("start", *ns, "web")
     assert node.run("exec", *ns, "web", "cat", "/kept").stdout == "kept\n"

@@ -177,6 +177,11 @@ def age(at: datetime | None) -> str:
     return f"{seconds}s"
 
 
+def explained(name: str, e: Exception) -> str:
+    """What is wrong with one of several; an error of the bus names only what was asked."""
+    return str(e) if name in str(e) else f"{name}: {e}"
+
+
 def fail(message: str, code: int) -> typer.Exit:
     """Say why on stderr; raise what this answers."""
     print(clean_lines(f"wherry: {message}"), file=sys.stderr)

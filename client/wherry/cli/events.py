@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -131,12 +132,20 @@ class _Place:
         return InvalidArgument(f"--place-file {self._path}: {getattr(e, 'strerror', None) or e}")
 
 
+_SPAN = re.compile(r"(?:[0-9]{1,9}(?:\.[0-9]{1,9})?(?:ms|[smhd]))+\Z")
+_PART = re.compile(r"([0-9.]+)(ms|[smhd])")
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_UNIX = re.compile(r"[0-9]{9,11}(?:\.[0-9]{1,9})?\Z")
+
+
 def parse_since(text: str, option: str = "--since") -> datetime:
-    """A time ago (`10m`) or a time. InvalidArgument otherwise."""
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    """A time ago (`10m`, `1h30m`), a time, or one in seconds since 1970. InvalidArgument otherwise."""
     try:
-        if text[-1:] in units and text[:-1].isdigit():
-            return datetime.now(UTC) - timedelta(seconds=int(text[:-1]) * units[text[-1]])
+        if _SPAN.match(text):
+            seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
+            return datetime.now(UTC) - timedelta(seconds=seconds)
+        if _UNIX.match(text):
+            return datetime.fromtimestamp(float(text), UTC)
         return datetime.fromisoformat(text).astimezone(UTC)  # a time without a zone is this host's
     except (ValueError, OverflowError):
         raise InvalidArgument(f"{option} {text!r} is neither like 10m nor an RFC 3339 time") from None

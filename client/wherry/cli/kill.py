@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import NamespaceOption, fail, with_client
+from .common import NamespaceOption, explained, fail, with_client
 
 if TYPE_CHECKING:
     from wherry import Client, Container
@@ -45,8 +45,8 @@ async def on_each(client: Client, names: list[str], work: Callable[[Container], 
     async def one(name: str) -> str:
         try:
             await work(await find(client, name))
-        except WherryError as e:  # one of the bus names only what was asked
-            return str(e) if name in str(e) else f"{name}: {e}"
+        except WherryError as e:
+            return explained(name, e)
         return ""
 
     said = await asyncio.gather(*(one(name) for name in names))
