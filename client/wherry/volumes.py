@@ -112,13 +112,18 @@ def mount(text: str) -> Mount:
     return bind(source, destination, options)
 
 
+# What could be read as either must not make writable what was to be read only.
+_TRUE, _FALSE = frozenset(("true", "t", "1")), frozenset(("false", "f", "0"))
 _KEYS = {"src": "source", "dst": "target", "destination": "target", "ro": "readonly"}
 
 
 def _options(fields: dict[str, str]) -> list[str]:
     """The mount options of `--mount`, taken out of its fields."""
     made = []
-    if fields.pop("readonly", "false") in ("true", "1"):
+    wish = fields.pop("readonly", "false")
+    if wish.lower() not in _TRUE | _FALSE:
+        raise InvalidArgument(f"mount readonly={wish[:40]}: true or false")
+    if wish.lower() in _TRUE:
         made.append("ro")
     if propagation := fields.pop("bind-propagation", ""):
         made.append(propagation)

@@ -62,11 +62,17 @@ def test_a_tmpfs_that_is_none_is_refused(text: str) -> None:
         ("type=volume,src=x,dst=/y", Unimplemented), ("dst=/y", Unimplemented), ("type=bind,src=/a", InvalidArgument),
         ("type=bind,src=/a,dst=/b,what=1", InvalidArgument),
         ("type=tmpfs,dst=/b,bind-propagation=shared", InvalidArgument),
+        ("type=bind,src=/a,dst=/b,readonly=yes", InvalidArgument),
     ],
 )  # fmt: skip
 def test_a_mount_that_is_not_understood_is_refused(text: str, error: type[Exception]) -> None:
     with pytest.raises(error):
         volumes.mount(text)
+
+
+@pytest.mark.parametrize("wish", ["readonly", "ro", "readonly=True", "ro=1", "readonly=TRUE", "ro=t"])
+def test_a_mount_that_is_to_be_read_only_is(wish: str) -> None:
+    assert "ro" in volumes.mount(f"type=bind,src=/a,dst=/b,{wish}")["options"]
 
 
 @pytest.mark.parametrize("option", ["z", "Z"])
