@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from wherry.cli.ps import _check_states, _fits, made_of
+from wherry.cli.ps import _check_states, _fits, _named, made_of
 from wherry_shared.errors import InvalidArgument
 
 
@@ -41,3 +41,12 @@ def test_states_in_dockers_words_and_ours() -> None:
     assert not _fits(row, {"status": ["exited"]}) and _fits({**row, "state": "stopped"}, {"status": ["exited"]})
     with pytest.raises(InvalidArgument, match="runing"):
         _check_states(["running", "runing"])
+
+
+def test_a_name_is_a_regular_expression_as_dockers() -> None:
+    for pattern in ("web", "^web", "^/web-1$", "eb-[0-9]$", ""):
+        assert _named(pattern)("web-1"), pattern
+    for pattern in ("^eb", "^/web$", "web-2"):
+        assert not _named(pattern)("web-1"), pattern
+    with pytest.raises(InvalidArgument, match="no regular expression"):
+        _named("[")

@@ -242,7 +242,9 @@ def test_a_life_in_verbs(node: Node, ns: list[str], pulled: str) -> None:
     assert node.run("exec", *ns, "web", "cat", "/kept").stdout == "kept\n"
     known = json.loads(node.run("inspect", *ns, "shop").stdout)[0]
     assert (known["id"], known["name"], known["task"]["status"]) == ("web", "shop", "running")
-    assert node.run("inspect", *ns, "-f", "{{.Task.Status}}", "web").stdout == "running\n"
+    assert node.run("ps", *ns, "--filter", "name=^/shop$", "-lq", "--no-trunc").stdout == "web\n"
+    done = node.run("inspect", *ns, "-f", "{{.Task.Status}}", "nobody", "web", check=False)
+    assert (done.returncode, done.stdout) == (1, "running\n") and "'nobody'" in done.stderr
     assert node.run("rm", *ns, "web", check=False).returncode == 1
     node.run("rm", *ns, "-f", "web")
     assert node.json("ps", *ns, "-a") == []

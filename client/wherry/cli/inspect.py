@@ -1,4 +1,4 @@
-"""`wherry inspect`: everything that is known of containers, or of images."""
+"""`wherry inspect`: everything that is known of containers, or of images; what is not there goes to stderr."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import NamespaceOption, with_client
+from .common import NamespaceOption, explained, fail, with_client
 
 if TYPE_CHECKING:
     from wherry import Client
@@ -19,10 +19,20 @@ def command(
     kind: Annotated[str, typer.Option("--type", help="container or image; either, unless given.")] = "",
 ) -> None:
     async def work(client: Client) -> None:
+        from wherry_shared.errors import NotFound
+
         from .ps import render
 
-        found = [await _one(client, name, kind) for name in names]
+        found, missing = [], False
+        for name in names:
+            try:
+                found.append(await _one(client, name, kind))
+            except NotFound as e:
+                fail(explained(name, e), 1)
+                missing = True
         render(found, [], format)
+        if missing:
+            raise typer.Exit(1)
 
     with_client(namespace, work)
 

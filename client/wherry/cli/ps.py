@@ -27,9 +27,13 @@ def command(
     namespace: NamespaceOption = "default",
     format: Annotated[str, typer.Option("--format", help="table, json or a template: {{.ID}} {{.Status}}.")] = "table",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Ids only.")] = False,
+    latest: Annotated[bool, typer.Option("--latest", "-l", help="The youngest only, whatever it does.")] = False,
+    no_trunc: Annotated[bool, typer.Option("--no-trunc", help="Docker's; nothing is cut off here.")] = False,
 ) -> None:
     async def work(client: Client) -> None:
-        rows = await rows_of(client, filters, all=all)
+        rows = await rows_of(client, filters, all=all or latest)
+        if latest:
+            rows = sorted(rows, key=lambda row: row["created_at"])[-1:]
         if quiet:
             for row in rows:
                 print(row["id"])
@@ -47,6 +51,7 @@ async def rows_of(client: Client, filters: Sequence[str], *, all: bool) -> list[
 
     plain, wanted = split(filters)
     _check_states(wanted.get("status", ()))
+    called = [_named(pattern) for pattern in wanted.pop("name", ())]
     tasks = {t.container_id: t for t in await walk(client.tasks.walk)}
     # Thousands of records that do not run are not carried here to be left out.
     alive_only = not (all or plain or wanted.get("status") or wanted.get("exited"))
@@ -68,7 +73,9 @@ async def rows_of(client: Client, filters: Sequence[str], *, all: bool) -> list[
             "runtime": container.runtime.name,
             "labels": container.labels,
         }
-        if (alive or all or wanted.get("status") or wanted.get("exited")) and _fits(row, wanted):
+        if not (alive or all or wanted.get("status") or wanted.get("exited")):
+            continue
+        if _fits(row, wanted) and (not called or any(fits(str(row["name"])) or fits(container.id) for fits in called)):
             rows.append(row)
     return rows
 
@@ -114,6 +121,21 @@ def _check_states(wanted: Sequence[str]) -> None:
             raise InvalidArgument(f"no container is ever {state[:40]!r}, but one of {', '.join(sorted(_STATES))}")
 
 
+def _named(pattern: str) -> Callable[[str], bool]:
+    """Whether a name matches, as Docker has it: a regular expression, and a slash may stand before the name.
+    InvalidArgument."""
+    from wherry_shared.errors import InvalidArgument
+    from wherry_shared.regexp import compile_regexp
+    from wherry_shared.regexp_syntax import BadPattern, parse
+
+    try:
+        parse(pattern)
+    except BadPattern as e:
+        raise InvalidArgument(f"name {pattern[:60]!r} is no regular expression: {e}") from None
+    found = compile_regexp(pattern)
+    return lambda name: found(name) or found(f"/{name}")
+
+
 def made_of(image: str, wanted: str) -> bool:
     """Whether an image is called so: by its whole name, or by its last components, with its tag or without."""
     from wherry_shared.errors import InvalidArgument
@@ -139,7 +161,6 @@ def _fits(row: dict[str, Any], wanted: dict[str, list[str]]) -> bool:
     """Whether a row is wanted: of several values of a key one is enough, of labels all are needed."""
     checks: dict[str, Callable[[str], bool]] = {
         "id": lambda v: str(row["id"]).startswith(v),
-        "name": lambda v: v in row["name"] or v in row["id"],
         "status": lambda v: row["state"] in _STATES[v],
         "ancestor": lambda v: made_of(str(row["image"]), v),
         "exited": lambda v: str(row["exit_status"]) == v,
@@ -166,8 +187,8 @@ _ALIASES = {"names": "name", "containerid": "id", "container": "id", "createdat"
 
 def render(rows: Sequence[dict[str, Any]], columns: Sequence[str], format: str) -> None:
     """Print rows as `table`, `json`, or by a template of `{{.Field}}` and `{{json .Field}}`. InvalidArgument."""
-    if format in ("table", "json"):
-        show(rows, columns, Format(format))
+    if format in ("", "table", "json"):
+        show(rows, columns, Format(format or "table"))
         return
     template = format.removeprefix("table ").replace("\\t", "\t").replace("\\n", "\n")
     if format.startswith("table "):

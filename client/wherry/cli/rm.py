@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def command(
     ids: Annotated[list[str], typer.Argument(help="The containers.")],
     force: Annotated[bool, typer.Option("--force", "-f", help="Kill what runs.")] = False,
+    volumes: Annotated[bool, typer.Option("--volumes", "-v", help="Docker's; no volume is a container's own.")] = False,
     namespace: NamespaceOption = "default",
 ) -> None:
     async def work(client: Client) -> None:
