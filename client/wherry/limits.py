@@ -12,6 +12,9 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([bkmgtp]?)i?b?\Z", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
 MEMORY_MIN = 6 << 20  # Docker's: less does not hold an init
 PERIOD = 100_000
+# No limit, as a number: crun writes -1 as it is, which the kernel takes for neither of them. No node has more.
+PIDS_MAX = 1 << 22
+CPUS_MAX = 8192
 _NUMBER = re.compile(r"[0-9]{1,6}(?:\.[0-9]{1,9})?\Z")
 _INT64_MAX = (1 << 63) - 1
 _CPUS = re.compile(r"[0-9]{1,4}(?:-[0-9]{1,4})?(?:,[0-9]{1,4}(?:-[0-9]{1,4})?)*\Z")
@@ -42,8 +45,8 @@ def size(text: str, what: str = "size") -> int:
 def cpus(text: str) -> int:
     """CPUs (`1.5`) as a quota of microseconds in each PERIOD. InvalidArgument."""
     number = _times(text, PERIOD) if _NUMBER.match(text) else 0
-    if not PERIOD // 100 <= number <= 8192 * PERIOD:
-        raise InvalidArgument(f"cpus {text[:40]!r} is not a number from 0.01 to 8192")
+    if not PERIOD // 100 <= number <= CPUS_MAX * PERIOD:
+        raise InvalidArgument(f"cpus {text[:40]!r} is not a number from 0.01 to {CPUS_MAX}")
     return number
 
 
@@ -66,7 +69,7 @@ def resources(
     made = {
         "memory": _memory(memory, memory_swap, memory_reservation, memory_swappiness, disable=oom_kill_disable),
         "cpu": _cpu(cpu, cpu_shares, cpu_quota, cpu_period, cpuset_cpus, cpuset_mems),
-        "pids": {"limit": _within("pids-limit", pids_limit, -1, 1 << 22)} if pids_limit else {},
+        "pids": {"limit": _pids(pids_limit)} if pids_limit else {},
         "blockIO": {"weight": _within("blkio-weight", blkio_weight, 10, 1000)} if blkio_weight else {},
     }
     return {name: value for name, value in made.items() if value}
@@ -104,7 +107,8 @@ def _cpu(cpu: str, shares: int, quota: int, period: int, cpuset_cpus: str, cpuse
     if cpu:
         made |= {"quota": cpus(cpu), "period": PERIOD}
     if quota:
-        made["quota"] = _within("cpu-quota", quota, 1000, _INT64_MAX) if quota != -1 else -1
+        unlimited = CPUS_MAX * (period or 1_000_000)
+        made["quota"] = _within("cpu-quota", quota, 1000, _INT64_MAX) if quota != -1 else unlimited
     if period:
         made["period"] = _within("cpu-period", period, 1000, 1_000_000)
     for name, value in (("cpus", cpuset_cpus), ("mems", cpuset_mems)):
@@ -113,6 +117,10 @@ def _cpu(cpu: str, shares: int, quota: int, period: int, cpuset_cpus: str, cpuse
         if value:
             made[name] = value
     return made
+
+
+def _pids(limit: int) -> int:
+    return _within("pids-limit", limit, -1, PIDS_MAX) if limit != -1 else PIDS_MAX
 
 
 def _within(name: str, value: int, least: int, most: int) -> int:

@@ -185,6 +185,10 @@ def test_limits() -> None:
         "pids": {"limit": 10},
     }  # fmt: skip
     assert flags.resources({}) == {}
+    # crun writes a -1 as it is.
+    assert flags.resources({"pids_limit": -1, "cpu_quota": -1, "cpu_period": 5000}) == {
+        "pids": {"limit": 1 << 22}, "cpu": {"quota": 8192 * 5000, "period": 5000},
+    }  # fmt: skip
     linux = made(Options(resources=found))["linux"]
     assert linux["resources"]["devices"] and linux["resources"]["memory"]["limit"] == 64 << 20
 

@@ -202,10 +202,12 @@ def test_limits_and_their_change(node: Node, ns: list[str], pulled: str) -> None
     assert stats[0]["id"] == "small" and stats[0]["limit_bytes"] == 64 << 20 and stats[0]["pids"] == 1
     node.run("update", *ns, "-m", "96m", "small")
     assert limit_of(pid, "memory") == 96 << 20
+    node.run("update", *ns, "--pids-limit", "-1", "--cpu-quota", "-1", "small")
     node.run("restart", *ns, "-t", "0", "small")
     pid = next(p["pid"] for p in node.json("ps", *ns) if p["id"] == "small")
     assert limit_of(pid, "memory") == 96 << 20
     node.run("rm", *ns, "-f", "small")
+    node.run("run", *ns, "--rm", "--pids-limit", "-1", "--cpu-quota", "-1", pulled, "true")
 
 
 def limit_of(pid: int, controller: str) -> int:
