@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import pty
 import signal
 import subprocess
 import time
@@ -73,6 +74,25 @@ def test_a_terminal_is_left_as_it_was(node: Node, running: list[str]) -> None:
     with Terminal([WHERRY, running[0], "-it", *running[1:], "true"], node.environment) as terminal:
         assert terminal.process.wait(60) == 0
         assert not fcntl.fcntl(terminal._slave, fcntl.F_GETFL) & os.O_NONBLOCK
+
+
+def test_a_terminal_that_hangs_up(node: Node, running: list[str], tmp_path: Path) -> None:
+    """There is nothing to be put back as it was; somebody's log had a traceback."""
+    leader, follower = pty.openpty()
+    said = tmp_path / "said"
+    line = ["setsid", "-c", WHERRY, running[0], "-it", *running[1:], "sh", "-c", "echo up; sleep 1000"]
+    with said.open("w") as errors:
+        process = subprocess.Popen(line, env=node.environment, stdin=follower, stdout=follower, stderr=errors)
+    os.close(follower)
+    try:
+        assert b"up" in os.read(leader, 64)
+    finally:
+        os.close(leader)
+    try:
+        assert process.wait(30) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
+    assert said.read_text() == ""
 
 
 def test_a_terminal_takes_no_pipe(node: Node, running: list[str], namespace: str, busybox_ref: str) -> None:

@@ -82,7 +82,8 @@ def _raw(wanted: bool) -> Iterator[None]:
         yield
     finally:
         # At once: output that a stopped terminal does not take must not keep it raw.
-        termios.tcsetattr(fd, termios.TCSANOW, before)
+        with contextlib.suppress(termios.error):  # it has hung up
+            termios.tcsetattr(fd, termios.TCSANOW, before)
 
 
 @contextlib.contextmanager
