@@ -9,6 +9,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+import pytest
 from images import Registry
 from node import WHERRY, Node, children, clean_environment, eventually
 
@@ -73,14 +74,24 @@ def _listening(port: int) -> socket.socket | None:
     return made
 
 
-def test_a_log_level_that_there_is_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--log-level", "loud", "there is no log level 'LOUD'"),
+        ("--port", "99999", "--port 99999 is not between 0 and 65535"),
+        ("--port", "-1", "--port -1 is not between 0 and 65535"),
+        ("--nats", "here:4222", "--nats 'here:4222' is not like nats://host:port"),
+        ("--nats", "nats://a,nats://b:x", "--nats 'nats://b:x' is not like nats://host:port"),
+    ],
+)
+def test_what_no_service_can_do_anything_with(tmp_path: Path, flag: str, value: str, said: str) -> None:
     """It is for all services, so it is refused once, and nothing is made."""
     done = subprocess.run(
-        [WHERRY, "up", "--root", tmp_path / "root", "--state", tmp_path / "state", "--log-level", "loud"],
+        [WHERRY, "up", "--root", tmp_path / "root", "--state", tmp_path / "state", flag, value],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "wherry up: there is no log level 'LOUD'"
+    assert done.stderr.splitlines()[-1] == f"wherry up: {said}"
     assert not any(tmp_path.iterdir())
 
 

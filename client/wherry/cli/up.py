@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 from wherry_shared.bus.credentials import CALLS
@@ -39,9 +40,11 @@ def command(
     try:
         plan = Plan(
             root=root.absolute(), state=state.absolute(), node=check_identifier(node or default_node(), "node"),
-            port=port, nats=nats, scale=dict(_scale(item) for item in scale), together=_together(together), user=user,
-            log_level=log_level.upper(),
+            port=_port(port), nats=_addresses(nats), scale=dict(_scale(item) for item in scale),
+            together=_together(together), user=user, log_level=log_level.upper(),
         )  # fmt: skip
+        if plan.root == plan.state:
+            raise InvalidArgument(f"--root and --state are both {root}: what must not survive a reboot lies apart")
         code = Supervisor(plan, say=_say, beside={"cli": serve}).run()
     except (WherryError, OSError) as e:
         print(f"wherry up: {e}", file=sys.stderr)
@@ -51,6 +54,26 @@ def command(
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+def _addresses(text: str) -> str:
+    """Here, because services that are given what can be none only end, and are started again for ever."""
+    for each in text.split(",") if text else ():
+        scheme, separator, rest = each.partition("://")
+        try:
+            good = scheme in ("nats", "tls") and bool(separator and urlsplit(f"//{rest}").hostname)
+            good = good and urlsplit(f"//{rest}").port != 0
+        except ValueError:
+            good = False
+        if not good:
+            raise InvalidArgument(f"--nats {each!r} is not like nats://host:port")
+    return text
+
+
+def _port(port: int) -> int:
+    if not 0 <= port < 1 << 16:
+        raise InvalidArgument(f"--port {port} is not between 0 and 65535")
+    return port
 
 
 def _together(text: str) -> frozenset[str]:
