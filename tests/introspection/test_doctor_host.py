@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -139,6 +140,22 @@ async def test_a_disk_that_is_full(tmp_path: Path, place: Place) -> None:
         for number in range(os.statvfs(disk).f_favail - 10):
             (disk / f"{number}").touch()
         assert told(await look("room", small)) == [f"the disk of {disk} is out of inodes"]
+
+
+async def test_a_disk_that_cannot_be_written(tmp_path: Path, place: Place) -> None:
+    """As after an error, when the kernel lets nobody write any more; a service may have a disk of its own."""
+    (place.root / "image").mkdir()
+    with small_disk(tmp_path / "disk", "64M") as disk:
+        for directory in (place.root / "image", place.state):
+            subprocess.run(["mount", "--bind", disk, directory], check=True)
+            try:
+                before = sorted(directory.iterdir())
+                assert told(await look("room", place)) == []
+                assert sorted(directory.iterdir()) == before
+                subprocess.run(["mount", "-o", "remount,ro,bind", directory], check=True)
+                assert told(await look("room", place)) == [f"{directory} cannot be written"]
+            finally:
+                subprocess.run(["umount", directory], check=True)
 
 
 async def test_a_clock_that_went_back(place: Place) -> None:

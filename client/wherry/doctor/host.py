@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import shutil
@@ -175,11 +176,25 @@ def _number(path: str) -> int | None:
 
 def _room(place: Place) -> Iterator[Finding]:
     devices: set[int] = set()
-    for directory in (place.root, place.state):
+    below = [path for path in sorted(place.root.iterdir()) if path.is_dir() and not path.is_symlink()]
+    for directory in (place.root, place.state, *below):
         device = directory.stat().st_dev
         if device not in devices:
             devices.add(device)
+            yield from _writable(directory)
             yield from room(directory, os.statvfs(directory))
+
+
+def _writable(directory: Path) -> Iterator[Finding]:
+    """A file without a name tells, and is gone; the options of the mount do not, after an error of the disk."""
+    try:
+        os.close(os.open(directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    except OSError as e:
+        if e.errno in (errno.EROFS, errno.EIO):
+            yield Finding(
+                "broken", "room", f"{directory} cannot be written", e.strerror or "",
+                "look at what the kernel says of the disk (dmesg), check it (fsck), and mount it to be written again",
+            )  # fmt: skip
 
 
 def room(directory: Path, found: os.statvfs_result) -> Iterator[Finding]:
