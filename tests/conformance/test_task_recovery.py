@@ -82,6 +82,33 @@ async def test_a_reboot_ends_everything_once(house: House) -> None:
             await house.tasks.get(id)
 
 
+@pytest.mark.parametrize("moved", [True, False])
+async def test_what_ran_from_a_state_directory_that_is_gone_runs_no_more(house: House, moved: bool) -> None:
+    """Moved, or removed, while the service was away: nobody could ever speak to it again, or tell it from its next."""
+    if house.runtime == SHIM and not moved:
+        pytest.skip("a shim's rootfs is mounted there for all to see: who removes that removes the container's files")
+    runs, waits = await house.running("/bin/sleep", "1000"), await house.created("/bin/sleep", "1000")
+    pids = [(await house.tasks.get(id)).pid for id in (runs, waits)]
+    monitors = [parent_of(pid) for pid in pids] if house.runtime != SHIM else []
+    await house.stop_tasks()
+    if moved:
+        house.state = house.state.rename(house.root / "elsewhere")
+    else:
+        shutil.rmtree(house.state)
+        house.state.mkdir(mode=0o700)
+    await house.start_tasks()
+    async with asyncio.timeout(PATIENCE):
+        while not all(map(gone, pids)) or (moved and not all(map(gone, monitors))):
+            await asyncio.sleep(0.01)
+    for id in (runs, waits):
+        assert (await house.tasks.delete(id)).exit_status == 137
+        await house.tasks.create(id, house.mounts)
+        await house.tasks.start(id)
+        assert (await house.tasks.delete(id, force=True)).exit_status == 137
+    for pid in [] if moved else monitors:
+        os.kill(pid, signal.SIGKILL)
+
+
 async def test_a_deletion_whose_monitor_fails_late_is_answered_and_cleaned_up_later(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:

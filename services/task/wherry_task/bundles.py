@@ -24,9 +24,7 @@ class Bundles:
     def __init__(self, state: Path) -> None:
         self._tasks = state / "tasks"
         self._runtimes = state / "runtimes"
-        # Nodes with other directories on this host have other cgroups, each at the top: a parent of several would be
-        # removed by one while another makes its own in it.
-        self.cgroup = f"/wherry-{hashlib.sha256(str(state).encode()).hexdigest()[:12]}"
+        self.cgroup = _cgroup_of(state)
 
     def path(self, namespace: str, container: str) -> Path:
         """Where a container's bundle lies."""
@@ -102,6 +100,17 @@ class Bundles:
             if os.path.isdir(base):  # False too for what may not be looked at
                 for directory, _, _ in os.walk(base, topdown=False):
                     _rmdir(directory)
+
+
+def cgroup_of_bundle(path: Path) -> str:
+    """The cgroup of the container whose bundle this is or was, where its specification named none."""
+    return f"{_cgroup_of(path.parents[2])}/{path.parent.name}/{path.name}"
+
+
+def _cgroup_of(state: Path) -> str:
+    """Nodes with other directories on this host have other cgroups, each at the top: a parent of several would be
+    removed by one while another makes its own in it."""
+    return f"/wherry-{hashlib.sha256(str(state).encode()).hexdigest()[:12]}"
 
 
 def _mapped_root(spec: dict[str, Any]) -> int:

@@ -20,7 +20,7 @@ from wherry_shared.values import check_identifier
 
 from . import metadata
 from .backends import Bundle, Ended, Launcher
-from .bundles import Bundles
+from .bundles import Bundles, cgroup_of_bundle
 from .ends import Ends
 from .metadata import TaskRow
 from .stdio import uris
@@ -46,7 +46,8 @@ class Recovery:
     async def run(self) -> dict[Key, Task]:
         """Every task on record, with its ends of meanwhile recorded and its shim followed."""
         known = metadata.tasks(self._database)
-        owned = {(row.namespace, row.container) for row in known}
+        # Where a state directory was moved, what is in it is none of theirs: its containers know it by its old name.
+        owned = {(row.namespace, row.container) for row in known if row.boot != self._boot or Path(row.bundle).is_dir()}
         for namespace, container, path in self._bundles.all():
             if (namespace, container) not in owned:
                 await self._discard(namespace, container, path)
@@ -85,6 +86,8 @@ class Recovery:
         try:
             if task.bundle.path.is_dir():
                 found = await self._clean(task.bundle)
+            elif task.row.boot == self._boot:
+                await asyncio.to_thread(_kill_without_bundle, task.bundle.path)
         except WherryError as e:
             log.error("cleaning %s: %s", task.bundle.path, e)
         await self._ends.lost(task, {e.exec_id: e for e in found})
@@ -97,7 +100,7 @@ class Recovery:
             return await self._launcher.clean(bundle, kill=True)
 
     async def _discard(self, namespace: str, container: str, path: Path) -> None:
-        """A bundle without a record was never answered to anybody: its container goes."""
+        """A bundle that no record is of: its container goes."""
         try:
             check_identifier(container)
             binary = self._bundles.binary_of(path)
@@ -105,9 +108,11 @@ class Recovery:
         except (OSError, WherryError):
             self._bundles.remove(path)
             return
-        log.warning("removing task %s of namespace %s: its creation was never completed", container, namespace)
+        log.warning("removing task %s of namespace %s: it is on no record", container, namespace)
         await self._kill_monitor_of(bundle)
         await self.abandon(bundle)
+        # A shim that was started with other directories does not clear it out of these.
+        await asyncio.to_thread(shutil.rmtree, bundle.root / container, ignore_errors=True)
 
     async def abandon(self, bundle: Bundle) -> None:
         """After a create that failed half-way: nothing of it may stay."""
@@ -134,6 +139,15 @@ class Recovery:
                 log.info("the monitor of %s refuses to delete; waiting for its end", bundle.path)
             await shim.close()
         await asyncio.sleep(0.02)
+
+
+def _kill_without_bundle(path: Path) -> None:
+    """Its bundle is gone, with all that its container could be reached by; it must not run on unseen."""
+    from .monitor import cleanup
+
+    log.warning("%s is gone: what may run of its container is killed", path)
+    for warning in cleanup.end_cgroups(cgroup_of_bundle(path)):
+        log.warning("%s: %s", path, warning)
 
 
 def remove_unused_fifos(folder: Path, used: Collection[Stdio]) -> None:

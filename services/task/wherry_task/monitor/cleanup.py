@@ -38,7 +38,8 @@ def _clean(request: Args) -> Args:
         _kill(_written_by_the_monitor().get("monitor") or {})  # it hangs, or is about to end
     # A killed monitor's connections end a moment before its lock: who asks at once shall not be refused.
     operations.lock_bundle(patience=_DYING_SECONDS)
-    about |= _written_by_the_monitor()
+    # The monitor may have known its directories by other names.
+    about |= {**_written_by_the_monitor(), "bundle": about["bundle"], "root": about["root"]}
     warnings: list[str] = []
     own = cgroups.own(about.get("cgroups") or _cgroups_of_spec())
     _kill(about.get("init") or {})
@@ -50,6 +51,14 @@ def _clean(request: Args) -> Args:
     records.remove(operations.SOCKET)
     _write_missing_exits(about.get("init") or {})
     return {"exits": records.exits(), "warnings": warnings}
+
+
+def end_cgroups(path: str) -> list[str]:
+    """Kill all that runs in a container's cgroups, and remove them; answers what of that could not be done."""
+    own, warnings = cgroups.own(dict.fromkeys(cgroups.of("self"), path)), list[str]()
+    _empty(own, warnings)
+    _remove_cgroups(own, warnings)
+    return warnings
 
 
 def _written_by_the_monitor() -> Args:
