@@ -48,3 +48,16 @@ async def test_what_is_acknowledged_while_the_state_is_asked_for_is_not_lost(bus
     log.mark = mark
     for _ in range(5):
         assert (await mark.state()).epoch == first.epoch
+
+
+async def test_its_end_where_nothing_can_be_written(bus: HouseBus, tmp_path: Path) -> None:
+    """A disk that has become read-only, say, is no reason for the service not to end in order."""
+    transport = (await bus.of("events")).transport
+    log = JetStreamLog(transport, stream_name(NODE), f"{subjects.EV}.{NODE}.>")
+    await log.ensure(max_age=3600, max_bytes=1 << 20)
+    (tmp_path / "away").mkdir()
+    mark = Mark(log, transport, tmp_path / "away/mark")
+    await mark.start()
+    (tmp_path / "away").rename(tmp_path / "elsewhere")
+    mark.has(await events.publish(transport, events.Outgoing(SUBJECT, b"1", "1")), b"1")
+    await mark.stop()

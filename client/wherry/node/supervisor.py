@@ -434,7 +434,7 @@ class Supervisor:
             if self._nats.returncode is None:
                 self._nats.kill()
                 self._nats.wait()
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # gone, or on a disk that cannot be written any more
             (self._plan.state / NODE_FILE).unlink()
 
     def _stop(self, children: list[Child], number: int) -> None:

@@ -70,7 +70,7 @@ class Mark:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-            with contextlib.suppress(WherryError, TimeoutError):
+            with contextlib.suppress(WherryError, TimeoutError, OSError):
                 async with asyncio.timeout(SECONDS):
                     await self._look()
 
