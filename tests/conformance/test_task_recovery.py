@@ -109,6 +109,27 @@ async def test_what_ran_from_a_state_directory_that_is_gone_runs_no_more(house: 
         os.kill(pid, signal.SIGKILL)
 
 
+async def test_a_copied_root_does_not_touch_what_the_original_runs(house: House) -> None:
+    """A backup that is tried out beside its node: its tasks have ended, and those of the node go on."""
+    id = await house.running("/bin/sleep", "1000")
+    pid = (await house.tasks.get(id)).pid
+    await house.stop_tasks()
+    original, house.state = house.state, house.root / "another"
+    house.state.mkdir(mode=0o700)
+    shutil.copy(house.root / "task.db", house.root / "kept.db")
+    await house.start_tasks()
+    assert (await house.tasks.get(id)).exit_status == 137
+    assert (await house.tasks.delete(id)).exit_status == 137
+    await house.stop_tasks(everything=True)
+    assert not gone(pid)
+    house.state = original
+    for suffix in ("-wal", "-shm"):
+        (house.root / f"task.db{suffix}").unlink(missing_ok=True)
+    shutil.move(house.root / "kept.db", house.root / "task.db")
+    await house.start_tasks()
+    assert (await house.tasks.get(id)).pid == pid and not gone(pid)
+
+
 async def test_a_deletion_whose_monitor_fails_late_is_answered_and_cleaned_up_later(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,11 +62,15 @@ class Recovery:
 
     async def _adopt(self, row: TaskRow) -> Task:
         root = self._bundles.runtime_root(row.namespace, row.binary)
-        bundle = Bundle(Path(row.bundle), row.container, row.binary, root, row.namespace)
+        path = Path(row.bundle)
+        if path.is_dir() and not self._bundles.has(path):
+            log.warning("%s is another node's, of which this one's root is a copy", path)
+            path = self._bundles.path(row.namespace, row.container)
+        bundle = Bundle(path, row.container, row.binary, root, row.namespace)
         task = Task(row, bundle, _Gone())
         task.processes = {p.exec: Running(p) for p in metadata.processes(self._database, row.namespace, row.container)}
         try:
-            here = row.boot == self._boot and bundle.path.is_dir()
+            here = row.boot == self._boot and self._bundles.has(bundle.path)
             alive = await self._launcher.adopt(bundle) if here else None
             if alive is not None:
                 task.shim = alive
@@ -84,7 +88,7 @@ class Recovery:
         """Nothing stands by it any more, or the machine was started anew: say how it ended, and clean."""
         found: list[Ended] = []
         try:
-            if task.bundle.path.is_dir():
+            if self._bundles.has(task.bundle.path):
                 found = await self._clean(task.bundle)
             elif task.row.boot == self._boot:
                 await asyncio.to_thread(_kill_without_bundle, task.bundle.path)
