@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import wherry
+from housebus import PATIENCE
 from node import WHERRY, Node, eventually
 from wherry_shared import context
 from wherry_shared.errors import WherryError
@@ -24,19 +25,23 @@ async def test_a_watcher_outlives_the_bus(node: Node, namespace: str) -> None:
         seen: list[int] = []
 
         async def read() -> None:
-            async for envelope in watching.watch(filters=['topic=="/test/count"']):
+            async for envelope in watch:
                 seen.append(envelope.event["number"])
                 if len(seen) == 20:
                     return
 
+        watch = watching.watch(filters=['topic=="/test/count"'])
         reader = asyncio.create_task(read())
-        await asyncio.sleep(0.2)
+        async with asyncio.timeout(PATIENCE):
+            while not watch.token:  # it begins there
+                await asyncio.sleep(0.01)
         for number in range(20):
             if number == 10:
                 os.kill(node.pids()["nats-server"], signal.SIGKILL)
             await _publish(acting, number)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             await reader
+        await watch.aclose()
     assert seen == list(range(20))
 
 
@@ -54,13 +59,13 @@ async def test_an_end_while_the_bus_is_down_is_told_once_and_with_its_time(
             os.kill(bus, signal.SIGKILL)
             before = datetime.now(UTC)
             os.kill(row["pid"], signal.SIGKILL)
-            while os.path.exists(f"/proc/{row['pid']}"):
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.5)
+            async with asyncio.timeout(PATIENCE):
+                while (await client.tasks.get("ends")).status != "stopped":  # it is on record, and the event with it
+                    await asyncio.sleep(0.01)
             back = datetime.now(UTC)
         finally:
             os.kill(supervisor, signal.SIGCONT)
-        async with client.watch(token=token, filters=['topic=="/tasks/exit"']) as watch, asyncio.timeout(30):
+        async with client.watch(token=token, filters=['topic=="/tasks/exit"']) as watch, asyncio.timeout(PATIENCE):
             exit = await anext(watch)
         assert exit.event["exit_status"] == 137 and before <= exit.timestamp <= back
         assert datetime.fromisoformat(exit.event["exited_at"]) <= back
