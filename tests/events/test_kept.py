@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from housebus import NODE, HouseServer
+from housebus import NODE, PATIENCE, HouseServer
 from rebuilt import event_stream, power_of
 from wherry_events import kept as kept_module
 from wherry_events.journal import Journal
@@ -141,15 +141,16 @@ async def test_a_caller_that_gives_up_while_the_stream_is_silent(
     await asyncio.sleep(0.1)
     assert not any(other.done() for other in others), "the stream has not got them"
     server.nats.thaw()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         await asyncio.gather(*others)
     assert len(await topics(log)) == len(database.all("SELECT seq FROM kept")) == 4
 
 
-async def test_what_is_refused_at_once_is_told_at_once(database: Database) -> None:
+async def test_what_is_refused_at_once_is_told_at_once(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "ACK_TIMEOUT", 10.0 * PATIENCE)  # it is not what they wait for
     bus = Bus(MemoryTransport(), node=NODE)
     journal = Journal(MemoryLog("elsewhere", "x.>"), bus, Kept(Rows(database)))
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE):
         for _ in range(2):
             with pytest.raises(Unavailable, match="no stream takes events"):
                 await journal.publish("default", "/refused", {})

@@ -12,12 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from housebus import NODE, HouseServer
+from housebus import NODE, PATIENCE, HouseServer
 from wherry_shared import context
 from wherry_shared.api.events import Envelope, Events
 from wherry_shared.bus import Bus
 from wherry_shared.bus.credentials import audit_stream_name, stream_name
-from wherry_shared.errors import OutOfRange, PermissionDenied, Unavailable
+from wherry_shared.errors import DeadlineExceeded, OutOfRange, PermissionDenied, Unavailable
 
 
 class Place:
@@ -39,7 +39,7 @@ class Place:
         assert self.process is not None
         process, self.process = self.process, None
         process.send_signal(number)
-        return process.wait(20)
+        return process.wait(PATIENCE)
 
     async def stream(self, verb: str) -> None:
         operator = await self.house.operator()
@@ -81,7 +81,7 @@ async def published(events: Events, number: int) -> bool:
     )
     try:
         await events.forward(again)
-    except Unavailable:
+    except (Unavailable, DeadlineExceeded):
         return False
     return True
 
@@ -107,7 +107,7 @@ async def test_events_outlive_the_service_and_the_server(place: Place, events: E
     await publish(events, 2)
     place.house.nats.kill()
     place.house.nats.start()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while not await published(events, 3):
             await asyncio.sleep(0.05)
     following, end = await replay(events, token)
@@ -137,7 +137,7 @@ async def test_a_stream_that_goes_away_is_made_again(place: Place, events: Event
     await publish(events, 0)
     _, token = await replay(events)
     await place.stream("DELETE")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while not await published(events, 1):
             await asyncio.sleep(0.05)
     assert (await replay(events))[0] == [1]
@@ -166,7 +166,7 @@ async def test_what_is_kept_is_bounded_and_a_gap_is_told(place: Place, events: E
 def test_a_setting_that_is_no_number(place: Place, setting: str) -> None:
     place.start(setting, stderr=subprocess.PIPE)
     assert place.process is not None
-    _, said = place.process.communicate(timeout=20)
+    _, said = place.process.communicate(timeout=PATIENCE)
     name, _, value = setting.partition("=")
     assert said.decode().splitlines()[-1].startswith(f"wherry-events: {name} {value!r} is no whole number")
 
@@ -191,7 +191,7 @@ async def test_a_tenant_sees_and_makes_events_of_its_own_namespace_only(place: P
         assert (await own.publish("/test/made", {"n": 1})).namespace == "default"
         assert (await replay(own))[0] == [0, 1]
         for foreign in (tenant.proxy(Events), tenant.proxy(Events, namespace="other")):
-            with context.use(timeout=1), pytest.raises(PermissionDenied):
+            with context.use(timeout=PATIENCE), pytest.raises(PermissionDenied):
                 await foreign.replay()
     finally:
         await tenant.close()
@@ -208,7 +208,7 @@ async def test_two_services_share_one_stream(place: Place, bus: Bus, events: Eve
     finally:
         assert first is not None
         first.terminate()
-        assert first.wait(20) == 0
+        assert first.wait(PATIENCE) == 0
 
 
 async def test_the_audit_is_kept_where_it_is_wanted(place: Place) -> None:
@@ -221,7 +221,9 @@ async def test_the_audit_is_kept_where_it_is_wanted(place: Place) -> None:
         with pytest.raises(PermissionDenied):
             await tenant.proxy(Events, namespace="default").forward(wrong)
         log = auditor.transport.event_log(audit_stream_name(NODE), "wherry.audit.v1.n1.>")
-        (kept,) = await log.read()
+        while not (stored := await log.read()):  # nobody waits for the stream to have it
+            await asyncio.sleep(0.01)
+        (kept,) = stored
     assert kept.subject == f"wherry.audit.v1.{NODE}.default.events"
     assert json.loads(kept.data)["operation"] == "forward" and json.loads(kept.data)["identity"] == "tenant-default"
     assert (await admin.proxy(Events).stream()).last == 0  # it is no event
