@@ -28,7 +28,6 @@ from wherry_shared.bus.proxy import at_instance
 from wherry_shared.outbox import Outbox
 from wherry_shared.sqlite import Database
 
-IDLE = 0.4
 NONE = f"sha256:{'0' * 64}"
 
 
@@ -39,8 +38,10 @@ def digest_of(data: bytes, algorithm: str = "sha256") -> str:
 class House:
     """The services on one bus; they can be stopped and built again on the same root."""
 
-    def __init__(self, bus: Bus, root: Path, backend: str, policy: Policy = Policy.isolated) -> None:
-        self.bus, self.root, self.policy = bus, root, policy
+    def __init__(
+        self, bus: Bus, root: Path, backend: str, policy: Policy = Policy.isolated, idle: float = 600.0
+    ) -> None:
+        self.bus, self.root, self.policy, self.idle = bus, root, policy, idle
         self.backend = backends.find(backend)(root / "content")
 
     async def start(self) -> None:
@@ -56,7 +57,7 @@ class House:
         self.namespaces = await self.bus.serve(NamespaceService(namespaces))
         rows = Metadata(self.databases[0])
         sharing = Sharing(rows, self.policy, self.bus.proxy(Namespaces))
-        self.store = Store(rows, self.backend, instance="one", idle=IDLE, sharing=sharing)
+        self.store = Store(rows, self.backend, instance="one", idle=self.idle, sharing=sharing)
         await self.store.start()
         self.server = await self.bus.serve(ContentService(self.store, self.bus.proxy(Leases)), instance="one")
 
@@ -76,10 +77,12 @@ class House:
 
 
 @asynccontextmanager
-async def built(bus: Bus, root: Path, backend: str, policy: Policy = Policy.isolated) -> AsyncIterator[House]:
-    """A house on a fresh root, and the stream that takes its events."""
+async def built(
+    bus: Bus, root: Path, backend: str, policy: Policy = Policy.isolated, idle: float = 600.0
+) -> AsyncIterator[House]:
+    """A house on a fresh root, and the stream that takes its events. idle: as of Store."""
     await event_stream(bus)
-    house = House(bus, root, backend, policy)
+    house = House(bus, root, backend, policy, idle)
     await house.start()
     try:
         yield house
