@@ -102,6 +102,10 @@ class House:
     def mounts(self) -> list[Mount]:
         return [Mount(type="bind", source=str(self.rootfs), options=["rbind", "ro"])]
 
+    def open_gate(self, number: int = 0) -> None:
+        """Let go on whoever waits at that `gate`."""
+        (self.rootfs / f"gate{number}").touch()
+
     async def created(self, *args: str, stdio: Stdio | None = None) -> str:
         id = await self.container(*args)
         await self.tasks.create(id, self.mounts, stdio or Stdio())
@@ -146,6 +150,11 @@ async def house_of(bus: Bus, root: Path, runtime: str) -> AsyncIterator[House]:
     finally:
         await made.stop()
     assert str(root) not in Path("/proc/self/mountinfo").read_text()
+
+
+def gate(number: int = 0) -> str:
+    """What a container's shell waits with, for `open_gate`."""
+    return f"until [ -e /gate{number} ]; do sleep 0.02; done"
 
 
 def exec_of(*args: str, terminal: bool = False) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from housebus import PATIENCE
-from task_house import RUNTIMES, SH, House, exec_of, gone, house_of, parent_of
+from task_house import RUNTIMES, SH, House, exec_of, gate, gone, house_of, parent_of
 from wherry_shared import context
 from wherry_shared.api.task import Stdio, Tasks
 from wherry_shared.bus import Bus
@@ -201,14 +201,17 @@ async def test_walk(house: House) -> None:
 async def test_what_a_restart_finds(house: House) -> None:
     """Running ones are adopted, ends of meanwhile reported once, and an exec survives too."""
     stays, ends, waits = await house.running("/bin/sleep", "1000"), "", ""
-    ends = await house.running(*SH, "sleep 0.5; exit 9")
+    ends = await house.running(*SH, f"{gate()}; exit 9")
     waits = await house.created("/bin/sleep", "1000")
     await house.tasks.exec(stays, "e", exec_of("sleep", "1000"))
     await house.tasks.start(stays, "e")
     before = {id: (await house.tasks.get(id)).pid for id in (stays, ends, waits)}
     async with await house.bus.subscribe(namespace="default", topic="/tasks/exit") as exits:
         await house.stop_tasks()
-        await asyncio.sleep(0.8)
+        house.open_gate()
+        async with asyncio.timeout(PATIENCE):
+            while not gone(before[ends]):
+                await asyncio.sleep(0.02)
         await house.start_tasks()
         assert await house.exit(ends) == 9
         assert (await house.tasks.get(stays)).pid == before[stays]

@@ -281,7 +281,8 @@ async def test_a_terminals_size(house: House, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.touch()
     terminal = Stdio(stdout=str(out), terminal=True)
-    await house.tasks.exec(id, "t", exec_of("sh", "-c", "sleep 0.3; stty size", terminal=True), terminal)
+    script = 'until [ "$(stty size 2>/dev/null)" = "43 132" ]; do sleep 0.02; done; stty size'
+    await house.tasks.exec(id, "t", exec_of("sh", "-c", script, terminal=True), terminal)
     await house.tasks.start(id, "t")
     await house.tasks.resize(id, 132, 43, "t")
     assert await house.exit(id, "t") == 0

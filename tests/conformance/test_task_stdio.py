@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from housebus import PATIENCE
-from task_house import RUNTIMES, SH, SHIM, House, exec_of, house_of
+from task_house import RUNTIMES, SH, SHIM, House, exec_of, gate, house_of
 from wherry.stdio import Stdio as ClientStdio
 from wherry.streaming import Streaming
 from wherry_shared.api.task import Output, Stdio
@@ -194,6 +194,7 @@ async def test_where_bytes_are_missing_a_client_writes_how_many(house: House, mo
     await house.tasks.start(id)
     streams.started()
     assert await house.exit(id) == 0  # although nobody takes what is in the pipe
+    monkeypatch.setattr(outlet, "READER_SECONDS", 10.0 * PATIENCE)  # that one time is enough
     shown = asyncio.create_task(asyncio.to_thread(_all_of, ours))
     await streams.drained()
     streams.close()
@@ -396,8 +397,18 @@ async def all_logs(house: House, id: str, **options: Any) -> bytes:
             return found
 
 
+async def at_gates(house: House, id: str) -> None:
+    """Open two, each when there is one more line in the log: the streams of a process have no order among them."""
+    async with asyncio.timeout(PATIENCE):
+        for number in (1, 2):
+            while (await house.tasks.logs(id, patience=0.05)).lines.count(b"\n") < number:
+                pass
+            house.open_gate(number)
+
+
 async def test_a_log(house: House) -> None:
-    id = await house.running(*SH, "echo one; sleep 0.2; echo two >&2; sleep 0.2; echo -n three", stdio=LOG)
+    id = await house.running(*SH, f"echo one; {gate(1)}; echo two >&2; {gate(2)}; echo -n three", stdio=LOG)
+    await at_gates(house, id)
     assert await house.exit(id) == 0
     wanted = [(b"stdout", b"one"), (b"stderr", b"two"), (b"stdout", b"three")]
     async with asyncio.timeout(PATIENCE):
@@ -467,7 +478,9 @@ async def test_attaching_to_a_container_that_logs(house: House) -> None:
     """Its log is its output, byte by byte, also what has no line's end yet."""
     stdio = LOG.model_copy(update={"stdin": "bus://"})
     id = await house.running(*SH, "echo before; cat; echo -n end >&2", stdio=stdio)
-    await asyncio.sleep(0.1)
+    async with asyncio.timeout(PATIENCE):
+        while b"before" not in (await house.tasks.logs(id, patience=5.0)).lines:
+            pass
     reader, other = Reading(house, id, after=""), Reading(house, id, after="")
     await asyncio.gather(reader.once(0), other.once(0))
     await house.tasks.input(id, "w", 0, b"prompt> ")
@@ -482,7 +495,9 @@ async def test_the_log_of_a_shim_v2(bus: Bus, tmp_path: Path) -> None:
     """A log writer of its own writes it, as the monitor would."""
     async with house_of(bus, tmp_path, SHIM) as house:
         wanted = [(b"stdout", b"out"), (b"stderr", b"err"), (b"stdout", b"end")]
-        id = await house.running(*SH, "echo out; sleep 0.1; echo err >&2; sleep 0.1; echo -n end", stdio=LOG)
+        script = f"echo out; {gate(1)}; echo err >&2; {gate(2)}; echo -n end"
+        id = await house.running(*SH, script, stdio=LOG)
+        await at_gates(house, id)
         assert await house.exit(id) == 0
         assert await followed(house, id) == wanted
         await house.tasks.delete(id)
