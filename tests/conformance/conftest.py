@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from backends import BackendName, chosen_backends
 from grounds import btrfs_disk
-from housebus import NODE, HouseServer
-from wherry_shared.bus import Bus
+from housebus import NODE, PATIENCE, HouseServer
+from wherry_shared.bus import Bus, proxy
 from wherry_shared.memory import MemoryTransport
 
 sys.path.append(str(Path(__file__).parent))  # for toys.py, counting.py, contents.py, shelves.py
@@ -55,8 +55,9 @@ async def bus(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[B
 
 
 @pytest.fixture
-async def toy(bus: Bus) -> Toy:
-    """The service of Toys, served."""
+async def toy(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """The service of Toys, served. Its requests are counted: none is sent again because the machine stood still."""
+    monkeypatch.setattr(proxy, "FIRST_ATTEMPT", PATIENCE)
     made = Toy()
     await bus.serve(made)
     return made

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from housebus import HouseBus
-from toys import SCHEMA, Toy, Toys, ask, code, subject
+from housebus import PATIENCE, HouseBus
+from toys import SCHEMA, Toy, Toys, ask, code, nobody_answers, subject
 from wherry_shared import context
 from wherry_shared.bus import Bus, proxy, serve
 from wherry_shared.bus.proxy import ERROR, at_instance
@@ -41,6 +42,10 @@ async def databases(tmp_path: Path) -> AsyncIterator[Callable[[], Awaitable[Data
     yield open
     for database in made:
         await database.close()
+
+
+SOON = (0.2, 2.0, 20.0)
+"""Seconds to a deadline that passes while a request runs: the longer ones where the machine took a shorter to begin."""
 
 
 # ---- requests run side by side, within bounds
@@ -105,21 +110,29 @@ async def test_who_waits_takes_no_place(toy: Toy, toys: Toys, monkeypatch: pytes
 
 
 async def test_the_service_cancels_what_is_late(toy: Toy, toys: Toys) -> None:
-    with context.use(timeout=0.2), pytest.raises(DeadlineExceeded):
-        await toys.pass_gate("a")
-    await toy.until("cancelled")
+    for seconds in SOON:
+        with context.use(timeout=seconds), pytest.raises(DeadlineExceeded):
+            await toys.pass_gate("a")
+        if toy.seen["began"]:
+            break
+    await toy.until("cancelled", toy.seen["began"] or 1)
     assert (toy.inside, toy.seen["ended"]) == (0, 0)
 
 
 async def test_the_service_says_that_the_deadline_passed(bus: Bus, toy: Toy) -> None:
-    answer = await ask(bus, "pass_gate", {"name": "a"}, deadline=f"{time.time() + 0.1:.3f}")
+    for seconds in SOON:
+        answer = await ask(bus, "pass_gate", {"name": "a"}, deadline=f"{time.time() + seconds:.3f}")
+        if toy.seen["began"]:
+            break
     assert (code(answer), (answer.headers or {})[ERROR]) == (4, "image.pass_gate: the deadline passed")
 
 
 async def test_a_late_request_is_not_begun(bus: Bus, toy: Toy, toys: Toys) -> None:
     """Who goes by another clock hears of it, and does not wait for an answer that never comes."""
     answer = await ask(bus, "add", {"name": "x"}, deadline=f"{time.time() - 70:.3f}")
-    assert code(answer) == 4 and "the deadline was 70." in (answer.headers or {})[ERROR]
+    assert code(answer) == 4
+    late = re.search(r"the deadline was (\d+\.\d) s before", (answer.headers or {})[ERROR])
+    assert late and 69 < float(late[1]) < 70 + PATIENCE
     await toys.tell()
     assert toy.seen["add"] == 0
 
@@ -283,6 +296,7 @@ async def test_what_a_service_calls_has_keys_of_its_own(bus: Bus) -> None:
 async def test_a_repeated_wait_joins_the_first(bus: Bus, toy: Toy, toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy, "LAST_ATTEMPT", 0.1)
     call = asyncio.create_task(toys.wait("a"))
+    await toy.until("began")
     await asyncio.sleep(0.5)
     assert toy.seen["began"] == 1
     toy.gate("a").set()
@@ -301,8 +315,7 @@ async def test_a_service_that_appears_later(bus: Bus, toys: Toys) -> None:
 
 
 async def test_nobody_at_all(toys: Toys) -> None:
-    with context.use(timeout=0.1), pytest.raises(Unavailable, match=r"image\.tell: no service answers on the bus"):
-        await toys.tell()
+    await nobody_answers(toys.tell)
 
 
 async def test_a_request_that_got_lost_is_sent_again(bus: Bus, toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +341,7 @@ async def test_drain_ends_what_runs_and_sends_the_rest_elsewhere(
     waiting = [asyncio.create_task(toys.tell(str(n))) for n in range(3)]
     waits = asyncio.create_task(toys.wait("b"))
     await toy.until("began", 3)
-    draining = asyncio.create_task(bus.drain(5.0))
+    draining = asyncio.create_task(bus.drain(PATIENCE))
     await toy.until("cancelled")  # who only waits is sent away at once
     assert not any(call.done() for call in running)
     other = Toy()
@@ -357,8 +370,7 @@ async def test_drain_gives_up_on_what_does_not_end(bus: Bus, toy: Toy, toys: Toy
 async def test_a_drained_service_answers_nothing_more(bus: Bus, toy: Toy, toys: Toys) -> None:
     await toys.tell()
     await bus.drain()
-    with context.use(timeout=0.1), pytest.raises(Unavailable):
-        await toys.tell()
+    await nobody_answers(toys.tell)
     assert toy.seen["tell"] == 1
 
 

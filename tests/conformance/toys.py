@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
 import pytest
-from housebus import HouseBus
+from housebus import PATIENCE, HouseBus
 from wherry_shared import context
 from wherry_shared.bus import Bus, subjects
 from wherry_shared.bus.direct import Door, Guest
 from wherry_shared.bus.proxy import DEADLINE, ERROR_CODE, KEY, LEASE
 from wherry_shared.bus.transport import Message
 from wherry_shared.contract import Contract, endpoint, immediate, pack
-from wherry_shared.errors import ERRORS, AlreadyExists, NotFound
+from wherry_shared.errors import ERRORS, AlreadyExists, DeadlineExceeded, NotFound, Unavailable
 from wherry_shared.memory import MemoryTransport
 from wherry_shared.sqlite import Database, Transaction
 from wherry_shared.values import Name
@@ -84,7 +85,7 @@ class Toy(Toys):
 
     async def until(self, what: str, times: int = 1) -> None:
         """Wait until something was seen so often."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while self.seen[what] < times:
                 await asyncio.sleep(0.001)
 
@@ -156,8 +157,18 @@ async def ask(bus: Bus, method: str, body: Any = None, *, namespace: str = "defa
     names = {"key": KEY, "deadline": DEADLINE, "lease": LEASE}
     data = body if isinstance(body, bytes) else pack(body or {})
     return await bus.transport.request(
-        subject(bus, method, namespace), data, headers={names[k]: v for k, v in headers.items()}, timeout=10.0
+        subject(bus, method, namespace), data, headers={names[k]: v for k, v in headers.items()}, timeout=PATIENCE
     )
+
+
+async def nobody_answers(tell: Callable[[], Awaitable[Any]]) -> None:
+    """Assert that a call ends so. The deadline may pass under its last attempt, of which nobody knows anything then."""
+    for seconds in (0.1, 0.3, 1.0, 3.0, 9.0):
+        with context.use(timeout=seconds), pytest.raises((Unavailable, DeadlineExceeded)) as caught:
+            await tell()
+        if caught.type is Unavailable:
+            break
+    assert re.search(r"^image\.tell: no service answers on the bus", str(caught.value))
 
 
 def code(answer: Message) -> int:
