@@ -22,7 +22,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 RUNTIMES = [name for name in ("crun", "runc") if shutil.which(name)]
 # The bare interpreter under the virtual environment, as the service starts it.
 PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 class Refused(Exception):

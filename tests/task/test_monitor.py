@@ -166,7 +166,10 @@ def test_a_reader_may_leave_and_another_come(rig: Rig, runtime: str) -> None:
     again = client.call("wait")
     assert again["exit_status"] == 0, "the container got a SIGPIPE"
     reader = os.open(out, os.O_RDONLY | os.O_NONBLOCK)
-    assert eventually(lambda: _read_some(reader)) == b"two\nthree\n"
+    rest = b""
+    while len(rest) < len(b"two\nthree\n"):
+        rest += eventually(lambda: _read_some(reader))
+    assert rest == b"two\nthree\n"
     os.close(reader)
     rig.finish(client)
 
@@ -318,7 +321,8 @@ def test_an_exec_with_a_terminal_and_one_with_streams(rig: Rig, runtime: str) ->
     client, path = rig.run(runtime, ["sleep", "60"])
     out, plain = rig.fifo(), rig.fifo()
     reader, other = (os.open(each, os.O_RDONLY | os.O_NONBLOCK) for each in (out, plain))
-    rig.exec(client, path, "t", ["sh", "-c", "sleep 0.3; stty size"], terminal=True, stdout=str(out))
+    script = 'until [ "$(stty size 2>/dev/null)" = "12 90" ]; do sleep 0.05; done; stty size'
+    rig.exec(client, path, "t", ["sh", "-c", script], terminal=True, stdout=str(out))
     client.call("resize", exec_id="t", width=90, height=12)
     rig.exec(client, path, "p", ["echo", "plain"], stdout=str(plain))
     assert client.call("wait", exec_id="t")["exit_status"] == 0
@@ -350,7 +354,7 @@ def test_an_exec_that_cannot_be_run_tells_why_and_leaves_nothing(rig: Rig, runti
             rig.exec(client, path, f"bad{number}", ["/no/such/program"])
         assert "no/such/program" in refused.value.message or "No such file" in refused.value.message
     assert client.call("state")["execs"] == {}
-    assert len(os.listdir(f"/proc/{monitor_of(client)}/fd")) == before
+    eventually(lambda: len(os.listdir(f"/proc/{monitor_of(client)}/fd")) == before)
     assert not [each for each in os.listdir(path) if each.startswith(("log-", "exec-"))]
     rig.finish(client)
 
@@ -363,7 +367,7 @@ def test_execs_leave_no_descriptors_behind(rig: Rig) -> None:
         rig.exec(client, path, f"e{number}", ["true"], terminal=terminal, stdin=str(rig.fifo()), stdout=str(rig.fifo()))
         client.call("wait", exec_id=f"e{number}")
         client.call("delete", exec_id=f"e{number}")
-    assert len(os.listdir(f"/proc/{monitor_of(client)}/fd")) == before
+    eventually(lambda: len(os.listdir(f"/proc/{monitor_of(client)}/fd")) == before)
     rig.finish(client)
 
 
@@ -448,8 +452,14 @@ def test_without_a_pid_namespace_nobody_outlives_the_init(rig: Rig, runtime: str
     def shared(spec: dict[str, Any]) -> None:
         spec["linux"]["namespaces"] = [each for each in spec["linux"]["namespaces"] if each["type"] != "pid"]
 
-    client, path = rig.run(runtime, ["sh", "-c", "sleep 61 & sleep 62 & sleep 0.3; exit 3"], change=shared)
-    rig.exec(client, path, "e", ["sleep", "63"])
+    def change(spec: dict[str, Any]) -> None:
+        shared(spec)
+        _writable_tmp(spec)
+
+    waiting = "sleep 61 & sleep 62 & until [ -e /tmp/go ]; do sleep 0.05; done; exit 3"
+    client, path = rig.run(runtime, ["sh", "-c", waiting], change=change)
+    pid = rig.exec(client, path, "e", ["sleep", "63"])
+    Path(f"/proc/{pid}/root/tmp/go").touch()
     told = [client.notice() for _ in range(2)]
     assert [(each["id"], each["exit_status"]) for each in told] == [("e", 137), ("", 3)]
     groups = client.call("state")["cgroups"]

@@ -43,11 +43,13 @@ def runtime(request: pytest.FixtureRequest) -> str:
 
 
 def test_an_exit_while_nobody_was_connected_is_told_once(rig: Rig, runtime: str) -> None:
-    client, path = rig.run(runtime, ["sh", "-c", "while ! [ -e /tmp/go ]; do sleep 0.05; done; exit 42"], change=_tmp)
+    # The last exec says who it is, and the init ends when that has been buried: it would take along one that lives.
+    until = "until [ -s /tmp/go ]; do sleep 0.05; done; while kill -0 $(cat /tmp/go); do sleep 0.05; done; exit 42"
+    client, path = rig.run(runtime, ["sh", "-c", until], change=_tmp)
     rig.exec(client, path, "first", ["sh", "-c", "exit 1"])
     seen = client.notice()
     assert (seen["id"], seen["seq"]) == ("first", 1)
-    rig.exec(client, path, "second", ["sh", "-c", "echo > /tmp/go; exit 2"])
+    rig.exec(client, path, "second", ["sh", "-c", "echo $$ > /tmp/go; exit 2"])
     client.close()
     eventually(lambda: (path / "exits/init").exists())
     client = Client(path)
@@ -189,7 +191,7 @@ def test_the_zygote_keeps_no_children_and_no_sockets_are_abstract(rig: Rig) -> N
     fds = os.listdir(f"/proc/{rig.zygote_pid}/fd")
     for _ in range(10):
         rig.zygote().call("ping")
-    assert len(os.listdir(f"/proc/{rig.zygote_pid}/fd")) == len(fds)
+    eventually(lambda: len(os.listdir(f"/proc/{rig.zygote_pid}/fd")) <= len(fds))
 
 
 # -- monitors that go -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from housebus import PATIENCE
 from wherry_shared.errors import DataLoss, FailedPrecondition, Unavailable, Unknown
 from wherry_task.backends import shim, ttrpc
 from wherry_task.backends.protobuf import decode, encode, integer, nanoseconds, nested, octets, text
@@ -44,15 +45,15 @@ async def test_calls_at_once_errors_and_the_end(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     await server.start(path)
     client = await ttrpc.Client.connect(path, "ns")
-    answers = await asyncio.gather(*(client.call("S", f"M{n}", {1: n}, patience=5) for n in range(1, 50)))
+    answers = await asyncio.gather(*(client.call("S", f"M{n}", {1: n}, patience=PATIENCE) for n in range(1, 50)))
     assert [text(decode(a), 1) for a in answers] == [f"S.M{n}" for n in range(1, 50)]
     assert [integer(decode(octets(decode(a), 2)), 1) for a in answers] == list(range(1, 50))
     with pytest.raises(FailedPrecondition, match="not now"):
-        await client.call("S", "Fail", {}, patience=5)
+        await client.call("S", "Fail", {}, patience=PATIENCE)
     gone = asyncio.Event()
     client.on_end = gone.set
     await server.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await gone.wait()
     with pytest.raises(Unavailable):
         await client.call("S", "M", {}, patience=5)
@@ -75,7 +76,7 @@ async def test_a_silent_or_talkative_server(tmp_path: Path) -> None:
     talkative = True
     client = await ttrpc.Client.connect(str(tmp_path / "s"), "ns")
     with pytest.raises(Unavailable, match="gone"):
-        await client.call("S", "M", {}, patience=5)
+        await client.call("S", "M", {}, patience=PATIENCE)
     await client.close()
     server.close()
 
