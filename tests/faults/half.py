@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from housebus import NODE, HouseServer
+from housebus import NODE, PATIENCE, HouseServer
 from node import children, clean_environment, eventually
 from wherry.client import Address, Client
 
@@ -55,7 +56,7 @@ class Half:
         process = self.processes.pop(service)
         workers = children(process.pid)
         process.send_signal(number)
-        process.wait(20)
+        process.wait(PATIENCE)
         eventually(lambda: not [w for w in workers if _lives(w)], f"workers of {service} outlive it")
 
     @contextlib.asynccontextmanager
@@ -67,6 +68,15 @@ class Half:
 
     def blob(self, digest: str) -> Path:
         return self.root / "content/blobs" / digest.replace(":", "/")
+
+    def untold(self) -> int:
+        """How many events of the services are not in the stream yet."""
+        found = 0
+        for path in self.root.glob("*/metadata.db"):
+            with contextlib.closing(sqlite3.connect(path, timeout=30)) as database:
+                if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'outbox'").fetchone():
+                    found += int(database.execute("SELECT count(*) FROM outbox").fetchone()[0])
+        return found
 
     def extracted(self) -> int:
         """How many names lie in the snapshots of overlay that are not the directories of its own."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from client.image_house import LAYER, tar_of
+from housebus import PATIENCE
 from wherry.client import Client
 from wherry_shared import context
 from wherry_shared.api import contracts
@@ -105,7 +106,7 @@ async def deliver(
     body = endpoint.encode_request((), arguments)
     transport = client.bus.transport
     answers = await asyncio.gather(
-        *(transport.request(subject, body, headers={KEY: key}, timeout=20) for _ in range(times))
+        *(transport.request(subject, body, headers={KEY: key}, timeout=PATIENCE) for _ in range(times))
     )
     return [(answer.data, (answer.headers or {}).get(ERROR_CODE, "")) for answer in answers]
 
@@ -132,6 +133,9 @@ async def test_three_deliveries_and_one_to_the_next_process(half: Half) -> None:
             if name == "content.open":
                 opened: Opened = ENDPOINTS[name].decode_reply(answers[0][0])
                 instance = opened.instance
+        async with asyncio.timeout(PATIENCE):
+            while half.untold():  # events leave after the answer
+                await asyncio.sleep(0.02)
         before = await state(client)
         for service in SERVICES:
             half.kill(service)

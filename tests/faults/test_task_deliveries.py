@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from housebus import PATIENCE
 from wherry.client import Client
 from wherry.spec import Options, User, make, process
 from wherry_shared import context
@@ -100,6 +101,9 @@ async def test_three_deliveries_and_one_to_the_next_process(half: Half, tmp_path
         first = [done for done in first if done[1] != "kill"] + await _all(client, "b", END, shared)
         await _again(half, client, first)
         assert (await client.tasks.walk()).items == []
+        async with asyncio.timeout(PATIENCE):
+            while half.untold():  # events leave after the answer
+                await asyncio.sleep(0.02)
         window = await client.events.replay()
     said = Counter(json.dumps([e.topic, e.event], sort_keys=True) for e in window.events)
     assert max(said.values()) == 1, said
@@ -140,7 +144,7 @@ async def _again(half: Half, client: Client, first: list[Done]) -> None:
 
 
 async def _until(shared: Path, word: str) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while not (shared / "got").exists() or word not in (shared / "got").read_text():
             await asyncio.sleep(0.02)
 
