@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from housebus import PATIENCE
 from wherry import Client, Gap, Listed
 from wherry_shared import context
 from wherry_shared.api.events import Events
@@ -27,7 +28,7 @@ def half(tmp_path: Path) -> Iterator[Half]:
 async def publish(events: Events, *numbers: int) -> None:
     """As soon as the server is there again."""
     for number in numbers:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while True:
                 try:
                     with context.use(key=f"event-{number}"):
@@ -152,7 +153,7 @@ async def test_a_stream_that_was_cut_and_grew_again_is_not_taken_for_the_old_one
             await read(client.events, token)
         await _until(lambda: len(listed) > 1)  # the state is read again
         await publish(client.events, *range(COUNT + 2 * READ, last + 1))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await following
         assert seen[-READ:] == list(range(last + 1 - READ, last + 1))
 
@@ -190,6 +191,6 @@ async def _list_and_watch(client: Client, listed: list[int], seen: list[int], *,
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while not condition():
             await asyncio.sleep(0.01)

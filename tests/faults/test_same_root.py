@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from housebus import NODE
+from housebus import NODE, PATIENCE
 from node import clean_environment
 
 from .half import Half
@@ -36,7 +36,7 @@ async def test_the_second_one_ends(half: Half, service: str, tmp_path: Path) -> 
             subprocess.run,
             [sys.executable, "-m", f"wherry_{service}", "--node", NODE, "--nats", half.house.nats.url, "--root",
              str(half.root), "--state", str(tmp_path), "--creds", str(half.house.creds)],
-            env=clean_environment(), capture_output=True, text=True, timeout=30,
+            env=clean_environment(), capture_output=True, text=True, timeout=PATIENCE,
         )  # fmt: skip
         assert second.returncode == 1
         assert f"{half.root / service} is in use by another {service} service" in second.stderr

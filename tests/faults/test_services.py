@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import wherry
+from housebus import PATIENCE
 from images import Registry, redis
 from node import SERVICES, Node, eventually
-from wherry_shared.errors import Unavailable, WherryError
+from wherry_shared.errors import DeadlineExceeded, Unavailable, WherryError
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_a_container_outlives_each_service(node: Node, running: int, service: st
     before = {verb: node.json(verb, *rest) for verb, *rest in (["images"], ["content", "ls"], ["snapshot", "ls"])}
     old = node.kill(service, number)
     # Asked while the service is down: it just takes a little longer.
-    assert node.run("exec", "steady", "echo", "alive", timeout=30).stdout == "alive\n"
+    assert node.run("exec", "steady", "echo", "alive").stdout == "alive\n"
     node.wait_restarted(service, old)
     (row,) = node.json("ps")
     assert row["pid"] == running and os.path.exists(f"/proc/{running}")
@@ -57,7 +58,7 @@ async def test_kill_during_a_pull(node: Node, redis_ref: str, namespace: str, se
         try:
             async with asyncio.timeout(60):
                 await client.pull(redis_ref, unpack=True, on_progress=hurt)
-        except* Unavailable:
+        except* (Unavailable, DeadlineExceeded):
             pass
         assert hurt_once
         image = await client.pull(redis_ref, unpack=True)
@@ -90,7 +91,7 @@ async def test_exits_while_the_task_service_is_down(node: Node, busybox_ref: str
             exits[:] = [str(e.event["container_id"]) for e in window.events]
             return len(exits) >= 4
 
-        for _ in range(100):
+        for _ in range(600):
             if await read():
                 break
             await asyncio.sleep(0.1)
@@ -111,7 +112,7 @@ async def test_a_monitor_that_dies_costs_its_own_container_only(
         monitor = int(json.loads(_status(pid))["PPid"])
         os.kill(monitor, signal.SIGKILL)
         assert (await task.wait()).code == 137
-        async with asyncio.timeout(10):  # the event leaves by the outbox, after the answer
+        async with asyncio.timeout(PATIENCE):  # the event leaves by the outbox, after the answer
             while not (window := await client.events.replay(filters=['topic=="/tasks/exit"'])).events:
                 await asyncio.sleep(0.05)
         assert [e.event.get("shim_died") for e in window.events] == [True]
@@ -148,4 +149,4 @@ async def test_a_killed_bus(node: Node, running: int, namespace: str) -> None:
         await asyncio.sleep(1.0)
         assert [n.name for n in (await client.namespaces.walk([f"name~=^{namespace}-"])).items] == known
     assert node.run("exec", "steady", "echo", "alive").stdout == "alive\n"
-    assert len(node.services()) == 10
+    eventually(lambda: len(node.services()) == 10, "not all services are on the bus again")

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import wherry
+from housebus import PATIENCE
 from node import Node, eventually
 from wherry.task import Task
 from wherry_shared import context
@@ -99,7 +100,7 @@ async def end(client: wherry.Client, tasks: dict[str, Task]) -> None:
 
 async def exits(client: wherry.Client, count: int) -> list[Envelope]:
     """So many at least, and one that comes too often has a second to come."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while len((await client.events.replay(filters=['topic=="/tasks/exit"'])).events) < count:
             await asyncio.sleep(0.05)
     await asyncio.sleep(1.0)
@@ -160,7 +161,7 @@ async def test_what_is_asked_while_the_bus_is_down(node: Node, busybox_ref: str,
                         await call
         finally:
             os.kill(node.pid, signal.SIGCONT)
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(PATIENCE):
             while True:
                 try:
                     assert await tasks["steady"].state() == before
@@ -190,8 +191,13 @@ async def test_a_node_that_is_killed_altogether(busybox_ref: str, tmp_path: Path
         assert rows == {"one": "stopped (137)", "two": "stopped (137)"}
         assert not any(_alive(pid) for pid in pids.values())
         assert node.mounts() == []
-        said = node.run("events", "--since", "5m", "--no-follow", "--filter", 'topic=="/tasks/exit"').stdout
-        assert [said.count(f'"container_id": "{id}"') for id in ("one", "two")] == [1, 1]
+
+        def counted() -> list[int]:
+            said = node.run("events", "--since", "5m", "--no-follow", "--filter", 'topic=="/tasks/exit"').stdout
+            return [said.count(f'"container_id": "{id}"') for id in ("one", "two")]
+
+        eventually(lambda: all(counted()), "the ends are not told")
+        assert counted() == [1, 1]
         node.run("start", "one")
         assert node.run("exec", "one", "echo", "again").stdout == "again\n"
         node.run("rm", "-f", "one", "two")
