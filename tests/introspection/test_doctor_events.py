@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from faults.half import Half
-from housebus import NODE
+from housebus import NODE, PATIENCE
 from wherry import Client
 from wherry.doctor import afar
 from wherry.doctor.findings import Finding, Patient
@@ -43,7 +43,7 @@ async def look(client: Client) -> list[Finding]:
 
 async def publish(client: Client, count: int) -> None:
     for number in range(count):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while True:
                 try:
                     await client.events.publish("/test/made", {"n": number})

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import pytest
 from faults.half import Half
+from housebus import PATIENCE
 from wherry import Client
 from wherry_shared.api.introspection import ServiceStatus
 from wherry_shared.bus import Bus
@@ -49,6 +50,7 @@ class Counted(Contract, Protocol, service="image", version="1.0.0"):
 class CountedService(Counted):
     def __init__(self) -> None:
         self.over = asyncio.Event()
+        self.held = 0
 
     async def look(self, name: str) -> str:
         if name != "there":
@@ -56,6 +58,7 @@ class CountedService(Counted):
         return name
 
     async def hold(self) -> None:
+        self.held += 1
         await self.over.wait()
 
 
@@ -137,7 +140,9 @@ async def test_requests_are_told_by_operation_and_code(bus: Bus, exporter: Expor
             continue
     await bus.transport.request("wherry.rpc.v1.n1.default.image.nothing", b"", timeout=5.0)
     holding = asyncio.create_task(counted.hold())
-    await asyncio.sleep(0.05)
+    async with asyncio.timeout(PATIENCE):
+        while not service.held:
+            await asyncio.sleep(0.001)
     found = await scrape(where)
     total = "wherry_requests_total"
     assert value(found, total, service="image", operation="look", code="OK") == 2
@@ -252,8 +257,15 @@ async def test_who_does_not_ask_does_not_keep_others_out(exporter: Exporter) -> 
     assert await reader.read() == b""
     writer.close()
     silent[0][1].close()
-    await asyncio.sleep(0.05)
-    await scrape(where)
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
+            with contextlib.suppress(ConnectionError):  # it was not noticed yet that there is room
+                if (await reader.read()).startswith(b"HTTP/1.1 200 "):
+                    break
+            writer.close()
+    writer.close()
     for _, other in silent:
         other.close()
 
@@ -284,7 +296,7 @@ async def test_a_process_tells_where_it_is_scraped(tmp_path: Path) -> None:
 
 
 async def _both(client: Client) -> dict[str, ServiceStatus]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while True:
             with contextlib.suppress(Unavailable):
                 found = {s.name: s for s in await client.introspection.services()}
@@ -297,7 +309,7 @@ def test_a_service_that_may_not_listen_there_says_so(tmp_path: Path) -> None:
     half = Half(tmp_path, services=("image",))
     half.settings = {"image": ("metrics=0.0.0.0:9100",)}
     with half:
-        assert half.processes["image"].wait(20) == 1
+        assert half.processes["image"].wait(PATIENCE) == 1
 
 
 def test_one_setting_for_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ class Node:
     def stop(self, service: str, number: signal.Signals = signal.SIGTERM) -> int:
         process = self.processes.pop(service)
         process.send_signal(number)
-        return process.wait(20)
+        return process.wait(60)
 
     async def connect(self) -> Bus:
         admin = credentials.find(self.creds, "admin")
@@ -103,4 +103,6 @@ async def test_what_comes_into_being_while_a_process_is_away_makes_it_known(node
         while not (known := (await namespaces.walk()).items):
             await asyncio.sleep(0.02)
         assert [n.name for n in known] == ["missed"]
+        await bus.proxy(Leases, namespace="default").walk()  # all are there, and end in good order
+        await bus.proxy(Containers, namespace="default").walk()
     await bus.close()
