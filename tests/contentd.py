@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from housebus import PATIENCE
 from wherry_content import backends, metadata
 from wherry_content.metadata import Metadata
 from wherry_content.service import ContentService
@@ -67,7 +68,7 @@ class Replica:
 
 async def ready(content: Content, instance: str) -> None:
     """Return when that instance, a process, answers."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         while True:
             try:
                 await at_instance(content, instance).statuses()

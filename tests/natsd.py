@@ -185,7 +185,10 @@ class NatsServer:
 
 def _stopped(pid: int) -> bool:
     """Whether each thread of the process has come to its stop."""
-    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    try:
+        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except OSError:
+        return False  # one has just ended
     return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 

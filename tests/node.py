@@ -168,7 +168,7 @@ def children(pid: int) -> list[int]:
     return []
 
 
-def eventually(condition: Callable[[], Any], failure: str, seconds: float = 20.0) -> Any:
+def eventually(condition: Callable[[], Any], failure: str, seconds: float = 60.0) -> Any:
     """What the condition gives as soon as it is true."""
     give_up = time.monotonic() + seconds
     while True:

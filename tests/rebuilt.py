@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, Self
 
 import pytest
+from housebus import PATIENCE
 from wherry_shared.bus import Bus, Subscriber, subjects
 from wherry_shared.bus.credentials import stream_name
 from wherry_shared.bus.transport import EventLog
@@ -25,7 +26,7 @@ async def event_stream(bus: Bus) -> EventLog:
 
 async def told(events: Subscriber, count: int) -> list[tuple[str, str, dict[str, Any]]]:
     """The next events: namespace, topic and event of each."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         seen = [await anext(events) for _ in range(count)]
     return [(e.namespace, e.topic, e.event) for e in seen]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from backends import chosen_backends
 from contents import NONE, House, built, digest_of, opened_writer, put
+from housebus import PATIENCE
 from wherry_shared.api.content import CHUNK, Content, Opened
 from wherry_shared.bus import Bus
 from wherry_shared.bus.proxy import at_instance
@@ -49,7 +50,7 @@ async def test_who_waits_gets_the_ref_when_it_is_free(content: Content) -> None:
     await asyncio.sleep(0.1)
     assert not any(task.done() for task in following)
     await writer.close("r")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         assert sorted(await asyncio.gather(*following)) == [8, 12]
     assert (await content.status("r")).offset == 12
 

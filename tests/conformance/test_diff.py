@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from contentd import Replica
+from housebus import PATIENCE
 from wherry_diff import pool
 from wherry_diff.limits import Limits
 from wherry_diff.pool import Pool
@@ -159,7 +160,7 @@ async def test_workers_without_work_go_and_come_again(
     layer = await house.blob(gzip.compress(layer_of({"a": b"x"})))
     for each in ("first", "second"):
         assert (await house.diff.apply(layer, bind(tmp_path / each))).size > 0
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while workers():
                 await asyncio.sleep(0.01)
 
@@ -298,7 +299,7 @@ async def test_who_stops_waiting_leaves_nothing_behind(house: House, tmp_path: P
         file.truncate(30 << 30)
     with pytest.raises(DeadlineExceeded), context.use(timeout=0.5):
         await house.diff.compare([], mounts_of(tmp_path / "right"), PLAIN_LAYER)
-    for _ in range(200):
+    for _ in range(20 * PATIENCE):
         if not list(house.spool.iterdir()) and not await house.replica.content.statuses():
             break
         await asyncio.sleep(0.05)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import rebuilt
+from housebus import PATIENCE
 from wherry_lease import metadata
 from wherry_lease.leases import Registry
 from wherry_lease.service import LeaseService, Sweeper
@@ -196,7 +197,7 @@ async def test_the_sweep_removes_what_is_void(house: House, leases: Leases) -> N
     house.time += timedelta(seconds=2)
     sweeper = Sweeper(house.registry, 0.01)
     sweeper.start()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while house.rows() != (2, 1, 1):
             await asyncio.sleep(0.01)
     await sweeper.stop()

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from housebus import PATIENCE
 from shelves import Shelf, put
 from snapshot_rig import needs_root
 from wherry_shared import context
@@ -140,7 +141,7 @@ async def test_events_tell_what_changed(shelf: Shelf) -> None:
         with pytest.raises(AlreadyExists):
             await shelf.api.prepare(shelf.name, "key", "base")
         await shelf.api.remove(shelf.name, "key")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             told = [await anext(events) for _ in range(4)]
     sn = shelf.name
     assert [(e.namespace, e.topic, e.event) for e in told] == [
@@ -163,7 +164,7 @@ async def test_what_is_made_under_a_lease_is_kept(shelf: Shelf) -> None:
 
     async def kept_soon(wanted: list[tuple[str, str]]) -> None:
         """A key that is no more is let go of when its call has been answered."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while await kept() != wanted:
                 await asyncio.sleep(0.01)
 
