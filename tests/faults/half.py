@@ -5,6 +5,7 @@ No task service, no supervisor: what dies stays dead until the test starts it ag
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 from housebus import NODE, PATIENCE, HouseServer
 from node import children, clean_environment, eventually
 from wherry.client import Address, Client
+from wherry_shared.bus import Bus, discovery
 
 SERVICES = ("events", "namespace", "lease", "content", "snapshot", "diff", "image", "container", "introspection")
 
@@ -62,9 +64,18 @@ class Half:
     @contextlib.asynccontextmanager
     async def client(self, namespace: str = "default") -> AsyncIterator[Client]:
         bus = await self.house.connect(direct=self.state)
+        await self._begun(bus)
         address = Address(self.house.nats.url, NODE, self.house.creds / "admin.nk", self.state)
         async with Client(bus, namespace, address) as made:
             yield made
+
+    async def _begun(self, bus: Bus) -> None:
+        """Until all that were started answer: on a busy machine that takes longer than a call waits."""
+        there: set[object] = set()
+        async with asyncio.timeout(PATIENCE):
+            while not there.issuperset(self.processes):
+                answers = await discovery.ask_all(bus.transport, "PING", wait=0.5, expect=len(self.processes))
+                there = {answer["name"] for answer in answers}
 
     def blob(self, digest: str) -> Path:
         return self.root / "content/blobs" / digest.replace(":", "/")

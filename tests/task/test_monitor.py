@@ -166,10 +166,7 @@ def test_a_reader_may_leave_and_another_come(rig: Rig, runtime: str) -> None:
     again = client.call("wait")
     assert again["exit_status"] == 0, "the container got a SIGPIPE"
     reader = os.open(out, os.O_RDONLY | os.O_NONBLOCK)
-    rest = b""
-    while len(rest) < len(b"two\nthree\n"):
-        rest += eventually(lambda: _read_some(reader))
-    assert rest == b"two\nthree\n"
+    assert eventually(lambda: _read_some(reader)) == b"two\nthree\n"
     os.close(reader)
     rig.finish(client)
 
@@ -328,8 +325,7 @@ def test_an_exec_with_a_terminal_and_one_with_streams(rig: Rig, runtime: str) ->
     assert client.call("wait", exec_id="t")["exit_status"] == 0
     assert eventually(lambda: _read_some(reader)) == b"12 90\r\n"
     assert eventually(lambda: _read_some(other)) == b"plain\n"
-    for fd in (reader, other):
-        os.close(fd)
+    os.close(reader), os.close(other)
     rig.finish(client)
 
 
@@ -451,17 +447,13 @@ def test_limits_can_be_changed(rig: Rig, runtime: str) -> None:
 def test_without_a_pid_namespace_nobody_outlives_the_init(rig: Rig, runtime: str) -> None:
     def shared(spec: dict[str, Any]) -> None:
         spec["linux"]["namespaces"] = [each for each in spec["linux"]["namespaces"] if each["type"] != "pid"]
-
-    def change(spec: dict[str, Any]) -> None:
-        shared(spec)
         _writable_tmp(spec)
 
     waiting = "sleep 61 & sleep 62 & until [ -e /tmp/go ]; do sleep 0.05; done; exit 3"
-    client, path = rig.run(runtime, ["sh", "-c", waiting], change=change)
+    client, path = rig.run(runtime, ["sh", "-c", waiting], change=shared)
     pid = rig.exec(client, path, "e", ["sleep", "63"])
     Path(f"/proc/{pid}/root/tmp/go").touch()
-    told = [client.notice() for _ in range(2)]
-    assert [(each["id"], each["exit_status"]) for each in told] == [("e", 137), ("", 3)]
+    assert [(each["id"], each["exit_status"]) for each in (client.notice(), client.notice())] == [("e", 137), ("", 3)]
     groups = client.call("state")["cgroups"]
     folder = f"/sys/fs/cgroup/pids{groups['pids']}" if "pids" in groups else f"/sys/fs/cgroup{groups['']}"
     eventually(lambda: not (Path(folder) / "cgroup.procs").read_text())
