@@ -62,6 +62,44 @@ def test_a_bus_that_cannot_come_back_is_started_until_it_can(tmp_path: Path) -> 
         assert sum("nats-server ended" in line for line in made.said) < 20
 
 
+def test_clients_come_back_to_a_node_that_was_started_again(tmp_path: Path) -> None:
+    """Its port is that of before, if nobody has it meanwhile; nobody was told of another."""
+    made = Node(tmp_path)
+
+    def port() -> int:
+        return int(json.loads((made.state / "node.json").read_text())["nats"].rpartition(":")[2])
+
+    with made:
+        first = port()
+        with (tmp_path / "told").open("wb") as told:
+            watching = subprocess.Popen([WHERRY, "events", "--all-namespaces"], env=made.environment, stdout=told, stderr=told)
+        try:
+            # Nothing says from when on it watches: something is told until it has heard of it.
+            eventually(lambda: made.run("ns", "create", "a") and made.run("ns", "rm", "a") and _has(told.name), "mute")
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                services = [*made.pids().values()]
+                made.stop(number)
+                eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in services), "they live on", 40)  # noqa: B023
+                made.start()
+                assert port() == first
+                made.run("ns", "create", f"after-{number}")
+                eventually(lambda: f"after-{number}" in Path(told.name).read_text(), "it does not come back", 40)  # noqa: B023
+        finally:
+            watching.kill()
+            watching.wait()
+        made.stop(signal.SIGTERM)
+        listener = eventually(lambda: _listening(first), "the port is not free")
+        try:
+            with made:
+                assert port() != first and len(made.services()) == 10
+        finally:
+            listener.close()
+
+
+def _has(path: str) -> bool:
+    return "/namespaces/" in Path(path).read_text()
+
+
 def _listening(port: int) -> socket.socket | None:
     made = socket.socket()
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -21,7 +21,7 @@ def command(
     ),
     state: Annotated[Path, typer.Option(envvar="WHERRY_STATE", help="What must not.")] = Path("/run/wherry"),
     node: Annotated[str, typer.Option(envvar="WHERRY_NODE", help="This node's name on the bus.")] = "",
-    port: Annotated[int, typer.Option(help="nats-server's loopback port; 0 for any free one.")] = 0,
+    port: Annotated[int, typer.Option(help="nats-server's loopback port; 0 for that of before, or any free one.")] = 0,
     nats: Annotated[str, typer.Option(envvar="WHERRY_NATS", help="A NATS server of your own instead (URLs).")] = "",
     scale: Annotated[list[str], typer.Option(help="Several processes of a service: content=3.")] = [],  # noqa: B006
     together: Annotated[

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,6 +27,9 @@ SYNC_SECONDS = 1
 # grow threefold before it is collected: each message of bytes is a new buffer of a megabyte, and collecting at Go's own
 # 100 % takes a tenth of what a transfer takes, at 30 % two thirds more (docs/decisions/0021).
 _GO = {"GOMAXPROCS": "1", "GOGC": "200"}
+
+
+_LISTEN = re.compile(r'^listen: "127\.0\.0\.1:(\d{1,5})"$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -125,9 +130,18 @@ def find_binary() -> Path:
     return Path(found)
 
 
-def free_port() -> int:
-    """A loopback port that nobody listens on now."""
+def free_port(config: Path) -> int:
+    """A loopback port that nobody listens on now: that of the server before, where it can be had, for its clients come
+    back to that."""
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        if known := _LISTEN.search(config.read_text()):
+            return _bound(int(known[1]))
+    return _bound(0)
+
+
+def _bound(port: int) -> int:
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as nats-server does
+        s.bind(("127.0.0.1", port))
+        bound: int = s.getsockname()[1]
+        return bound

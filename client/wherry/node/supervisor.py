@@ -49,7 +49,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Plan:
-    """What `wherry up` was asked for. port 0: any free one. user: who runs what needs no root ("": this user).
+    """What `wherry up` was asked for. port 0: that of before, or any free one. user: who runs what needs no root ("":
+    this user).
 
     together: the services that share a process; with `user` two, one for those that need root.
     """
@@ -214,8 +215,9 @@ class Supervisor:
     def _start_nats(self) -> None:
         plan = self._plan
         if not plan.nats:
+            config = plan.state / "nats.conf"
             self._server = NatsServer(
-                find_binary(), plan.port or free_port(), plan.node, plan.root / "nats", plan.state / "nats.conf",
+                find_binary(), plan.port or free_port(config), plan.node, plan.root / "nats", config,
                 plan.state / "creds" / credentials.NATS_USERS,
             )  # fmt: skip
             self._server.write_config()
