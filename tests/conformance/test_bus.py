@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from housebus import PATIENCE, HouseBus
+from housebus import PATIENCE, HouseBus, HouseServer
 from toys import SCHEMA, Toy, Toys, ask, code, nobody_answers, subject
 from wherry_shared import context
-from wherry_shared.bus import Bus, proxy, serve
+from wherry_shared.bus import Bus, credentials, proxy, serve
 from wherry_shared.bus.proxy import ERROR, at_instance
 from wherry_shared.bus.transport import Message
 from wherry_shared.contract import unpack
@@ -104,6 +104,35 @@ async def test_who_waits_takes_no_place(toy: Toy, toys: Toys, monkeypatch: pytes
         await toys.wait("a")
     toy.gate("a").set()
     assert await asyncio.gather(*calls) == ["a"] * 5
+
+
+async def test_one_tenant_leaves_room_for_others(house_server: HouseServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 requests that take their time, which cost nothing, had a service answer nobody on the node."""
+    for bound in ("RUNNING_MAX", "WAITS_MAX"):
+        monkeypatch.setattr(serve, bound, 8)
+    monkeypatch.setattr(serve, "BACKLOG_MAX", 16)
+    bus, tenant = await house_server.bus(), await house_server.connect(credentials.tenant("default"))
+    try:
+        toy = Toy()
+        await bus.serve(toy)
+        hostile, toys = tenant.proxy(Toys, namespace="default"), bus.proxy(Toys, namespace="default")
+        calls = [asyncio.create_task(hostile.pass_gate("a")) for _ in range(2 + 4)]
+        waits = [asyncio.create_task(hostile.wait("b")) for _ in range(2)]
+        await toy.until("began", 4)
+        for one_more in (hostile.tell(), hostile.wait("b")):
+            with pytest.raises(ResourceExhausted, match="too many requests"):
+                await one_more
+        others = [asyncio.create_task(toys.wait("b")) for _ in range(6)]
+        assert (await toys.tell("quick"))["word"] == "quick"
+        await toy.until("began", 10)
+        toy.gate("b").set()
+        assert await asyncio.gather(*waits, *others) == ["b"] * 8
+        assert toy.inside == 2, "of a tenant's a fourth runs, and what is over that waits for its own"
+        toy.gate("a").set()
+        assert await asyncio.gather(*calls) == ["a"] * 6
+    finally:
+        await tenant.close()
+        await bus.close()
 
 
 # ---- deadlines and cancellation

@@ -11,7 +11,6 @@ import asyncio
 import json
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -36,6 +35,7 @@ from .audit import Audit
 from .card import Card, Stats
 from .proxy import DEADLINE, ERROR, ERROR_CODE, KEY, LEASE, RETRY, TRACE
 from .transport import Message, Publisher, Subscription, Transport
+from .turns import Backlog, Shares
 
 log = logging.getLogger("wherry.serve")
 
@@ -119,8 +119,8 @@ class Server:
         self._routes: dict[str, tuple[Endpoint, str]] = {}
         self._running: set[Request] = set()
         self._waits: set[Request] = set()
-        self._backlog: deque[Request] = deque()
-        self._backlog_bytes = 0
+        self._shares = Shares(), Shares()  # of what runs, and of what may wait for long
+        self._backlog = Backlog[Request]()
         self._answers = Answers()
         self._audit = Audit(transport, self.node, self.service)
         self._draining = False
@@ -151,9 +151,8 @@ class Server:
             self.entrance.shut()
         await asyncio.gather(*(s.drain() for s in self._subscriptions), return_exceptions=True)
         self._subscriptions = []
-        while self._backlog:
-            self._finish(self._backlog.popleft(), _stopping())
-        self._backlog_bytes = 0
+        while (waiting := self._backlog.take(lambda who: True)) is not None:
+            self._finish(waiting, _stopping())
         await asyncio.sleep(0)  # a task that never ran could not answer its cancellation
         await self._end(self._waits, 0.0)
         await self._end(self._running, timeout)
@@ -299,17 +298,11 @@ class Server:
         raise RuntimeError(f"{request.name} is declared immediate, and waits")
 
     def _schedule(self, request: Request) -> None:
-        if request.endpoint.waits and len(self._waits) < WAITS_MAX:
-            self._spawn(self._waits, request)
-        elif not request.endpoint.waits and len(self._running) < RUNNING_MAX:
-            self._spawn(self._running, request)
-        elif (
-            not request.endpoint.waits
-            and len(self._backlog) < BACKLOG_MAX
-            and self._backlog_bytes + len(request.data) <= BACKLOG_BYTES
-        ):
-            self._backlog.append(request)
-            self._backlog_bytes += len(request.data)
+        who, waits, size = request.context.identity, request.endpoint.waits, len(request.data)
+        if self._shares[waits].fits(who, WAITS_MAX if waits else RUNNING_MAX):
+            self._spawn(self._waits if waits else self._running, request)
+        elif not waits and self._backlog.fits(who, size, BACKLOG_MAX, BACKLOG_BYTES):
+            self._backlog.put(who, size, request)
         else:
             error = ResourceExhausted(f"{self._contract.service}: too many requests")
             self._card.refuse(error)
@@ -317,6 +310,7 @@ class Server:
 
     def _spawn(self, group: set[Request], request: Request) -> None:
         group.add(request)
+        self._shares[request.endpoint.waits].take(request.context.identity)
         request.task = self._loop.create_task(self._run(group, request))
 
     async def _run(self, group: set[Request], request: Request) -> None:
@@ -338,6 +332,7 @@ class Server:
             error, answer = self._failed(request)
         timer.cancel()
         group.discard(request)
+        self._shares[request.endpoint.waits].give(request.context.identity)
         self._card.count(request.endpoint.name, time.perf_counter_ns() - started, error)
         self._finish(request, answer, error)
         error = None  # it holds this frame, which would hold it
@@ -360,9 +355,7 @@ class Server:
 
     def _next(self) -> None:
         """Fill the free places from the backlog; what has become late there is let go."""
-        while self._backlog and len(self._running) < RUNNING_MAX:
-            request = self._backlog.popleft()
-            self._backlog_bytes -= len(request.data)
+        while (request := self._backlog.take(lambda who: self._shares[False].fits(who, RUNNING_MAX))) is not None:
             if request.context.deadline and request.context.deadline <= time.time():
                 self._answers.settle(request.context.key, None)
             else:
