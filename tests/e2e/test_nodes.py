@@ -72,7 +72,8 @@ def test_clients_come_back_to_a_node_that_was_started_again(tmp_path: Path) -> N
     with made:
         first = port()
         with (tmp_path / "told").open("wb") as told:
-            watching = subprocess.Popen([WHERRY, "events", "--all-namespaces"], env=made.environment, stdout=told, stderr=told)
+            arguments = [WHERRY, "events", "--all-namespaces"]
+            watching = subprocess.Popen(arguments, env=made.environment, stdout=told, stderr=told)
         try:
             # Nothing says from when on it watches: something is told until it has heard of it.
             eventually(lambda: made.run("ns", "create", "a") and made.run("ns", "rm", "a") and _has(told.name), "mute")
