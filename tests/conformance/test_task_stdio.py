@@ -25,7 +25,7 @@ from wherry_shared.bus import Bus
 from wherry_shared.context import Identity
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unimplemented
 from wherry_task import runtimes
-from wherry_task.stdio import outlet, rights
+from wherry_task.stdio import logfile, outlet, rights
 
 BUS = Stdio(stdin="bus://", stdout="bus://", stderr="bus://")
 OUT = Stdio(stdout="bus://", stderr="bus://")
@@ -435,6 +435,24 @@ async def test_a_log(house: House) -> None:
     await house.containers.create(record)
     with pytest.raises(FailedPrecondition, match="no log"):
         await house.tasks.logs(id)
+
+
+async def test_others_have_their_turn_while_the_end_of_a_long_log_is_looked_for(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`logs --tail 1000000` of a tenant's 5 GiB had the service answer nobody for half a minute."""
+    monkeypatch.setattr(logfile, "_TURN", 10)
+    id = await house.running(*SH, "seq 2000; exec sleep 1000", stdio=LOG)
+    async with asyncio.timeout(PATIENCE):
+        while not (await all_logs(house, id)).endswith(b" stdout F 2000\n"):
+            await asyncio.sleep(0.01)
+    streams, born, turns = house.supervisor.streams, (await house.containers.get(id)).created_at, 0
+    look = asyncio.create_task(streams.logs("default", id, born, "", None, None, 1000, 0.0))
+    while not look.done():
+        turns += 1
+        await asyncio.sleep(0)
+    assert look.result().lines.startswith(b"20") and look.result().lines.count(b"\n") == 1000
+    assert turns >= 100
 
 
 async def test_a_log_is_followed_across_rotations(house: House) -> None:

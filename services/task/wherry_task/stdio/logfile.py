@@ -8,7 +8,7 @@ time and an offset.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +20,7 @@ WINDOW = 512 << 10
 TIME_LENGTH = 30
 # A line holds up to 16 KiB of text.
 _STEP = 64 << 10
+_TURN = 1024  # lines that are looked at before others have their turn
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,13 @@ class Log:
                 return Place(file.first, offset)
         return self.beginning()
 
-    def tail(self, lines: int) -> Place:
-        """Before the last so many lines; parts of one line count once."""
+    def tail(self, lines: int) -> Generator[None, None, Place]:
+        """Before the last so many lines; parts of one line count once. Yields now and then: a log may have millions."""
         left = lines
         if left <= 0:
             return self.end()
         for i, file in enumerate(reversed(self._files)):
-            begin, left = _last(file, left, open_line=i == 0)
+            begin, left = yield from _last(file, left, open_line=i == 0)
             if not left:
                 return Place(file.first, begin)
         return self.beginning()
@@ -180,10 +181,12 @@ def _first_at(file: _File, time: str) -> int:
     return file.size
 
 
-def _last(file: _File, lines: int, *, open_line: bool) -> tuple[int, int]:
+def _last(file: _File, lines: int, *, open_line: bool) -> Generator[None, None, tuple[int, int]]:
     """Where the last `lines` lines begin, and how many are missing. open_line: parts at the end are a line, too."""
     begin = _line_before(file, file.size)
-    for offset, line in _backwards(file, begin):
+    for count, (offset, line) in enumerate(_backwards(file, begin)):
+        if count % _TURN == _TURN - 1:
+            yield
         if open_line or _is_full(line):
             if not lines:
                 return begin, 0

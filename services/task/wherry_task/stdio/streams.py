@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+from collections.abc import Generator
 from datetime import datetime
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from wherry_shared.api.task import LogWindow, Output, Stdio, Taken
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
@@ -83,6 +85,8 @@ class Streams:
         # Of processes that are gone, for as long as somebody has not read to the end.
         self._gone: dict[Name, list[Outlet]] = {}
         self._pruning: asyncio.TimerHandle | None = None
+        # One at a time looks for the end of a long log in each namespace: what it takes of the loop is a turn for each.
+        self._looking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     # ---- a process comes and goes
 
@@ -244,8 +248,9 @@ class Streams:
         if after:
             place = Place.parse(after)
         else:
-            with Log.open(journal.path) as found:
-                place = _begin(found, since, tail)
+            async with self._looking.setdefault(namespace, asyncio.Lock()):
+                with Log.open(journal.path) as found:
+                    place = await _begin(found, since, tail)
         return await journal.window(place, logfile.text_of(until) if until else "", patience)
 
     # ---- time
@@ -274,12 +279,23 @@ class Streams:
             self._prune_later()
 
 
-def _begin(found: Log, since: datetime | None, tail: int) -> Place:
+async def _begin(found: Log, since: datetime | None, tail: int) -> Place:
     """Where the first window begins; of `since` and `tail` whatever gives less."""
     places = [found.since(logfile.text_of(since))] if since else [found.beginning()]
     if tail >= 0:
-        places.append(found.tail(tail))
+        places.append(await _by_turns(found.tail(tail)))
     return max(places, key=lambda place: (place.file, place.offset))
+
+
+async def _by_turns(steps: Generator[None, None, Place]) -> Place:
+    """Walk to the end; whatever else there is to do is done between two steps."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            place: Place = end.value
+            return place
+        await asyncio.sleep(0)
 
 
 def _over_the_bus(stdio: Stdio) -> list[str]:
