@@ -14,6 +14,8 @@ from .transport import Publisher
 KEEP_SECONDS = 120.0
 KEEP_MAX = 4096
 KEEP_BYTES = 16 << 20
+# Who asks again has given up the first time; a caller that does so for ever fills no memory.
+DELIVERIES_MAX = 64
 
 Answer = tuple[bytes, dict[str, str] | None]
 """A body and its headers."""
@@ -35,12 +37,15 @@ class Answers:
         return found[0] if found else None
 
     def first(self, key: str, back: Back) -> bool:
-        """Whether nothing of this key is under way; from now on `back` waits for its answer."""
+        """Whether nothing of this key is under way; from now on `back` waits for its answer, as the last of
+        DELIVERIES_MAX."""
         waiting = self._waiting.get(key)
         if waiting is None:
             self._waiting[key] = [back]
             return True
         waiting.append(back)
+        if len(waiting) > DELIVERIES_MAX:
+            del waiting[0]
         return False
 
     def settle(self, key: str, answer: Answer | None) -> list[Back]:
