@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from wherry_shared import context
 from wherry_shared.errors import DeadlineExceeded, Unavailable, WherryError
@@ -21,6 +23,8 @@ T = TypeVar("T")
 log = logging.getLogger("wherry.snapshot")
 
 THREADS = 4
+# Of these one tenant's work, a tree of a million files say, may have so many, and that of all tenants together.
+ONE_TENANTS, ALL_TENANTS = 2, 3
 
 
 class Workers:
@@ -31,6 +35,8 @@ class Workers:
         self._threads = ThreadPoolExecutor(THREADS, f"snapshot-{name}")
         # Removal has a thread of its own: however much there is to remove, nobody waits behind it.
         self._reaper = ThreadPoolExecutor(1, f"snapshot-{name}-reaper")
+        self._each: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._tenants = asyncio.Semaphore(ALL_TENANTS)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.closing = False
 
@@ -57,9 +63,20 @@ class Workers:
     async def run(self, function: Callable[..., T], *args: Any) -> T:
         """Run a backend's function in a thread; the system's refusals become errors of the house."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+            async with self._turn():
+                return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
         except OSError as e:
             raise translate(e, f"snapshotter {self._name!r}, {e.filename or self._root}") from e
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """A tenant waits for its own, and holds up nobody else."""
+        who = context.current().identity
+        if who.role != "tenant":
+            yield
+            return
+        async with self._each.setdefault(who.name, asyncio.Semaphore(ONE_TENANTS)), self._tenants:
+            yield
 
     async def reap(self, remove: Callable[..., None], *args: Any) -> None:
         """Remove in the reaper's thread. What cannot be removed stays for the next cleanup, and is told of."""
