@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from wherry_shared.api.content import CHUNK, Info, Ingest, Located, Opened
 from wherry_shared.errors import (
@@ -40,6 +41,8 @@ Keep = Callable[[str], Awaitable[None]]
 IDLE_SECONDS = 60.0
 DEFAULT_ALGORITHM = "sha256"
 SIZE_MAX = 1 << 62
+# Blobs that are read again at a time, each in one of the backend's threads: in all, and of one namespace.
+VERIFIED, VERIFIED_OF_ONE = 8, 2
 REAPED = 256  # blobs removed in one transaction: a mutation waits for some of them at most
 
 
@@ -77,6 +80,8 @@ class Store:
         self._writers: dict[tuple[str, str], Writer] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._watch: asyncio.Task[None] | None = None
+        self._verifying = asyncio.Semaphore(VERIFIED)
+        self._verified: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def start(self) -> None:
         """Take over what is on the disk: what no row knows is removed, what a row misses is told."""
@@ -149,6 +154,11 @@ class Store:
 
     async def verify(self, namespace: str, digest: str) -> None:
         """Read all of a blob again; rotten bytes are put aside, so that nobody reads them any more."""
+        self._metadata.get(namespace, digest)
+        async with self._verified.setdefault(namespace, asyncio.Semaphore(VERIFIED_OF_ONE)), self._verifying:
+            await self._verify(namespace, digest)
+
+    async def _verify(self, namespace: str, digest: str) -> None:
         self._metadata.get(namespace, digest)
         found, identity = await self._backend.compute(digest)
         if found != digest:
