@@ -256,6 +256,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
         f"{_ESCAPES}::test_what_is_refused",
         f"{_ESCAPES}::test_what_is_bounded",
         f"{_ESCAPES}::test_nothing_outside_changes_whatever_the_entries",
+        f"{_ESCAPES}::test_a_directory_that_is_moved_up_does_not_lead_out",
         f"{_FUZZ}::test_a_bounded_run",
     ),
     "38 want of memory": (
@@ -349,10 +350,19 @@ ATTACKS: dict[str, tuple[str, ...]] = {
     "host paths and other programs for a tenant": (
         f"{_TENANTS}::test_no_way_to_the_host",
         f"{_TENANTS}::test_no_way_to_the_kernels_settings",
+        f"{_TENANTS}::test_no_two_containers_write_to_one_root_filesystem",
         f"{_TENANTS}::test_no_way_to_the_host_by_a_restart_policy",
         f"{_TENANTS}::test_no_way_to_the_host_by_an_admins_exec",
         f"{_TENANTS}::test_foreign_directories_are_no_mounts_for_a_tenant",
         f"{_TENANTS}::test_stdio_stays_in_the_nodes_own_directory",
+        "conformance/test_container.py::test_what_a_tenant_says_by_another_type_is_its_word_too",
+    ),
+    "a tenant that leaves nothing of a service to others": (
+        f"{_BUS}::test_one_tenant_leaves_room_for_others",
+        "shared/test_answers.py::test_deliveries_of_one_key_fill_no_memory",
+        "snapshot/test_workers.py::test_one_tenants_work_holds_up_nobody_else",
+        "content/test_verify.py::test_one_namespace_verifies_a_few_at_a_time",
+        f"{_STREAMS}::test_others_have_their_turn_while_the_end_of_a_long_log_is_looked_for",
     ),
 }
 
