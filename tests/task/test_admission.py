@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from wherry import spec, volumes
+from wherry_shared import context
 from wherry_shared.context import Identity
 from wherry_shared.errors import InvalidArgument, PermissionDenied
-from wherry_task import admission
+from wherry_task import admission, service
 
 TENANT = Identity("tenant-a", "tenant", "a")
 ADMIN = Identity("admin", "admin")
@@ -93,6 +96,18 @@ def test_another_spelling_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(PermissionDenied, match=" for "):
         admission.check_resources(TENANT, {"Devices": [{"allow": True, "access": "rwm"}]})
     admission.check_spec(TENANT, default() | {"annotations": {"Type": "its own"}})
+
+
+async def test_annotations_of_an_update_are_judged_too() -> None:
+    """A shim hands them to its virtual machine as it does those of the specification."""
+    made: Any = service.TaskService
+    tasks = made(SimpleNamespace(once=lambda: None), None, None, Path(), None, None, ())
+    token = context.enter(context.Context(namespace="a", identity=TENANT))
+    try:
+        with pytest.raises(PermissionDenied, match=r"io\.katacontainers\.config"):
+            await tasks.update("c", {}, {"io.katacontainers.config.hypervisor.path": "/bin/sh"})
+    finally:
+        context.leave(token)
 
 
 def test_what_the_clients_flags_make_is_admitted() -> None:

@@ -167,8 +167,7 @@ def check_spec(identity: Identity, spec: dict[str, Any]) -> None:
     _check_resources(identity, linux.get("resources") or {})
     hidden = set(linux.get("maskedPaths") or ()) >= MASKED and set(linux.get("readonlyPaths") or ()) >= READ_ONLY
     _refuse(identity, "unmasked kernel files", not hidden)
-    steering = [name for name in spec.get("annotations") or {} if name.startswith(STEERING)]
-    _refuse(identity, f"the annotations {', '.join(steering)}", bool(steering))
+    check_annotations(identity, spec.get("annotations") or {})
     namespaces = linux.get("namespaces") or []
     _refuse(identity, "a namespace of somebody else's", any(n.get("path") for n in namespaces))
     given = {n.get("type") for n in namespaces}
@@ -177,6 +176,12 @@ def check_spec(identity: Identity, spec: dict[str, Any]) -> None:
     for mount in spec.get("mounts") or ():
         _check_mount(identity, mount)
     check_process(identity, spec.get("process") or {})
+
+
+def check_annotations(identity: Identity, annotations: Collection[str]) -> None:
+    """The same for annotations, of a specification or of an update."""
+    steering = [name[:80] for name in annotations if name.startswith(STEERING)]
+    _refuse(identity, f"the annotations {', '.join(steering)}", bool(steering) and not identity.is_admin)
 
 
 def check_process(identity: Identity, process: dict[str, Any]) -> None:

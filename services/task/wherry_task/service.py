@@ -133,6 +133,7 @@ class TaskService(Tasks):
     ) -> None:  # fmt: skip
         self._supervisor.once()
         admission.check_resources(context.current().identity, resources)
+        admission.check_annotations(context.current().identity, annotations)
         await self._supervisor.update(context.namespace(), container_id, resources, annotations)
 
     async def stats(self, container_ids: list[str] = [], after: str = "", limit: int = 1000) -> Page[Stats]:
