@@ -230,6 +230,15 @@ class Container:
             raise
         task.detach()
 
+    async def keep(self, policy: str) -> None:
+        """Give it another restart policy, which holds at once where it runs: `no`, `always`, `unless-stopped` or
+        `on-failure[:N]`. InvalidArgument."""
+        changes = restarts.labels_for(policy)
+        with contextlib.suppress(NotFound):
+            if (await self.client.tasks.get(self.id)).status != "stopped":
+                changes |= restarts.on_start({**self.record.labels, **changes})
+        await self.label(changes)
+
     async def leave_stopped(self) -> None:
         """Its restart policy is not to start it again once it ends."""
         if changes := restarts.on_stop(self.record.labels):

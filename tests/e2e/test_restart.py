@@ -79,6 +79,15 @@ def test_what_is_stopped_stays_until_it_is_started(node: Node, namespace: str, r
     node.run("rm", "-f", "-n", namespace, id)
 
 
+def test_a_policy_that_it_gets_while_it_runs(node: Node, namespace: str, run: Any) -> None:
+    id = run("no", "while [ ! -e /gate ]; do sleep 0.02; done; rm /gate; exit 1")
+    node.run("update", "-n", namespace, "--restart", "on-failure:1", id)
+    node.run("exec", "-n", namespace, id, "touch", "/gate")
+    eventually(lambda: count(node, namespace, id) == 1, "it is not started again")
+    eventually(lambda: pid(node, namespace, id), "it does not run")
+    node.run("rm", "-f", "-n", namespace, id)
+
+
 def test_ends_while_the_keeper_is_away(node: Node, namespace: str, run: Any) -> None:
     id = run("unless-stopped", "while [ ! -e /gate ]; do sleep 0.02; done")
     with node.standing_still("keeper", signal.SIGKILL):

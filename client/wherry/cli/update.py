@@ -25,16 +25,17 @@ def command(ids: list[str], namespace: str, **given: Any) -> None:
 
         from .kill import on_each
 
-        resources = flags.resources(given)
-        labels = restarts.labels_for(given["restart"]) if given.get("restart") else {}
-        if not resources and not labels:
+        resources, restart = flags.resources(given), given.get("restart", "")
+        if restart:
+            restarts.labels_for(restart)  # before anything is changed
+        if not resources and not restart:
             raise InvalidArgument("nothing to change: no limit is given")
 
         async def one(container: Container) -> None:
             if resources:
                 await container.update(resources)
-            if labels:
-                await container.label(labels)
+            if restart:
+                await container.keep(restart)
 
         await on_each(client, ids, one)
 
