@@ -69,6 +69,10 @@ class Stdio:
         return cls(None, sys.stdout.fileno(), sys.stderr.fileno())
 
 
+class Unwritten(Unavailable):
+    """Our own output cannot be written any more, and what was to come is lost."""
+
+
 @dataclass
 class Collected:
     """Keeps what a stream gave, up to a bound; `truncated` says that there was more."""
@@ -129,6 +133,11 @@ class Pipes:
         Only over the bus can a process be left."""
         await asyncio.shield(self._parted)
 
+    @property
+    def failure(self) -> Unwritten | None:
+        """What kept our output from being written."""
+        return failure_of(self._parted)
+
     def start(self, on_stdin_end: Callable[[], None]) -> None:
         """Open this side; `on_stdin_end` is called once when the caller's stdin has ended."""
         for path, sink in ((self.paths.stdout, self._stdio.stdout), (self.paths.stderr, self._stdio.stderr)):
@@ -177,7 +186,13 @@ def part(parted: asyncio.Future[None], e: OSError) -> None:
     """Our own output cannot be written any more."""
     if not parted.done():
         gone = isinstance(e, BrokenPipeError)
-        parted.set_exception(e if gone else Unavailable(f"the output cannot be written: {e.strerror}"))
+        parted.set_exception(e if gone else Unwritten(f"the output cannot be written: {e.strerror}"))
+
+
+def failure_of(parted: asyncio.Future[None]) -> Unwritten | None:
+    """What kept our own output from being written."""
+    error = parted.exception() if parted.done() and not parted.cancelled() else None
+    return error if isinstance(error, Unwritten) else None
 
 
 def forget(future: asyncio.Future[None]) -> None:

@@ -25,7 +25,7 @@ from wherry_shared.errors import (
 
 from .nearby import is_here
 from .outgoing import chunks, write_all, write_now
-from .stdio import Pipes, Sink, Stdio, forget, part
+from .stdio import Pipes, Sink, Stdio, Unwritten, failure_of, forget, part
 
 if TYPE_CHECKING:
     from .client import Client
@@ -108,6 +108,11 @@ class Streaming:
         """Return when the detach keys were typed; raise what ended the streams before the process, and
         BrokenPipeError when nobody reads our own output any more."""
         await asyncio.shield(self._parted)
+
+    @property
+    def failure(self) -> Unwritten | None:
+        """What kept our output from being written."""
+        return failure_of(self._parted)
 
     async def drained(self, patience: float = DRAIN_SECONDS) -> None:
         """Return when all output has come, or nothing has for `patience` seconds, although it was asked for."""

@@ -145,6 +145,12 @@ class Process:
             raise FailedPrecondition("nothing is attached")
         await self._pipes.parted()
 
+    def check_output(self) -> None:
+        """Raise what kept some of its output from being written by us (an Unavailable), if anything has."""
+        failure = self._pipes.failure if self._pipes is not None else None
+        if failure is not None:
+            raise failure
+
     def carry(self) -> None:
         """Prepare our side of the streams, before the process is made."""
         if self._pipes is not None:

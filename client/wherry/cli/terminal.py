@@ -53,6 +53,7 @@ async def attended(
                 first: list[asyncio.Future[Any]] = [ending, parting, told]
                 await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
                 if ending.done():
+                    process.check_output()  # that it went well with the process is not all
                     return ending.result().code
                 if told.done():
                     return 128 + told.result()
