@@ -239,3 +239,9 @@ def test_unprivileged_services(busybox_ref: str, tmp_path: Path) -> None:
         uids = {name: os.stat(f"/proc/{made.service_pid(name)}").st_uid for name in ("content", "image", "task")}
         assert uids["content"] == uids["image"] == 65534 and uids["task"] == 0
         assert made.run("run", "--rm", busybox_ref, "echo", "hi").stdout == "hi\n"
+    with Node(tmp_path) as made:  # and back
+        assert made.json("images") and len(made.services()) == 10
+        assert made.run("run", "--rm", busybox_ref, "echo", "hi").stdout == "hi\n"
+        owned = [made.state / "creds", *(made.state / "creds").iterdir(), *(made.root / "image").iterdir()]
+        assert {path: path.stat().st_uid for path in owned if path.stat().st_uid} == {}
+        assert not any(path.stat().st_mode & 0o077 for path in owned if path.is_relative_to(made.state))

@@ -171,8 +171,11 @@ class Supervisor:
                 self._lock(directory)
         creds = self._plan.state / "creds"
         credentials.issue(creds, self._plan.node)
+        own = [name for name in services if name not in PRIVILEGED]
         if self._plan.user:
-            self._hand_over(creds, services)
+            self._hand_over(creds, own)
+        elif any((creds / f"{name}.nk").stat().st_uid != os.geteuid() for name in own):
+            self._take_back(creds, own)
 
     def _lock(self, directory: Path) -> None:
         fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -186,7 +189,7 @@ class Supervisor:
         self._locks.append(fd)
 
     def _hand_over(self, creds: Path, services: Sequence[str]) -> None:
-        """Give the unprivileged services' own files to their user, and nothing else."""
+        """Give these services' own files to their user, and nothing else."""
         try:
             user = pwd.getpwnam(self._plan.user)
         except KeyError:
@@ -195,12 +198,22 @@ class Supervisor:
         os.chown(creds / credentials.IDENTITIES, 0, user.pw_gid)
         (creds / credentials.IDENTITIES).chmod(0o640)
         for name in services:
-            if name in PRIVILEGED:
-                continue
             os.chown(creds / f"{name}.nk", user.pw_uid, user.pw_gid)
             for parent in (self._plan.root, self._plan.state):
                 (parent / name).mkdir(exist_ok=True)
                 owners.give(parent / name, user.pw_uid, user.pw_gid)
+
+    def _take_back(self, creds: Path, services: Sequence[str]) -> None:
+        """An earlier start gave these services' files to a user that there is none of now; their seeds come last."""
+        uid, gid = os.geteuid(), os.getegid()
+        creds.chmod(0o700)
+        os.chown(creds / credentials.IDENTITIES, uid, gid)
+        (creds / credentials.IDENTITIES).chmod(0o600)
+        for name in services:
+            for parent in (self._plan.root, self._plan.state):
+                owners.give(parent / name, uid, gid)
+        for name in services:
+            os.chown(creds / f"{name}.nk", uid, gid)
 
     def _watch_signals(self) -> None:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
