@@ -159,6 +159,16 @@ def test_a_file_takes_no_directorys_place(tmp_path: Path) -> None:
         into(tmp_path, tar((member("b", tarfile.DIRTYPE), b"")))
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes devices")
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE])
+def test_a_file_takes_no_devices_place(tmp_path: Path, kind: bytes) -> None:
+    """`wherry cp web:/log /dev/null` made that a file, for everybody on the host."""
+    os.mknod(tmp_path / "null", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    with pytest.raises(FailedPrecondition, match="not replaced"):
+        into(tmp_path, tar((member("null", kind), b"")))
+    assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
 def test_what_is_mounted_is_written_only_if_it_is_a_file(tmp_path: Path) -> None:
     """A container with a user namespace of its own may mount a device over a file: that one is not forbidden to us."""

@@ -39,7 +39,8 @@ def unpack(directory: int, stream: BinaryIO, rules: Rules) -> list[str]:
     """Unpack a tar (plain, or compressed as tarfile tells by itself) into the descriptor `directory`.
 
     Answers what was left out: devices, whose nodes would be the host's own. InvalidArgument: a name that leads out.
-    FailedPrecondition: a directory would take the place of something else, or the other way round. DataLoss: the tar
+    FailedPrecondition: a directory would take the place of something else, or the other way round, or a file that of a
+    device. DataLoss: the tar
     is cut off or broken.
     """
     left: list[str] = []
@@ -125,10 +126,13 @@ def _add(root: int, parts: list[str], member: tarfile.TarInfo, tar: tarfile.TarF
 
 
 def _clear(parent: int, name: str) -> None:
-    """Remove what is in the way, if it is no directory."""
+    """Remove what is in the way, if it is no directory, and no device: `cp c:/file /dev/null` takes that from all."""
     with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISDIR(os.lstat(name, dir_fd=parent).st_mode):
+        mode = os.lstat(name, dir_fd=parent).st_mode
+        if stat.S_ISDIR(mode):
             raise FailedPrecondition(f"{name} is a directory and cannot be replaced by a file")
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise FailedPrecondition(f"{name} is no regular file but a device: it is not replaced")
         os.unlink(name, dir_fd=parent)
 
 
