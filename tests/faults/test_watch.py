@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import stat
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,10 +113,13 @@ def test_the_place_is_kept_before_anything_is_printed(node: Node, namespace: str
 def test_what_can_keep_no_place(node: Node, tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff")
     (tmp_path / "words").write_text("somewhere")
-    for bad in (tmp_path, tmp_path / "not there" / "place", tmp_path / "bytes", tmp_path / "words"):
+    os.mknod(tmp_path / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    nowhere = [tmp_path / name for name in ("not there/place", "bytes", "words", "null")]
+    for bad in (tmp_path, *nowhere):
         done = node.run("events", "--no-follow", "--place-file", str(bad), check=False)
         assert (done.returncode, done.stdout) == (1, "") and "Traceback" not in done.stderr
         assert "wherry: invalid argument: " in done.stderr
+    assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)
 
 
 async def _publish(client: wherry.Client, number: int) -> None:

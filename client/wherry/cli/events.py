@@ -97,6 +97,8 @@ class _Place:
     def read(self) -> str:
         """The token; "" when there is none yet."""
         if self._path is not None:
+            if self._path.exists() and not self._path.is_file():  # another file takes its place: not that of /dev/null
+                raise self._useless(OSError(0, "it is there, and no regular file"))
             try:
                 self._written = self._path.read_text("ascii").strip()
             except FileNotFoundError:
