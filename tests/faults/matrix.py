@@ -362,6 +362,7 @@ ATTACKS: dict[str, tuple[str, ...]] = {
         "shared/test_answers.py::test_deliveries_of_one_key_fill_no_memory",
         "snapshot/test_workers.py::test_one_tenants_work_holds_up_nobody_else",
         "content/test_verify.py::test_one_namespace_verifies_a_few_at_a_time",
+        "diff/test_pool.py::test_one_tenants_layers_hold_up_nobody_elses",
         f"{_STREAMS}::test_others_have_their_turn_while_the_end_of_a_long_log_is_looked_for",
     ),
 }

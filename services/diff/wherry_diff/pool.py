@@ -15,7 +15,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
+from wherry_shared import context
 from wherry_shared.errors import Aborted, DataLoss, Unavailable, WherryError, from_code
 
 from . import apply, compare
@@ -35,7 +37,8 @@ class Pool:
     """A few worker processes, as long as there is work. One that dies costs the work in hand; the next call starts new
     ones.
 
-    spool: a directory of ours, for the pipes.
+    spool: a directory of ours, for the pipes. One tenant's work, which may take minutes and mean nothing, has all
+    workers but one.
     """
 
     def __init__(self, workers: int, spool: Path) -> None:
@@ -43,13 +46,14 @@ class Pool:
         self._spool = spool
         self._executor: ProcessPoolExecutor | None = None
         self._calls = 0
+        self._each: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._ending: asyncio.TimerHandle | None = None
 
     def _make(self) -> ProcessPoolExecutor:
         # Forked, so that a worker shares what the service has loaded; it touches neither its loop nor its bus.
-        context = multiprocessing.get_context("fork")
+        fork = multiprocessing.get_context("fork")
         arguments = (os.getpid(), f"{self._spool}/")
-        return ProcessPoolExecutor(self._workers, mp_context=context, initializer=_settle, initargs=arguments)
+        return ProcessPoolExecutor(self._workers, mp_context=fork, initializer=_settle, initargs=arguments)
 
     async def start(self) -> None:
         """Fork the workers now, while the process is small and quiet."""
@@ -102,6 +106,13 @@ class Pool:
                     await asyncio.wait([running])
 
     async def _run(self, function: Callable[..., T | _Failed], *arguments: object) -> T:
+        who = context.current().identity
+        if who.role != "tenant":
+            return await self._run_now(function, *arguments)
+        async with self._each.setdefault(who.name, asyncio.Semaphore(max(1, self._workers - 1))):
+            return await self._run_now(function, *arguments)
+
+    async def _run_now(self, function: Callable[..., T | _Failed], *arguments: object) -> T:
         loop = asyncio.get_running_loop()
         self._rest_after(None)
         executor = self._executor = self._executor or self._make()
