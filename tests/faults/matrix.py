@@ -68,6 +68,8 @@ FAULTS: dict[str, tuple[str, ...]] = {
         f"{_RECOVERY}::test_a_reboot_ends_everything_once",
         f"{_TASK}::test_what_a_restart_finds",
         f"{_STREAMS}::test_a_restart_of_the_service_loses_and_repeats_nothing",
+        "conformance/test_task_holds.py::test_a_hold_outlives_its_service_and_ends_after_it",
+        f"{_RECOVERY}::test_what_ran_from_a_state_directory_that_is_gone_runs_no_more",
     ),
     "8 a monitor killed or hanging": (
         f"{_TASK}::test_a_killed_monitor",
@@ -122,6 +124,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
         f"{_FULL}::test_a_database_without_room",
         "diff/test_apply.py::test_a_full_disk_is_named",
         f"{_SQLITE}::test_removals_go_on_for_long_on_a_full_disk",
+        "introspection/test_doctor_host.py::test_a_disk_that_cannot_be_written",
     ),
     "17 no inodes": (f"{_STORAGE}::test_a_disk_without_inodes", f"{_DISK}::test_no_inodes"),
     "18 a flipped byte in a blob": (
@@ -152,6 +155,9 @@ FAULTS: dict[str, tuple[str, ...]] = {
         f"{_KILLS}::test_a_private_backend_has_one_service_on_a_root",
         "content/test_process.py::test_two_processes_on_one_root",
         "e2e/test_nodes.py::test_a_second_node_on_the_same_root_is_refused",
+        "e2e/test_twins.py::test_another_node_of_the_name_is_refused",
+        "e2e/test_twins.py::test_what_belongs_to_the_node_is_not",
+        f"{_RECOVERY}::test_a_copied_root_does_not_touch_what_the_original_runs",
     ),
     "23 names that are none": (
         f"{_INPUT}::test_invalid_namespaces_never_reach_the_bus",
