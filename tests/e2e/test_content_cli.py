@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import stat
 import subprocess
 from pathlib import Path
 
@@ -51,6 +52,25 @@ def test_in_and_out(node: Node, ns: list[str], tmp_path: Path) -> None:
     assert again.stdout.strip() == digest
     node.run("content", "rm", *ns, digest)
     assert node.run("content", "info", *ns, digest, check=False).returncode == 1
+
+
+def test_what_is_no_file_stays_what_it_is(node: Node, ns: list[str], tmp_path: Path) -> None:
+    """As root `-o /dev/full` was the last of that device: a file took its name."""
+    kept = ("-l", "containerd.io/gc.root=true")
+    digest = node.run("content", "ingest", *ns, *kept, "-", input="hello").stdout.strip()
+    full, fifo = tmp_path / "full", tmp_path / "fifo"
+    os.mknod(full, 0o666 | stat.S_IFCHR, os.makedev(1, 7))
+    os.mkfifo(fifo)
+    with full.open("wb") as device:
+        for options in ({"stdout": device, "stderr": subprocess.PIPE, "capture_output": False}, {}):
+            to = [] if options else ["-o", str(full)]
+            done = node.run("content", "get", *ns, digest, *to, check=False, **options)
+            assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "no space left" in done.stderr
+    assert full.is_char_device()
+    with subprocess.Popen(["cat", str(fifo)], stdout=subprocess.PIPE) as reader:
+        node.run("content", "get", *ns, digest, "-o", str(fifo))
+        assert reader.stdout is not None and reader.stdout.read() == b"hello"
+    assert fifo.is_fifo()
 
 
 def test_stdin_and_what_must_be(node: Node, ns: list[str]) -> None:

@@ -63,10 +63,11 @@ def _read(read: Callable[[int], Any]) -> bytes:
 
 
 @asynccontextmanager
-async def writing(target: Target) -> AsyncIterator[Write]:
-    """Where to write an archive. A regular file at a path is there, whole and durably, when the block ended well."""
+async def writing(target: Target, what: str = "the archive") -> AsyncIterator[Write]:
+    """Where to write an archive, or what else it is. A regular file at a path is there, whole and durably, when the
+    block ended well."""
     if not isinstance(target, str | os.PathLike):
-        yield _writer(target)
+        yield _writer(target, what)
         if not inspect.iscoroutinefunction(target.write) and not hasattr(target, "drain"):
             await asyncio.to_thread(getattr(target, "flush", _nothing))
         return
@@ -75,10 +76,10 @@ async def writing(target: Target) -> AsyncIterator[Write]:
         special = path.exists() and not stat.S_ISREG(path.stat().st_mode)
         if special:
             with path.open("wb", buffering=0) as file:  # noqa: ASYNC230
-                yield _writer(file)
+                yield _writer(file, what)
             return
         async with _in_thread(atomic_file(path, mode=0o644)) as file:
-            yield _writer(file)
+            yield _writer(file, what)
 
 
 @asynccontextmanager
@@ -102,7 +103,7 @@ def _nothing() -> None:
     return None
 
 
-def _writer(target: Writable) -> Write:
+def _writer(target: Writable, what: str) -> Write:
     write = target.write
     drain = getattr(target, "drain", None)
     if drain is not None:  # an asyncio.StreamWriter
@@ -116,11 +117,11 @@ def _writer(target: Writable) -> Write:
         return write
 
     async def in_thread(data: bytes) -> None:
-        with os_errors("the archive"):
+        with os_errors(what):
             try:
                 await asyncio.to_thread(_write_all, write, data)
             except BrokenPipeError:
-                raise Canceled("the archive's reader went away") from None
+                raise Canceled(f"{what}: its reader went away") from None
 
     return in_thread
 

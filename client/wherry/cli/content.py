@@ -85,18 +85,16 @@ def get(
     async def work(client: Client) -> None:
         from contextlib import aclosing
 
-        from wherry_shared.files import atomic_file
         from wherry_shared.streams import read_blob
 
-        async with aclosing(read_blob(client.content, digest, verify=True)) as chunks:
-            if output is None:
-                async for chunk in chunks:
-                    sys.stdout.buffer.write(chunk)
-                sys.stdout.buffer.flush()
-                return
-            with atomic_file(output.absolute(), mode=0o644) as file:
-                async for chunk in chunks:
-                    file.write(chunk)
+        from wherry.archive.ends import Target, writing
+
+        # Unbuffered: what a reader who went away did not take is not tried again at the end.
+        target: Target = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer) if output is None else output.absolute()
+        chunks = read_blob(client.content, digest, verify=True)
+        async with aclosing(chunks), writing(target, f"blob {digest}") as write:
+            async for chunk in chunks:
+                await write(chunk)
 
     with_client(namespace, work)
 
