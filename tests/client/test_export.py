@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import os
 import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -74,6 +76,22 @@ async def test_an_archive_is_a_layout_and_dockers(client: Client, layout: Layout
     assert saved["RepoTags"] == ["small:1", "quay.example/x:2"]
     assert saved["Config"] in files and all(layer in files for layer in saved["Layers"])
     assert "manifest.json" not in read(await export(client, "small:1", docker=False))
+
+
+async def test_a_pipe_that_nobody_reads_yet_holds_up_nobody(client: Client, layout: Layout, tmp_path: Path) -> None:
+    """The loop stood still in open(2), and no interrupt was heard."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    waiting = asyncio.create_task(client.export_images(["small:1"], pipe))
+    for _ in range(3):
+        await client.image("small:1")
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    whole = asyncio.create_task(client.export_images(["small:1"], pipe))
+    assert await asyncio.to_thread(pipe.read_bytes) == await export(client, "small:1")
+    await whole
+    assert pipe.is_fifo()
 
 
 async def test_it_repeats_and_comes_back(client: Client, layout: Layout, tmp_path: Path) -> None:

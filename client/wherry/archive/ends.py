@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import inspect
 import os
 import stat
@@ -17,6 +18,8 @@ from wherry_shared.files import atomic_file, os_errors
 T = TypeVar("T")
 
 CHUNK = 1 << 20
+# Between two looks whether somebody reads a pipe.
+PAUSE_SECONDS = 0.05
 
 
 class Readable(Protocol):
@@ -75,11 +78,25 @@ async def writing(target: Target, what: str = "the archive") -> AsyncIterator[Wr
     with os_errors(str(path)):
         special = path.exists() and not stat.S_ISREG(path.stat().st_mode)
         if special:
-            with path.open("wb", buffering=0) as file:  # noqa: ASYNC230
+            with os.fdopen(await _open_special(path), "wb", buffering=0) as file:
                 yield _writer(file, what)
             return
         async with _in_thread(atomic_file(path, mode=0o644)) as file:
             yield _writer(file, what)
+
+
+async def _open_special(path: Path) -> int:
+    """A device, or a pipe once somebody reads it: to open that at once would hold up the loop until then."""
+    while True:
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError as e:
+            if e.errno != errno.ENXIO or not path.is_fifo():
+                raise
+            await asyncio.sleep(PAUSE_SECONDS)
+        else:
+            os.set_blocking(fd, True)
+            return fd
 
 
 @asynccontextmanager
