@@ -38,7 +38,6 @@ def play(state: Path) -> bool:
 
 async def _ask(state: Path) -> None:
     async with asyncio.timeout(ASKING_SECONDS), wherry.connect(state=str(state), namespace="default") as client:
-        await client.containers.walk(limit=1)
         for record in (await client.images.walk(limit=1)).items:
             _specify((await Image(client, record).resolve()).config)
 
