@@ -153,6 +153,29 @@ def test_a_restart_of_what_nobody_leaves_in_the_background(node: Node, namespace
     assert node.json("ps", "-a", "-n", namespace) == []
 
 
+def test_one_that_is_started_again_while_it_is_removed(
+    node: Node, namespace: str, busybox_ref: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had no task when its removal looked, and one when the record was to go."""
+    from wherry.cli import rm
+
+    id = node.run("create", "-n", namespace, busybox_ref, "sleep", "1000").stdout.strip()
+    real, tried = wherry.Container.delete, []
+
+    async def delete(container: wherry.Container, **options: Any) -> None:
+        tried.append(container.id)
+        if len(tried) < 3:
+            await container.start()
+        await real(container, **options)
+
+    monkeypatch.setattr(wherry.Container, "delete", delete)
+    for name, value in node.environment.items():
+        monkeypatch.setenv(name, value)
+    rm.command([id], force=True, volumes=False, namespace=namespace)
+    assert tried == [id] * 3
+    assert node.json("ps", "-a", "-n", namespace) == []
+
+
 async def test_ends_that_a_tenant_makes_up(node: Node, namespace: str, run: Any) -> None:
     """Events of its own namespace are its to publish, whatever they say: others' containers are started again."""
     node.run("auth", "tenant", namespace, "--state", str(node.state))
