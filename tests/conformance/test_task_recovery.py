@@ -24,6 +24,7 @@ from wherry_task import metadata
 from wherry_task.backends.channel import Channel
 from wherry_task.backends.oci import MonitorShim
 from wherry_task.backends.shim import V2Shim
+from wherry_task.bundles import Bundles
 from wherry_task.monitor import runtime
 from wherry_task.monitor.mounts import unmount_rootfs
 from wherry_task.recovery import remove_unused_fifos
@@ -108,6 +109,7 @@ async def test_what_ran_from_a_state_directory_that_is_gone_runs_no_more(house: 
     monitors = [parent_of(pid) for pid in pids] if house.runtime != SHIM else []
     unheard = [] if moved else [*monitors, *{parent_of(pid) for pid in monitors}]  # the zygote, too
     await house.stop_tasks()
+    before = Bundles(house.state)
     if moved:
         house.state = house.state.rename(house.root / "elsewhere")
     else:
@@ -124,6 +126,7 @@ async def test_what_ran_from_a_state_directory_that_is_gone_runs_no_more(house: 
         assert (await house.tasks.delete(id, force=True)).exit_status == 137
     for pid in unheard:
         os.kill(pid, signal.SIGKILL)
+    before.remove_empty()  # of the cgroups that were named after the directory
 
 
 async def test_a_copied_root_does_not_touch_what_the_original_runs(house: House) -> None:
