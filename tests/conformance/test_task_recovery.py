@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
 import signal
+import sqlite3
 from collections.abc import AsyncIterator, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -129,6 +131,26 @@ async def test_what_ran_from_a_state_directory_that_is_gone_runs_no_more(house: 
     before.remove_empty()  # of the cgroups that were named after the directory
 
 
+async def test_what_runs_is_found_from_another_state_directory(house: House) -> None:
+    """`wherry up --state` of another: the root is the same, so the containers are the node's own."""
+    ids = [await house.running("/bin/sleep", "1000") for _ in range(2)]
+    pids = [(await house.tasks.get(id)).pid for id in ids]
+    unheard = {parent_of(parent_of(pid)) for pid in pids} if house.runtime != SHIM else set()  # the first one's zygote
+    await house.stop_tasks()
+    before, house.state = Bundles(house.state), house.root / "another"
+    house.state.mkdir(mode=0o700)
+    await house.start_tasks()
+    assert [(await house.tasks.get(id)).pid for id in ids] == pids
+    await house.tasks.kill(ids[0], signal.SIGKILL)
+    assert await house.exit(ids[0]) == 137
+    assert (await house.tasks.delete(ids[0])).exit_status == 137
+    assert (await house.tasks.delete(ids[1], force=True)).exit_status == 137
+    assert all(map(gone, pids))
+    for pid in unheard:
+        os.kill(pid, signal.SIGKILL)
+    before.remove_empty()
+
+
 async def test_a_copied_root_does_not_touch_what_the_original_runs(house: House) -> None:
     """A backup that is tried out beside its node: its tasks have ended, and those of the node go on."""
     id = await house.running("/bin/sleep", "1000")
@@ -137,8 +159,13 @@ async def test_a_copied_root_does_not_touch_what_the_original_runs(house: House)
     original, house.state = house.state, house.root / "another"
     house.state.mkdir(mode=0o700)
     shutil.copy(house.root / "task.db", house.root / "kept.db")
+    with contextlib.closing(sqlite3.connect(house.root / "task.db")) as copy, copy:
+        copy.execute("UPDATE home SET place = 'where it was copied from'")
     await house.start_tasks()
     assert (await house.tasks.get(id)).exit_status == 137
+    await house.stop_tasks()
+    await house.start_tasks()  # it is at home here now, and that is still not its container
+    assert not gone(pid)
     assert (await house.tasks.delete(id)).exit_status == 137
     await house.stop_tasks(everything=True)
     assert not gone(pid)

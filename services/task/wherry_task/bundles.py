@@ -30,13 +30,6 @@ class Bundles:
         """Where a container's bundle lies."""
         return self._tasks / namespace / container
 
-    def has(self, path: Path) -> bool:
-        """Whether a bundle is there, and here, by whatever name of this directory."""
-        try:
-            return path.samefile(self.path(path.parent.name, path.name))
-        except OSError:
-            return False
-
     def runtime_root(self, namespace: str, binary: str) -> Path:
         """The runtime's own state directory for a namespace."""
         return self._runtimes / Path(binary).name / namespace

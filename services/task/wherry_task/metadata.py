@@ -28,6 +28,7 @@ MIGRATIONS = (
     "ALTER TABLE processes ADD COLUMN kept INTEGER NOT NULL DEFAULT -1;",
     "ALTER TABLE processes ADD COLUMN hold TEXT NOT NULL DEFAULT '';",
     "ALTER TABLE tasks ADD COLUMN root TEXT NOT NULL DEFAULT '';",
+    "CREATE TABLE home (place TEXT NOT NULL);",
 )
 
 
@@ -90,6 +91,25 @@ def put_task(tx: Transaction, row: TaskRow) -> None:
     tx.execute(
         "INSERT INTO tasks (namespace, container, bundle, binary, boot, root) VALUES (?, ?, ?, ?, ?, ?)",
         (row.namespace, row.container, row.bundle, row.binary, row.boot, row.root),
+    )
+
+
+def home(database: Database) -> str:
+    """Where this database was when it was last used; "": it is new, or an older version used it."""
+    found = database.one("SELECT place FROM home")
+    return str(found[0]) if found else ""
+
+
+def arrive(tx: Transaction, place: str) -> None:
+    """It is used here."""
+    tx.execute("DELETE FROM home")
+    tx.execute("INSERT INTO home (place) VALUES (?)", (place,))
+
+
+def move_bundle(tx: Transaction, row: TaskRow, bundle: str) -> None:
+    """A task's bundle is to be found elsewhere."""
+    tx.execute(
+        "UPDATE tasks SET bundle = ? WHERE namespace = ? AND container = ?", (bundle, row.namespace, row.container)
     )
 
 

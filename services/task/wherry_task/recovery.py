@@ -14,8 +14,8 @@ from typing import Any
 
 from wherry_shared.api.task import Stdio
 from wherry_shared.boot import boot_id
-from wherry_shared.errors import AlreadyExists, Unavailable, WherryError
-from wherry_shared.sqlite import Database
+from wherry_shared.errors import AlreadyExists, ResourceExhausted, Unavailable, WherryError
+from wherry_shared.sqlite import Database, Transaction
 from wherry_shared.values import check_identifier
 
 from . import metadata
@@ -45,6 +45,7 @@ class Recovery:
 
     async def run(self) -> dict[Key, Task]:
         """Every task on record, with its ends of meanwhile recorded and its shim followed."""
+        await self._arrive()
         known = metadata.tasks(self._database)
         # Where a state directory was moved, what is in it is none of theirs: its containers know it by its old name.
         owned = {(row.namespace, row.container) for row in known if row.boot != self._boot or Path(row.bundle).is_dir()}
@@ -60,17 +61,34 @@ class Recovery:
         found = await asyncio.gather(*(adopt(row) for row in known))
         return {task.key: task for task in found}
 
+    async def _arrive(self) -> None:
+        """Where this node's root is a copy of another's, what runs is the other's: nothing of it is looked for."""
+        info = os.stat(Path(self._database.path).parent)
+        here, before = f"{info.st_dev:x}:{info.st_ino:x}", metadata.home(self._database)
+        if here == before:
+            return
+        copied = metadata.tasks(self._database) if before else []
+
+        def write(tx: Transaction) -> None:
+            for row in copied:
+                metadata.move_bundle(tx, row, str(self._bundles.path(row.namespace, row.container)))
+            metadata.arrive(tx, here)
+
+        try:
+            await self._database.write(write)
+        except ResourceExhausted:  # on a full disk, too, a node starts
+            if copied:
+                raise
+        if copied:
+            log.warning("this node's root was copied or moved: its %d tasks are not looked for elsewhere", len(copied))
+
     async def _adopt(self, row: TaskRow) -> Task:
         root = self._bundles.runtime_root(row.namespace, row.binary)
-        path = Path(row.bundle)
-        if path.is_dir() and not self._bundles.has(path):
-            log.warning("%s is another node's, of which this one's root is a copy", path)
-            path = self._bundles.path(row.namespace, row.container)
-        bundle = Bundle(path, row.container, row.binary, root, row.namespace)
+        bundle = Bundle(Path(row.bundle), row.container, row.binary, root, row.namespace)
         task = Task(row, bundle, _Gone())
         task.processes = {p.exec: Running(p) for p in metadata.processes(self._database, row.namespace, row.container)}
         try:
-            here = row.boot == self._boot and self._bundles.has(bundle.path)
+            here = row.boot == self._boot and bundle.path.is_dir()
             alive = await self._launcher.adopt(bundle) if here else None
             if alive is not None:
                 task.shim = alive
@@ -88,7 +106,7 @@ class Recovery:
         """Nothing stands by it any more, or the machine was started anew: say how it ended, and clean."""
         found: list[Ended] = []
         try:
-            if self._bundles.has(task.bundle.path):
+            if task.bundle.path.is_dir():
                 found = await self._clean(task.bundle)
             elif task.row.boot == self._boot:
                 await asyncio.to_thread(_kill_without_bundle, task.bundle.path)
