@@ -6,6 +6,8 @@ import os
 import secrets
 from pathlib import Path
 
+from wherry_shared.boot import boot_id
+
 # Marks of the pulls of this process that are under way.
 _under_way: set[str] = set()
 
@@ -47,7 +49,6 @@ def _process(pid: int) -> str:
 def _host() -> str:
     """This boot of this host, and its pids' namespace; "" where nothing tells."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+        return f"{boot_id()} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return ""

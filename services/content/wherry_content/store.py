@@ -12,7 +12,6 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
 
 from wherry_shared.api.content import CHUNK, Info, Ingest, Located, Opened
 from wherry_shared.errors import (
@@ -27,6 +26,7 @@ from wherry_shared.errors import (
     Unavailable,
     WherryError,
 )  # fmt: skip
+from wherry_shared.portions import Portions
 from wherry_shared.values import Page, check_digest
 
 from .backends import Backend, Held, Place, Settling
@@ -81,7 +81,7 @@ class Store:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._watch: asyncio.Task[None] | None = None
         self._verifying = asyncio.Semaphore(VERIFIED)
-        self._verified: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._verified = Portions(VERIFIED_OF_ONE)
 
     async def start(self) -> None:
         """Take over what is on the disk: what no row knows is removed, what a row misses is told."""
@@ -155,7 +155,7 @@ class Store:
     async def verify(self, namespace: str, digest: str) -> None:
         """Read all of a blob again; rotten bytes are put aside, so that nobody reads them any more."""
         self._metadata.get(namespace, digest)
-        async with self._verified.setdefault(namespace, asyncio.Semaphore(VERIFIED_OF_ONE)), self._verifying:
+        async with self._verified.of(namespace), self._verifying:
             await self._verify(namespace, digest)
 
     async def _verify(self, namespace: str, digest: str) -> None:

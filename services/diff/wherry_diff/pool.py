@@ -15,10 +15,10 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
-from weakref import WeakValueDictionary
 
 from wherry_shared import context
 from wherry_shared.errors import Aborted, DataLoss, Unavailable, WherryError, from_code
+from wherry_shared.portions import Portions
 
 from . import apply, compare
 from .apply import Application, Applied
@@ -46,7 +46,7 @@ class Pool:
         self._spool = spool
         self._executor: ProcessPoolExecutor | None = None
         self._calls = 0
-        self._each: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._each = Portions(max(1, workers - 1))
         self._ending: asyncio.TimerHandle | None = None
 
     def _make(self) -> ProcessPoolExecutor:
@@ -109,7 +109,7 @@ class Pool:
         who = context.current().identity
         if who.role != "tenant":
             return await self._run_now(function, *arguments)
-        async with self._each.setdefault(who.name, asyncio.Semaphore(max(1, self._workers - 1))):
+        async with self._each.of(who.name):
             return await self._run_now(function, *arguments)
 
     async def _run_now(self, function: Callable[..., T | _Failed], *arguments: object) -> T:

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
 
 from wherry_shared import context
 from wherry_shared.errors import DeadlineExceeded, Unavailable, WherryError
 from wherry_shared.files import translate
+from wherry_shared.portions import Portions
 
 from .backends import Check
 
@@ -35,7 +35,7 @@ class Workers:
         self._threads = ThreadPoolExecutor(THREADS, f"snapshot-{name}")
         # Removal has a thread of its own: however much there is to remove, nobody waits behind it.
         self._reaper = ThreadPoolExecutor(1, f"snapshot-{name}-reaper")
-        self._each: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._each = Portions(ONE_TENANTS)
         self._tenants = asyncio.Semaphore(ALL_TENANTS)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.closing = False
@@ -75,7 +75,7 @@ class Workers:
         if who.role != "tenant":
             yield
             return
-        async with self._each.setdefault(who.name, asyncio.Semaphore(ONE_TENANTS)), self._tenants:
+        async with self._each.of(who.name), self._tenants:
             yield
 
     async def reap(self, remove: Callable[..., None], *args: Any) -> None:

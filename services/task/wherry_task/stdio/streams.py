@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Generator
 from datetime import datetime
 from pathlib import Path
-from weakref import WeakValueDictionary
 
 from wherry_shared.api.task import LogWindow, Output, Stdio, Taken
 from wherry_shared.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
+from wherry_shared.portions import Portions
 
 from . import logfile, uris
 from .inlet import Inlet
@@ -86,7 +86,7 @@ class Streams:
         self._gone: dict[Name, list[Outlet]] = {}
         self._pruning: asyncio.TimerHandle | None = None
         # One at a time looks for the end of a long log in each namespace: what it takes of the loop is a turn for each.
-        self._looking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._looking = Portions(1)
 
     # ---- a process comes and goes
 
@@ -248,7 +248,7 @@ class Streams:
         if after:
             place = Place.parse(after)
         else:
-            async with self._looking.setdefault(namespace, asyncio.Lock()):
+            async with self._looking.of(namespace):
                 with Log.open(journal.path) as found:
                     place = await _begin(found, since, tail)
         return await journal.window(place, logfile.text_of(until) if until else "", patience)
