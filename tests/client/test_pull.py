@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,9 @@ from wherry_shared.errors import (
 )
 from wherry_shared.values import Platform
 
-from .image_house import CONFIG, INDEX, LAYER, MANIFEST, Layout, digest_of, dump, everything, house, small, tar_of
+from .image_house import CONFIG, INDEX, LAYER, MANIFEST, Layout, digest_of, dump, everything, small, tar_of
 from .registry_store import Store
-from .registry_traps import Trap, serving
+from .registry_traps import Trap
 
 REF = "containerd.io/gc.ref.content"
 SOURCE = "containerd.io/distribution.source"
@@ -37,23 +36,6 @@ LARGE = CHUNK + 300_000
 """More than fits into one call."""
 HOST = images.architecture()
 OTHERS = [name for name in ("amd64", "arm64", "s390x") if name != HOST]
-
-
-@pytest.fixture
-async def client(tmp_path: Path) -> AsyncIterator[Client]:
-    async with house(tmp_path / "house") as made:
-        yield made
-
-
-@pytest.fixture
-async def store() -> Store:
-    return Store()
-
-
-@pytest.fixture
-async def trap(store: Store) -> AsyncIterator[Trap]:
-    async with serving(store.handle) as made:
-        yield made
 
 
 @pytest.fixture(autouse=True)

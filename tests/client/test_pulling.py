@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import images
 import pytest
@@ -15,28 +13,11 @@ from wherry import pulling
 from wherry.client import PULL_LABEL, Client, walk
 from wherry_shared.errors import NotFound
 
-from .image_house import house, small
+from .image_house import small
 from .registry_store import Store
-from .registry_traps import Trap, serving
+from .registry_traps import Trap
 
 _OTHER = "from wherry import pulling; print(pulling.begin(), flush=True); input()"
-
-
-@pytest.fixture
-async def client(tmp_path: Path) -> AsyncIterator[Client]:
-    async with house(tmp_path / "house") as made:
-        yield made
-
-
-@pytest.fixture
-async def store() -> Store:
-    return Store()
-
-
-@pytest.fixture
-async def trap(store: Store) -> AsyncIterator[Trap]:
-    async with serving(store.handle) as made:
-        yield made
 
 
 def test_what_is_known_of_a_pull() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,30 +28,13 @@ from wherry_shared.errors import (
 from wherry_shared.streams import write_blob
 from wherry_shared.values import Descriptor, Platform
 
-from .image_house import INDEX, MANIFEST, Layout, digest_of, dump, house, small, tar_of
+from .image_house import INDEX, MANIFEST, Layout, digest_of, dump, small, tar_of
 from .registry_store import Store
 from .registry_traps import Trap, answer, serving
 
 WORD = "s3cret-word"
 SOURCE = "containerd.io/distribution.source"
 KIB = 1 << 10
-
-
-@pytest.fixture
-async def client(tmp_path: Path) -> AsyncIterator[Client]:
-    async with house(tmp_path / "house") as made:
-        yield made
-
-
-@pytest.fixture
-async def store() -> Store:
-    return Store()
-
-
-@pytest.fixture
-async def trap(store: Store) -> AsyncIterator[Trap]:
-    async with serving(store.handle) as made:
-        yield made
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rebuilt import event_stream
 from wherry.spec import Options, User, make, process
 from wherry_container import metadata as container_metadata
@@ -20,6 +21,7 @@ from wherry_shared.api.content import Content
 from wherry_shared.api.snapshot import Snapshots
 from wherry_shared.api.task import Stdio, Tasks
 from wherry_shared.bus import Bus
+from wherry_shared.errors import Unavailable
 from wherry_shared.outbox import Outbox
 from wherry_shared.sqlite import Database
 from wherry_shared.values import Mount
@@ -97,6 +99,18 @@ class House:
         record = Container(id=id, runtime=Runtime(name=self.runtime), spec=spec)
         await self.containers.create(record)
         return id
+
+    async def pause_unanswered(self, id: str, hold: str = "") -> None:
+        """A pause that takes effect, and of which nobody hears."""
+        shim = self.supervisor.task("default", id).shim
+
+        async def late() -> None:
+            await type(shim).pause(shim)
+            raise Unavailable("it does not answer")
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Unavailable):
+            patch.setattr(shim, "pause", late)
+            await self.supervisor.pause("default", id, hold)
 
     @property
     def mounts(self) -> list[Mount]:

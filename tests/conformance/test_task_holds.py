@@ -12,7 +12,7 @@ from task_house import House, house_of
 from wherry import commit
 from wherry_shared.bus import Bus
 from wherry_shared.bus.events import Subscriber
-from wherry_shared.errors import FailedPrecondition, InvalidArgument, Unavailable
+from wherry_shared.errors import FailedPrecondition, InvalidArgument
 from wherry_task import freezing
 
 
@@ -92,15 +92,7 @@ async def test_a_hold_outlives_its_service_and_ends_after_it(
 
 async def test_a_hold_whose_pause_was_cut_off(house: House, id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its holder and the service are killed between the deed and its record: nobody comes back."""
-    shim = house.supervisor.task("default", id).shim
-
-    async def late() -> None:
-        await type(shim).pause(shim)
-        raise Unavailable("it does not answer")
-
-    monkeypatch.setattr(shim, "pause", late)
-    with pytest.raises(Unavailable):
-        await house.supervisor.pause("default", id, "mine")
+    await house.pause_unanswered(id, "mine")
     await house.stop_tasks()
     monkeypatch.setattr(freezing, "HOLD_SECONDS", 0.0)
     await house.start_tasks()

@@ -291,18 +291,9 @@ async def test_a_pause_and_a_resume_whose_records_were_lost(house: House) -> Non
     assert (await house.tasks.delete(id, force=True)).exit_status == 137
 
 
-async def test_a_pause_that_nobody_waits_for_to_the_end(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_pause_that_nobody_waits_for_to_the_end(house: House) -> None:
     id = await house.running("/bin/sleep", "1000")
-    shim = house.supervisor.task("default", id).shim
-
-    async def late() -> None:
-        await type(shim).pause(shim)
-        raise Unavailable("it does not answer")
-
-    monkeypatch.setattr(shim, "pause", late)
-    with pytest.raises(Unavailable):
-        await house.supervisor.pause("default", id)
-    monkeypatch.undo()
+    await house.pause_unanswered(id)
     assert (await house.tasks.get(id)).status == "pausing"
     await house.tasks.resume(id)
     assert (await house.tasks.get(id)).status == "running"
